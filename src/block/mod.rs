@@ -1,0 +1,21 @@
+//! The vocabulary every layer shares: what a request is, what a volume looks like, how an error is told.
+//!
+//! No I/O happens here, and an [`Iovec`] is only carried, never followed.
+
+mod errno;
+mod geometry;
+mod iovec;
+mod request;
+mod size;
+
+pub use errno::Errno;
+pub use geometry::{DiscardLimits, Geometry, GeometryError};
+pub use iovec::Iovec;
+pub use request::{Data, Flags, Op, Request};
+pub use size::{ParseSizeError, Size};
+
+/// Bytes in a sector: 512 always, whatever the logical block size (virtio 1.3 section 5.2.4, `linux/blk_types.h`).
+pub const SECTOR: u64 = 512;
+
+/// `SECTOR == 1 << SECTOR_SHIFT`.
+pub const SECTOR_SHIFT: u32 = 9;

@@ -1,0 +1,70 @@
+//! One block request, as a frontend hands it to a volume.
+
+#![forbid(unsafe_code)]
+
+use super::Iovec;
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Fill the data from the volume.
+    Read,
+    /// Store the data.
+    Write,
+    /// Bring every write that was acknowledged before to stable storage.
+    Flush,
+    /// Contents undefined afterwards.
+    Discard,
+    /// Contents read zero afterwards.
+    WriteZeroes,
+}
+
+/// How a request is to be carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flags {
+    /// Force unit access: this write is on stable storage before it completes.
+    pub fua: bool,
+    /// A write-zeroes may give its blocks back to the store.
+    pub unmap: bool,
+}
+
+/// Where a request's bytes are.
+#[derive(Debug)]
+pub enum Data<'a> {
+    /// The request carries none (flush, discard, write-zeroes).
+    None,
+    /// Ranges in guest or ublk memory, in order. A volume that resumes short I/O moves them forward in place.
+    Iovecs(&'a mut [Iovec]),
+    /// A registered buffer of the worker's ring that holds exactly the request's pages (ublk zero copy).
+    Registered {
+        /// Index in the ring's buffer table.
+        index: u16,
+    },
+}
+
+/// One request. `sector` and `sectors` are in units of 512 bytes ([`SECTOR`](super::SECTOR)).
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// What to do.
+    pub op: Op,
+    /// How.
+    pub flags: Flags,
+    /// First sector.
+    pub sector: u64,
+    /// Sectors; 0 for flush.
+    pub sectors: u32,
+    /// For read and write, exactly `sectors * 512` bytes.
+    pub data: Data<'a>,
+}
+
+impl Request<'_> {
+    /// Length in bytes; cannot overflow.
+    pub fn len(&self) -> u64 {
+        u64::from(self.sectors) << super::SECTOR_SHIFT
+    }
+
+    /// True for a request over no sectors (a flush).
+    pub fn is_empty(&self) -> bool {
+        self.sectors == 0
+    }
+}

@@ -1,0 +1,9 @@
+//! ringblk: one storage engine behind two front doors, a ublk disk and vhost-user-blk, on one io_uring a worker.
+//!
+//! The map of the crate. A module may use those above it and none below; `engine` and `frontend` do not know
+//! each other and meet in `worker` alone. `tests/architecture.rs` holds us to it, and to where `unsafe` may be.
+
+#![warn(unsafe_op_in_unsafe_fn)]
+
+/// Requests, geometry, errors: the words every layer uses. No I/O.
+pub mod block;
