@@ -7,3 +7,5 @@
 
 /// Requests, geometry, errors: the words every layer uses. No I/O.
 pub mod block;
+/// The only owner of io_uring: operations, slots, the futures that wait for them.
+pub mod ring;

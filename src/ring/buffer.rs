@@ -1,0 +1,212 @@
+//! Memory that the kernel reads and writes: page-aligned, mapped apart from the heap.
+
+use crate::block::Iovec;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+
+/// A mapping of this process. An anonymous one is zero, and no memory until it is touched: reserving much
+/// costs nothing.
+///
+/// Its bytes may be written by the kernel and by several threads at once, as a disk's may; so they are copied
+/// in and out and never borrowed.
+#[derive(Debug)]
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping belongs to the process, not to a thread.
+unsafe impl Send for Mapping {}
+// SAFETY: no reference to the bytes is ever made; who copies what when is up to the users, as on a disk.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `len` bytes of zeroes, readable and writable.
+    ///
+    /// # Errors
+    /// The kernel's, `ENOMEM` mostly.
+    pub fn anonymous(len: usize) -> io::Result<Mapping> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        Mapping::map(len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+    }
+
+    /// Maps `len` bytes of `fd` from `offset`, shared and read-only.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn shared_read(fd: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Mapping> {
+        Mapping::map(len, libc::PROT_READ, libc::MAP_SHARED, fd.as_raw_fd(), offset as libc::off_t)
+    }
+
+    fn map(len: usize, prot: i32, flags: i32, fd: i32, offset: libc::off_t) -> io::Result<Mapping> {
+        // SAFETY: without MAP_FIXED (no caller passes it) the kernel chooses an address that overlaps nothing.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, fd, offset) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Mapping { base, len })
+    }
+
+    /// First byte.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Bytes; never 0.
+    #[allow(clippy::len_without_is_empty, reason = "the kernel makes no empty mapping")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// `len` bytes from `offset` on, for a request that ends before the mapping does.
+    ///
+    /// # Panics
+    /// When the range reaches past the end of the mapping.
+    pub fn iovec(&self, offset: usize, len: usize) -> Iovec {
+        // SAFETY: inside the mapping, and there are no references into one. That the mapping outlives the
+        // request is this method's contract and, for what the kernel has, that of `ring`.
+        unsafe { Iovec::new(self.range(offset, len), len) }
+    }
+
+    /// Copies from `offset` on into the ranges.
+    ///
+    /// # Panics
+    /// When the ranges together reach past the end of the mapping.
+    pub fn scatter(&self, offset: usize, iovecs: &[Iovec]) {
+        let mut at = offset;
+        for iovec in iovecs {
+            let from = self.range(at, iovec.len());
+            // SAFETY: `range` checked ours, the promise of `Iovec::new` covers the other.
+            unsafe { std::ptr::copy(from, iovec.base(), iovec.len()) };
+            at += iovec.len();
+        }
+    }
+
+    /// Copies bytes from `offset` on out, to be looked at.
+    ///
+    /// # Panics
+    /// When the range reaches past the end of the mapping.
+    pub fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        // SAFETY: `into` is ours alone until we return, and nothing keeps the range.
+        let range = unsafe { Iovec::new(into.as_mut_ptr(), into.len()) };
+        self.scatter(offset, &[range]);
+    }
+
+    /// Copies from the ranges to `offset` on.
+    ///
+    /// # Panics
+    /// As for [`scatter`](Self::scatter).
+    pub fn gather(&self, offset: usize, iovecs: &[Iovec]) {
+        let mut at = offset;
+        for iovec in iovecs {
+            let to = self.range(at, iovec.len());
+            // SAFETY: as in `scatter`.
+            unsafe { std::ptr::copy(iovec.base(), to, iovec.len()) };
+            at += iovec.len();
+        }
+    }
+
+    /// Makes `len` bytes from `offset` on zero, giving whole pages back to the system. For an anonymous
+    /// mapping only; one `madvise(2)` when the range has a whole page.
+    ///
+    /// # Panics
+    /// When the range reaches past the end of the mapping.
+    pub fn zero(&self, offset: usize, len: usize) {
+        const PAGE: usize = 4096;
+        let start = self.range(offset, len);
+        let (first, last) = (offset.next_multiple_of(PAGE), (offset + len) & !(PAGE - 1));
+        // SAFETY: `range` checked all of it, and the whole pages lie within it. MADV_DONTNEED on a private
+        // anonymous mapping makes them read zero.
+        unsafe {
+            if first < last
+                && libc::madvise(self.as_ptr().add(first).cast(), last - first, libc::MADV_DONTNEED) == 0
+            {
+                std::ptr::write_bytes(start, 0, first - offset);
+                std::ptr::write_bytes(self.as_ptr().add(last), 0, offset + len - last);
+            } else {
+                std::ptr::write_bytes(start, 0, len);
+            }
+        }
+    }
+
+    /// The address of `offset`, of which `len` bytes on are inside.
+    fn range(&self, offset: usize, len: usize) -> *mut u8 {
+        let end = offset.checked_add(len);
+        assert!(
+            end.is_some_and(|end| end <= self.len),
+            "{offset}+{len} is outside a mapping of {}",
+            self.len
+        );
+        self.as_ptr().wrapping_add(offset)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: made by mmap with this length, and unmapped once. No kernel I/O names it any more: the
+        // contract of `ring`.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len) };
+    }
+}
+
+/// 64 KiB of zeroes, aligned for O_DIRECT. In .bss: no memory until a store needs it.
+#[repr(align(4096))]
+struct Zeroes([u8; Zeroes::LEN]);
+
+impl Zeroes {
+    const LEN: usize = 1 << 16;
+}
+
+static ZEROES: Zeroes = Zeroes([0; Zeroes::LEN]);
+
+/// Up to `len` bytes of zeroes to write from; fewer where `len` is more than there are.
+pub fn zeroes(len: u64) -> Iovec {
+    let len = len.min(Zeroes::LEN as u64) as usize;
+    // SAFETY: a static is always mapped. Only writes are given it, and a write only reads it.
+    unsafe { Iovec::new(ZEROES.0.as_ptr().cast_mut(), len) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn halves(bytes: &mut [u8], at: usize) -> [Iovec; 2] {
+        let (a, b) = bytes.split_at_mut(at);
+        // SAFETY: used while `bytes` lives, and not through it meanwhile.
+        unsafe { [Iovec::new(a.as_mut_ptr(), a.len()), Iovec::new(b.as_mut_ptr(), b.len())] }
+    }
+
+    #[test]
+    fn gather_and_scatter_are_each_others_inverse() {
+        let mut from: Vec<u8> = (0..100).collect();
+        let mut to = vec![0u8; 100];
+        let mapping = Mapping::anonymous(200).unwrap();
+        mapping.gather(50, &halves(&mut from, 37));
+        mapping.scatter(50, &halves(&mut to, 61));
+        assert_eq!(from, to);
+    }
+
+    #[test]
+    fn zeroing_touches_its_range_alone() {
+        for (offset, len) in [(0, 16384), (1, 3), (100, 9000), (4096, 4096), (4095, 4098)] {
+            let mapping = Mapping::anonymous(16384).unwrap();
+            mapping.gather(0, &halves(&mut [7; 16384], 0));
+            mapping.zero(offset, len);
+            let mut bytes = vec![1u8; 16384];
+            mapping.scatter(0, &halves(&mut bytes, 0));
+            for (at, byte) in bytes.iter().enumerate() {
+                let inside = (offset..offset + len).contains(&at);
+                assert_eq!(*byte, if inside { 0 } else { 7 }, "byte {at} of {offset}+{len}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "outside a mapping")]
+    fn a_copy_past_the_end_is_caught() {
+        let mut bytes = [0u8; 10];
+        Mapping::anonymous(100).unwrap().scatter(95, &halves(&mut bytes, 5));
+    }
+}

@@ -1,0 +1,213 @@
+//! One submission, one `await`: the slots of a worker and what they wait for.
+
+use super::{Cqe, Kind, Ring, Sqe, UserData};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+/// A future that is not a request's: an NBD connection's reader, say. Boxed, since it is made once.
+pub(super) type Background = Pin<Box<dyn Future<Output = ()>>>;
+
+/// A ring, and the slots whose operations are in it. Shared by everything on one worker thread.
+pub struct Core<R> {
+    ring: R,
+    slots: RefCell<Vec<Slot>>,
+    free: RefCell<Vec<u32>>,
+    ready: RefCell<VecDeque<u32>>,
+    spawned: RefCell<Vec<(u32, Background)>>,
+    in_flight: Cell<usize>,
+}
+
+#[derive(Clone, Copy)]
+struct Slot {
+    /// Counts this slot's submissions, so that a completion of an earlier one can be told.
+    generation: u32,
+    state: State,
+    /// Woken by another slot since it last parked.
+    woken: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum State {
+    Free,
+    Idle,
+    InFlight,
+    Done(i32),
+}
+
+const _: () = assert!(size_of::<Slot>() <= 16);
+
+impl<R: Ring> Core<R> {
+    /// Takes the ring over.
+    pub fn new(ring: R) -> Rc<Core<R>> {
+        Rc::new(Core {
+            ring,
+            slots: RefCell::default(),
+            free: RefCell::default(),
+            ready: RefCell::default(),
+            spawned: RefCell::default(),
+            in_flight: Cell::new(0),
+        })
+    }
+
+    /// The ring itself.
+    pub fn ring(&self) -> &R {
+        &self.ring
+    }
+
+    /// Slots whose operation the kernel still has.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.get()
+    }
+
+    /// Polls `slot` again before the worker next sleeps.
+    pub fn wake(&self, slot: u32) {
+        let mut slots = self.slots.borrow_mut();
+        let slot_state = &mut slots[slot as usize];
+        if !slot_state.woken {
+            slot_state.woken = true;
+            self.ready.borrow_mut().push_back(slot);
+        }
+    }
+
+    /// Runs a future of this worker's own from now until it ends.
+    pub fn spawn<F: Future<Output = ()> + 'static>(self: &Rc<Self>, make: impl FnOnce(Io<R>) -> F) {
+        let slot = self.allocate();
+        let future = make(Io { core: self.clone(), slot });
+        self.spawned.borrow_mut().push((slot, Box::pin(future)));
+        self.wake(slot);
+    }
+
+    pub(super) fn take_spawned(&self) -> Option<(u32, Background)> {
+        self.spawned.borrow_mut().pop()
+    }
+
+    pub(super) fn next_ready(&self) -> Option<u32> {
+        self.ready.borrow_mut().pop_front()
+    }
+
+    pub(super) fn allocate(&self) -> u32 {
+        let mut slots = self.slots.borrow_mut();
+        let slot = self.free.borrow_mut().pop().unwrap_or_else(|| {
+            slots.push(Slot { generation: 0, state: State::Free, woken: false });
+            (slots.len() - 1) as u32
+        });
+        slots[slot as usize].state = State::Idle;
+        slot
+    }
+
+    pub(super) fn release(&self, slot: u32) {
+        let mut slots = self.slots.borrow_mut();
+        slots[slot as usize].state = State::Free;
+        slots[slot as usize].woken = false;
+        self.free.borrow_mut().push(slot);
+    }
+
+    /// Whether the kernel still has an operation of `slot`.
+    pub(super) fn is_in_flight(&self, slot: u32) -> bool {
+        self.slots.borrow()[slot as usize].state == State::InFlight
+    }
+
+    /// Records a completion and says whose it is; `None` for one that is stale or nobody's.
+    pub(super) fn deliver(&self, cqe: &Cqe) -> Option<u32> {
+        let number = cqe.user_data.number();
+        let mut slots = self.slots.borrow_mut();
+        let slot = slots.get_mut(number as usize)?;
+        if slot.state != State::InFlight || slot.generation != cqe.user_data.generation() {
+            log::error!("stale completion for slot {number}: {cqe:?}");
+            return None;
+        }
+        slot.state = State::Done(cqe.result);
+        self.in_flight.set(self.in_flight.get() - 1);
+        Some(number)
+    }
+}
+
+/// A slot's handle to its ring: what a request's future does its I/O with. One operation at a time.
+pub struct Io<R> {
+    core: Rc<Core<R>>,
+    slot: u32,
+}
+
+impl<R: Ring> Io<R> {
+    pub(super) fn new(core: &Rc<Core<R>>, slot: u32) -> Io<R> {
+        Io { core: core.clone(), slot }
+    }
+
+    /// The worker's slots and ring.
+    pub fn core(&self) -> &Rc<Core<R>> {
+        &self.core
+    }
+
+    /// Our number, for [`Core::wake`].
+    pub fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// Queues `sqe` now; the future gives its result, a count or a negated errno.
+    ///
+    /// Costs a copy into the submission queue: no allocation, no system call (see [`Ring::push`]).
+    ///
+    /// # Panics
+    /// When the slot already has an operation in flight: completing one of the two would complete the other.
+    #[must_use = "the result of an operation is its completion"]
+    pub fn submit(&self, sqe: &Sqe) -> Submitted<'_, R> {
+        let mut slots = self.core.slots.borrow_mut();
+        let slot = &mut slots[self.slot as usize];
+        assert_eq!(slot.state, State::Idle, "slot {} submits twice at once", self.slot);
+        slot.generation = (slot.generation + 1) % UserData::GENERATIONS;
+        slot.state = State::InFlight;
+        self.core.in_flight.set(self.core.in_flight.get() + 1);
+        self.core.ring.push(sqe, UserData::new(Kind::Slot, slot.generation, self.slot));
+        Submitted { io: self }
+    }
+
+    /// The `user_data` of the operation now in flight, to cancel it by.
+    pub fn user_data(&self) -> UserData {
+        UserData::new(Kind::Slot, self.core.slots.borrow()[self.slot as usize].generation, self.slot)
+    }
+
+    /// Waits for [`Core::wake`]; returns at once if it came since the last park.
+    pub fn park(&self) -> Park<'_, R> {
+        Park { io: self }
+    }
+}
+
+/// An operation in flight.
+pub struct Submitted<'a, R> {
+    io: &'a Io<R>,
+}
+
+impl<R: Ring> Future for Submitted<'_, R> {
+    type Output = i32;
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<i32> {
+        let mut slots = self.io.core.slots.borrow_mut();
+        let slot = &mut slots[self.io.slot as usize];
+        match slot.state {
+            State::Done(result) => {
+                slot.state = State::Idle;
+                Poll::Ready(result)
+            }
+            _ => Poll::Pending,
+        }
+    }
+}
+
+/// See [`Io::park`].
+pub struct Park<'a, R> {
+    io: &'a Io<R>,
+}
+
+impl<R: Ring> Future for Park<'_, R> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
+        let mut slots = self.io.core.slots.borrow_mut();
+        let slot = &mut slots[self.io.slot as usize];
+        if std::mem::take(&mut slot.woken) { Poll::Ready(()) } else { Poll::Pending }
+    }
+}

@@ -1,0 +1,556 @@
+//! A ring in memory whose faults come from a seed.
+//!
+//! [`Double`] carries [`Sqe`]s out on byte vectors, one for each registered file, loaded with what the file
+//! held. The file itself is never touched again. What the kernel may do to us, it does as often as
+//! [`Faults`] says: moves a part, fails, answers late, out of order, or twice.
+//!
+//! Contracts:
+//! - The same seed and the same calls give the same answers.
+//! - Memory is followed when an operation is carried out, some time between its push and its completion.
+//! - Each file has a second, *stable* copy, which is what a power cut leaves: only `fdatasync` and `RWF_DSYNC`
+//!   writes bring it up to date. An `fdatasync` that fails forgets what it should have written, as Linux
+//!   does: the next one succeeds without it.
+//! - A write, hole or zero range past the end of a file is a bug of ours, and panics. So does a wait for
+//!   something that will never come.
+
+use super::{Cqe, Kind, Mapping, Ring, Sqe, Target, UserData};
+use crate::block::Iovec;
+use libc::{EAGAIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC};
+use libc::{EBADF, ECANCELED, EFAULT, EINTR, EINVAL, EIO, ENOENT, ENOSPC, EOPNOTSUPP, ETIME};
+use std::cell::RefCell;
+use std::io;
+use std::ops::Range;
+use std::os::fd::RawFd;
+
+/// What goes wrong. Numbers are percentages of the operations concerned; nothing does by default.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    /// Reads and writes that move a part.
+    pub short: u8,
+    /// `EAGAIN` from reads and writes: what else there is the kernel tries again itself.
+    pub again: u8,
+    /// `EINTR` from everything but fdatasync.
+    pub interrupted: u8,
+    /// `EIO` from everything but fdatasync, after a part was done.
+    pub io_error: u8,
+    /// `ENOSPC` from everything that allocates.
+    pub no_space: u8,
+    /// `EIO` from fdatasync.
+    pub sync_error: u8,
+    /// Operations that are left for a later enter, and completions that are; less than 100.
+    pub delay: u8,
+    /// Completions that come once more, or again after a long time.
+    pub stale: u8,
+    /// Operations are carried out in any order.
+    pub reorder: bool,
+    /// `EOPNOTSUPP` for holes.
+    pub no_punch: bool,
+    /// `EOPNOTSUPP` for zero ranges.
+    pub no_zero_range: bool,
+    /// `EOPNOTSUPP` for a block device's discard.
+    pub no_discard: bool,
+    /// As a file opened with O_DIRECT: what addresses, and what lengths and offsets must be multiples of,
+    /// or `EINVAL`.
+    pub direct: Option<(usize, usize)>,
+}
+
+/// The ring. See the [module](self).
+pub struct Double {
+    state: RefCell<State>,
+}
+
+struct State {
+    random: Random,
+    faults: Faults,
+    files: Vec<File>,
+    /// The registered buffers; the index is the place in the table.
+    buffers: Vec<Iovec>,
+    /// Pushed, and not carried out.
+    pending: Vec<(Sqe, UserData)>,
+    /// Carried out, and not to be seen before a later enter.
+    late: Vec<Cqe>,
+    /// To be reaped.
+    ready: Vec<Cqe>,
+    /// What [`Faults::stale`] draws from.
+    past: Vec<Cqe>,
+    /// Everything that was ever pushed.
+    log: Vec<Sqe>,
+}
+
+struct File {
+    fd: RawFd,
+    bytes: Vec<u8>,
+    stable: Vec<u8>,
+    /// Written since the last fdatasync.
+    dirty: Vec<Range<usize>>,
+}
+
+impl Double {
+    /// A ring without files.
+    pub fn new(seed: u64, faults: Faults) -> Double {
+        assert!(faults.delay < 100, "nothing would ever complete");
+        let state = State {
+            random: Random(seed),
+            faults,
+            files: Vec::new(),
+            buffers: Vec::new(),
+            pending: Vec::new(),
+            late: Vec::new(),
+            ready: Vec::new(),
+            past: Vec::new(),
+            log: Vec::new(),
+        };
+        Double { state: RefCell::new(state) }
+    }
+
+    /// Changes what goes wrong from now on.
+    pub fn set_faults(&self, faults: Faults) {
+        self.state.borrow_mut().faults = faults;
+    }
+
+    /// How many of the operations pushed so far were such.
+    pub fn count(&self, such: impl Fn(&Sqe) -> bool) -> usize {
+        self.state.borrow().log.iter().filter(|sqe| such(sqe)).count()
+    }
+
+    /// What the only file holds; `None` when there is none.
+    pub fn contents(&self) -> Option<Vec<u8>> {
+        self.state.borrow().files.first().map(|file| file.bytes.clone())
+    }
+
+    /// What a power cut would leave of the only file.
+    pub fn stable(&self) -> Option<Vec<u8>> {
+        self.state.borrow().files.first().map(|file| file.stable.clone())
+    }
+
+    /// Cuts the power: every file is what was stable of it.
+    pub fn power_cut(&self) {
+        for file in &mut self.state.borrow_mut().files {
+            file.bytes.clone_from(&file.stable);
+            file.dirty.clear();
+        }
+    }
+
+    /// Registers a buffer in the next place of the table, and says which one that is.
+    pub fn add_buffer(&self, buffer: Iovec) -> u16 {
+        let buffers = &mut self.state.borrow_mut().buffers;
+        buffers.push(buffer);
+        (buffers.len() - 1) as u16
+    }
+
+    /// Makes `fd` readable: the polls on it complete.
+    pub fn signal(&self, fd: RawFd) {
+        let State { pending, ready, .. } = &mut *self.state.borrow_mut();
+        pending.retain(|(sqe, user_data)| {
+            let (file, more) = match *sqe {
+                Sqe::PollOnce { file } => (file, false),
+                Sqe::PollMultishot { file } => (file, true),
+                _ => return true,
+            };
+            let polled = file == Target::Fd(fd);
+            if polled {
+                ready.push(Cqe { user_data: *user_data, result: i32::from(libc::POLLIN), more });
+            }
+            !polled || more
+        });
+    }
+}
+
+impl Ring for Double {
+    fn push(&self, sqe: &Sqe, user_data: UserData) {
+        let state = &mut *self.state.borrow_mut();
+        state.pending.push((*sqe, user_data));
+        state.log.push(*sqe);
+    }
+
+    fn enter(&self, wait: bool) -> io::Result<()> {
+        let state = &mut *self.state.borrow_mut();
+        loop {
+            state.pass();
+            if !wait || !state.ready.is_empty() {
+                return Ok(());
+            }
+            assert!(state.can_progress() || state.pass_time(), "the ring is asked to sleep for ever");
+        }
+    }
+
+    fn reap(&self, into: &mut Vec<Cqe>) {
+        let state = &mut *self.state.borrow_mut();
+        for cqe in std::mem::take(&mut state.ready) {
+            into.push(cqe);
+            if cqe.user_data.kind() == Some(Kind::Slot) {
+                state.past.push(cqe);
+            }
+            if state.random.percent(state.faults.stale) && !state.past.is_empty() {
+                let mut stale = state.past[state.random.below(state.past.len())];
+                if state.random.percent(50) {
+                    stale.result = -EIO;
+                }
+                into.push(stale);
+            }
+        }
+    }
+
+    fn register(&self, fd: RawFd) -> Target {
+        let files = &mut self.state.borrow_mut().files;
+        let known = files.iter().position(|file| file.fd == fd);
+        let index = known.unwrap_or_else(|| {
+            let bytes = std::fs::read(format!("/proc/self/fd/{fd}")).unwrap();
+            files.push(File { fd, stable: bytes.clone(), bytes, dirty: Vec::new() });
+            files.len() - 1
+        });
+        Target::Fixed(index as u32)
+    }
+}
+
+impl State {
+    /// One enter's work.
+    fn pass(&mut self) {
+        for cqe in std::mem::take(&mut self.late) {
+            self.answer(cqe);
+        }
+        let (waiting, mut batch): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.pending).into_iter().partition(|(sqe, _)| waits(sqe));
+        self.pending = waiting;
+        if self.faults.reorder {
+            for last in (1..batch.len()).rev() {
+                batch.swap(last, self.random.below(last + 1));
+            }
+        }
+        for (sqe, user_data) in batch {
+            if waits(&sqe) || self.random.percent(self.faults.delay) {
+                self.pending.push((sqe, user_data));
+                continue;
+            }
+            let result = self.carry_out(&sqe).unwrap_or_else(|errno| -errno);
+            self.answer(Cqe { user_data, result, more: false });
+        }
+    }
+
+    fn answer(&mut self, cqe: Cqe) {
+        let to = if self.random.percent(self.faults.delay) { &mut self.late } else { &mut self.ready };
+        to.push(cqe);
+    }
+
+    /// Whether another pass could complete something.
+    fn can_progress(&self) -> bool {
+        !self.late.is_empty() || !self.pending.iter().all(|(sqe, _)| waits(sqe))
+    }
+
+    /// Nothing else can happen, so the first timeout expires. False when there is none.
+    fn pass_time(&mut self) -> bool {
+        let Some(at) = self.pending.iter().position(|(sqe, _)| matches!(sqe, Sqe::Timeout { .. })) else {
+            return false;
+        };
+        let (_, user_data) = self.pending.remove(at);
+        self.ready.push(Cqe { user_data, result: -ETIME, more: false });
+        true
+    }
+
+    fn carry_out(&mut self, sqe: &Sqe) -> Result<i32, i32> {
+        match *sqe {
+            Sqe::Read { file, addr, len, offset } => self.read(file, &[range(addr, len)], offset),
+            Sqe::Write { file, addr, len, offset, rw_flags } => {
+                self.write(file, &[range(addr.cast_mut(), len)], offset, rw_flags)
+            }
+            Sqe::Readv { file, iovecs, count, offset } => {
+                // SAFETY: the contract of `ring`: what a submission names is valid until its completion.
+                let iovecs = unsafe { std::slice::from_raw_parts(iovecs, count as usize) };
+                self.read(file, iovecs, offset)
+            }
+            Sqe::Writev { file, iovecs, count, offset, rw_flags } => {
+                // SAFETY: as above.
+                let iovecs = unsafe { std::slice::from_raw_parts(iovecs, count as usize) };
+                self.write(file, iovecs, offset, rw_flags)
+            }
+            Sqe::ReadFixed { file, index, skip, len, offset } => {
+                let buffer = self.buffer(index, skip, len)?;
+                self.read(file, &[buffer], offset)
+            }
+            Sqe::WriteFixed { file, index, skip, len, offset, rw_flags } => {
+                let buffer = self.buffer(index, skip, len)?;
+                self.write(file, &[buffer], offset, rw_flags)
+            }
+            Sqe::Fdatasync { file } => {
+                let failed = self.random.percent(self.faults.sync_error);
+                let file = self.file(file)?;
+                for range in std::mem::take(&mut file.dirty) {
+                    if !failed {
+                        file.harden(range);
+                    }
+                }
+                if failed { Err(EIO) } else { Ok(0) }
+            }
+            Sqe::Fallocate { file, mode, offset, len } => {
+                let unsupported = match mode & !FALLOC_FL_KEEP_SIZE {
+                    FALLOC_FL_PUNCH_HOLE => self.faults.no_punch || mode & FALLOC_FL_KEEP_SIZE == 0,
+                    FALLOC_FL_ZERO_RANGE => self.faults.no_zero_range,
+                    _ => true,
+                };
+                if unsupported { Err(EOPNOTSUPP) } else { self.set(file, offset, len, 0) }
+            }
+            Sqe::BlockDiscard { .. } if self.faults.no_discard => Err(EOPNOTSUPP),
+            // Undefined contents are not zeroes.
+            Sqe::BlockDiscard { file, offset, len } => self.set(file, offset, len, 0xd1),
+            Sqe::Cancel { user_data } => {
+                let at = self.pending.iter().position(|(_, pending)| *pending == user_data).ok_or(ENOENT)?;
+                self.pending.remove(at);
+                self.answer(Cqe { user_data, result: -ECANCELED, more: false });
+                Ok(0)
+            }
+            // No sockets, no ublk.
+            _ => Err(EINVAL),
+        }
+    }
+
+    fn read(&mut self, file: Target, iovecs: &[Iovec], offset: u64) -> Result<i32, i32> {
+        let (count, error) = self.how_much(iovecs, offset, false)?;
+        let file = self.file(file)?;
+        let from = file.bytes.get(offset as usize..).unwrap_or_default();
+        let count = count.min(from.len());
+        let mut done = 0;
+        for iovec in iovecs {
+            let step = iovec.len().min(count - done);
+            // SAFETY: the promise of `Iovec::new`; `step` bytes of `from` are there.
+            unsafe { std::ptr::copy(from[done..].as_ptr(), iovec.base(), step) };
+            done += step;
+        }
+        error.map_or(Ok(count as i32), Err)
+    }
+
+    fn write(&mut self, file: Target, iovecs: &[Iovec], offset: u64, rw_flags: i32) -> Result<i32, i32> {
+        let (count, error) = self.how_much(iovecs, offset, true)?;
+        let file = self.file(file)?;
+        let whole = file.range(offset, count as u64);
+        let mut at = whole.start;
+        for iovec in iovecs {
+            let to = &mut file.bytes[at..whole.end];
+            let step = iovec.len().min(to.len());
+            // SAFETY: the promise of `Iovec::new`; `to` has room for `step` bytes.
+            unsafe { std::ptr::copy(iovec.base(), to.as_mut_ptr(), step) };
+            at += step;
+        }
+        if rw_flags & RWF_DSYNC != 0 && error.is_none() {
+            file.harden(whole);
+        } else {
+            file.dirty.push(whole);
+        }
+        error.map_or(Ok(count as i32), Err)
+    }
+
+    /// How many bytes a transfer moves, and the error it tells afterwards; or the one it tells at once.
+    fn how_much(&mut self, iovecs: &[Iovec], offset: u64, write: bool) -> Result<(usize, Option<i32>), i32> {
+        let Faults { direct, again, interrupted, io_error, no_space, short, .. } = self.faults;
+        let (memory, unit) = direct.unwrap_or((1, 1));
+        let fits =
+            |iovec: &Iovec| iovec.base().addr().is_multiple_of(memory) && iovec.len().is_multiple_of(unit);
+        if !offset.is_multiple_of(unit as u64) || !iovecs.iter().all(fits) {
+            return Err(EINVAL);
+        }
+        let random = &mut self.random;
+        if random.percent(again) {
+            return Err(EAGAIN);
+        }
+        if random.percent(interrupted) {
+            return Err(EINTR);
+        }
+        if write && random.percent(no_space) {
+            return Err(ENOSPC);
+        }
+        let all: usize = iovecs.iter().map(Iovec::len).sum();
+        let units = all / unit;
+        if random.percent(io_error) {
+            return Ok((random.below(units + 1) * unit, Some(EIO)));
+        }
+        let part = units > 1 && random.percent(short);
+        Ok((if part { (1 + random.below(units - 1)) * unit } else { all }, None))
+    }
+
+    /// Fills a range with one byte.
+    fn set(&mut self, file: Target, offset: u64, len: u64, byte: u8) -> Result<i32, i32> {
+        let Faults { interrupted, io_error, no_space, .. } = self.faults;
+        if self.random.percent(interrupted) {
+            return Err(EINTR);
+        }
+        if self.random.percent(no_space) {
+            return Err(ENOSPC);
+        }
+        let failed = self.random.percent(io_error);
+        let done = if failed { self.random.below(len as usize) as u64 } else { len };
+        let file = self.file(file)?;
+        let range = file.range(offset, done);
+        file.bytes[range.clone()].fill(byte);
+        file.dirty.push(range);
+        if failed { Err(EIO) } else { Ok(0) }
+    }
+
+    fn buffer(&self, index: u16, skip: u64, len: u32) -> Result<Iovec, i32> {
+        let mut buffer = *self.buffers.get(index as usize).ok_or(EFAULT)?;
+        buffer.advance(skip as usize);
+        buffer.split_off(len as usize);
+        if buffer.len() == len as usize { Ok(buffer) } else { Err(EFAULT) }
+    }
+
+    fn file(&mut self, target: Target) -> Result<&mut File, i32> {
+        match target {
+            Target::Fixed(index) => self.files.get_mut(index as usize),
+            Target::Fd(fd) => self.files.iter_mut().find(|file| file.fd == fd),
+        }
+        .ok_or(EBADF)
+    }
+}
+
+impl File {
+    fn range(&self, offset: u64, len: u64) -> Range<usize> {
+        let (start, end) = (offset as usize, (offset + len) as usize);
+        assert!(end <= self.bytes.len(), "{start}..{end} is past the end of the file");
+        start..end
+    }
+
+    fn harden(&mut self, range: Range<usize>) {
+        self.stable[range.clone()].copy_from_slice(&self.bytes[range]);
+    }
+}
+
+/// Whether an operation waits for something that a pass does not bring about.
+fn waits(sqe: &Sqe) -> bool {
+    matches!(sqe, Sqe::PollOnce { .. } | Sqe::PollMultishot { .. } | Sqe::Timeout { .. })
+}
+
+fn range(base: *mut u8, len: u32) -> Iovec {
+    // SAFETY: the contract of `ring`: what a submission names is valid until its completion.
+    unsafe { Iovec::new(base, len as usize) }
+}
+
+/// Copies bytes into a mapping.
+pub fn put(mapping: &Mapping, offset: usize, bytes: &[u8]) {
+    // SAFETY: `gather` only reads the range, before `bytes` can go.
+    mapping.gather(offset, &[unsafe { Iovec::new(bytes.as_ptr().cast_mut(), bytes.len()) }]);
+}
+
+/// Copies bytes out of a mapping.
+pub fn get(mapping: &Mapping, offset: usize, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    // SAFETY: `scatter` fills the range before anybody looks at `bytes` again.
+    mapping.scatter(offset, &[unsafe { Iovec::new(bytes.as_mut_ptr(), len) }]);
+    bytes
+}
+
+/// SplitMix64: a counter, well stirred.
+pub struct Random(pub u64);
+
+impl Random {
+    /// 64 bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut bits = self.0;
+        bits = (bits ^ bits >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        bits = (bits ^ bits >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        bits ^ bits >> 31
+    }
+
+    /// So many bytes.
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes: Vec<u8> = (0..len.div_ceil(8)).flat_map(|_| self.bits().to_ne_bytes()).collect();
+        bytes.truncate(len);
+        bytes
+    }
+
+    /// Less than `bound`.
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.bits() % bound as u64) as usize
+    }
+
+    /// True that often.
+    pub fn percent(&mut self, percent: u8) -> bool {
+        percent > 0 && self.below(100) < percent as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
+
+    fn slot(number: u32) -> UserData {
+        UserData::new(Kind::Slot, 1, number)
+    }
+
+    /// Pushes `sqes` and waits for as many completions.
+    fn results(ring: &Double, sqes: &[Sqe]) -> Vec<i32> {
+        for (number, sqe) in sqes.iter().enumerate() {
+            ring.push(sqe, slot(number as u32));
+        }
+        let mut seen = Vec::new();
+        while seen.len() < sqes.len() {
+            ring.enter(true).unwrap();
+            ring.reap(&mut seen);
+        }
+        seen.sort_by_key(|cqe| cqe.user_data.number());
+        seen.iter().map(|cqe| cqe.result).collect()
+    }
+
+    fn file(ring: &Double) -> (std::fs::File, Target) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 1000]).unwrap();
+        let target = ring.register(file.as_raw_fd());
+        (file, target)
+    }
+
+    #[test]
+    fn only_what_was_synced_survives_a_power_cut() {
+        let ring = Double::new(1, Faults::default());
+        let (_file, file) = file(&ring);
+        let bytes = [9u8; 30];
+        let write = |offset, rw_flags| Sqe::Write { file, addr: bytes.as_ptr(), len: 10, offset, rw_flags };
+        assert_eq!(results(&ring, &[write(0, 0), Sqe::Fdatasync { file }]), [10, 0]);
+        assert_eq!(results(&ring, &[write(20, 0), write(40, RWF_DSYNC)]), [10, 10]);
+        ring.set_faults(Faults { sync_error: 100, ..Faults::default() });
+        assert_eq!(results(&ring, &[Sqe::Fdatasync { file }]), [-EIO]);
+        ring.set_faults(Faults::default());
+        assert_eq!(results(&ring, &[Sqe::Fdatasync { file }]), [0]);
+        ring.power_cut();
+        let left = ring.contents().unwrap();
+        assert_eq!((left[0], left[20], left[40], left[60]), (9, 7, 9, 7));
+    }
+
+    #[test]
+    fn the_seed_alone_decides() {
+        let run = |seed| {
+            let faults = Faults { short: 50, again: 20, delay: 50, reorder: true, ..Faults::default() };
+            let ring = Double::new(seed, faults);
+            let (_file, file) = file(&ring);
+            let mut bytes = [0u8; 100];
+            let addr = bytes.as_mut_ptr();
+            let reads: Vec<_> = (0..30).map(|offset| Sqe::Read { file, addr, len: 100, offset }).collect();
+            results(&ring, &reads)
+        };
+        assert_eq!(run(5), run(5));
+        assert_ne!(run(5), run(6));
+    }
+
+    #[test]
+    fn polls_wait_and_cancels_end_them() {
+        let ring = Double::new(1, Faults::default());
+        ring.push(&Sqe::PollMultishot { file: Target::Fd(77) }, slot(0));
+        let mut seen = Vec::new();
+        ring.enter(false).unwrap();
+        ring.reap(&mut seen);
+        assert!(seen.is_empty());
+        ring.signal(77);
+        ring.signal(78);
+        ring.push(&Sqe::Cancel { user_data: slot(0) }, slot(1));
+        ring.push(&Sqe::Cancel { user_data: slot(9) }, slot(2));
+        ring.enter(true).unwrap();
+        ring.reap(&mut seen);
+        let seen: Vec<_> = seen.iter().map(|cqe| (cqe.user_data.number(), cqe.result, cqe.more)).collect();
+        assert_eq!(seen, [(0, 1, true), (0, -ECANCELED, false), (1, 0, false), (2, -ENOENT, false)]);
+    }
+
+    #[test]
+    #[should_panic(expected = "sleep for ever")]
+    fn a_wait_for_nothing_is_caught() {
+        let _ = Double::new(1, Faults::default()).enter(true);
+    }
+}

@@ -1,0 +1,62 @@
+//! The only owner of io_uring.
+//!
+//! A [`Ring`] takes [`Sqe`]s and gives [`Cqe`]s back. [`Core`] turns one pair into one `await`: a slot
+//! submits an operation and is polled again when its completion comes, found by the slot number in
+//! `user_data`. [`Tasks`] keeps the futures. Everything here belongs to one thread; nothing is locked.
+//!
+//! Two rings exist: [`Uring`], the kernel's, and (in tests) `Double`, an in-memory one with seeded faults.
+//! Which one is used is a type parameter, so the choice costs nothing.
+//!
+//! Contracts:
+//! - Exactly one completion per submission, except multishot polls ([`Cqe::more`]).
+//! - Memory that a submission names stays valid until its completion. Callers keep this by not dropping a
+//!   future that waits on the kernel; [`Tasks`] leaks such a future rather than free what the kernel may write.
+
+mod buffer;
+mod command;
+mod core;
+#[cfg(test)]
+pub mod double;
+mod sqe;
+mod task;
+mod uring;
+
+pub use self::core::{Core, Io, Park};
+pub use buffer::{Mapping, zeroes};
+pub use command::CommandRing;
+pub use sqe::{Cqe, Kind, Sqe, Target, UserData};
+pub use task::Tasks;
+pub use uring::{Setup, Uring};
+
+use std::io;
+use std::os::fd::RawFd;
+
+/// A submission and a completion queue.
+pub trait Ring: 'static {
+    /// Queues `sqe`. It never fails: what does not fit the submission queue now goes in at the next
+    /// [`enter`](Ring::enter). No system call unless the queue is full.
+    fn push(&self, sqe: &Sqe, user_data: UserData);
+
+    /// Submits what was pushed and, with `wait`, sleeps until there is at least one completion to reap.
+    /// One system call, or none where nothing was pushed and none was asked for.
+    ///
+    /// # Errors
+    /// Only those that leave the ring unusable. `EINTR`, `EBUSY` and `EAGAIN` are not: they return `Ok`
+    /// and what was not taken goes in at the next call.
+    fn enter(&self, wait: bool) -> io::Result<()>;
+
+    /// Appends the completions that are there to `into`. No system call.
+    fn reap(&self, into: &mut Vec<Cqe>);
+
+    /// Enters `fd` into the ring's file table, which saves each operation a reference count. Where there is
+    /// no table, or no place left in it, the plain descriptor serves. The caller keeps `fd` open until
+    /// [`release`](Ring::release).
+    fn register(&self, fd: RawFd) -> Target {
+        Target::Fd(fd)
+    }
+
+    /// Takes a file out of the table; a plain descriptor is left alone.
+    fn release(&self, file: Target) {
+        let _ = file;
+    }
+}

@@ -1,0 +1,191 @@
+//! The futures of a worker, each polled when its own slot has news and at no other time.
+
+use super::core::Background;
+use super::{Core, Cqe, Io, Ring};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Waker};
+
+/// One future a slot. `F` is the one type all requests' futures have, so polling one is a direct call.
+pub struct Tasks<R: Ring, F> {
+    core: Rc<Core<R>>,
+    tasks: Vec<Option<Task<F>>>,
+}
+
+enum Task<F> {
+    Slot(Pin<Box<F>>),
+    Background(Background),
+}
+
+impl<R: Ring, F: Future<Output = ()>> Tasks<R, F> {
+    /// None yet.
+    pub fn new(core: Rc<Core<R>>) -> Self {
+        Tasks { core, tasks: Vec::new() }
+    }
+
+    /// Adds a future, and polls it for the first time. One allocation, for the future's whole life.
+    pub fn add(&mut self, make: impl FnOnce(Io<R>) -> F) -> u32 {
+        let slot = self.core.allocate();
+        let future = make(Io::new(&self.core, slot));
+        self.put(slot, Task::Slot(Box::pin(future)));
+        self.poll(slot);
+        slot
+    }
+
+    fn put(&mut self, slot: u32, task: Task<F>) {
+        let index = slot as usize;
+        if self.tasks.len() <= index {
+            self.tasks.resize_with(index + 1, || None);
+        }
+        self.tasks[index] = Some(task);
+    }
+
+    /// Whether `slot`'s future has not ended.
+    pub fn is_alive(&self, slot: u32) -> bool {
+        self.tasks.get(slot as usize).is_some_and(Option::is_some)
+    }
+
+    /// Ends `slot`'s future where it waits. One that waits for the kernel is left to it instead: its memory
+    /// is leaked, because the kernel may still write there.
+    pub fn remove(&mut self, slot: u32) {
+        let Some(task) = self.tasks.get_mut(slot as usize).and_then(Option::take) else { return };
+        if self.core.is_in_flight(slot) {
+            log::error!("slot {slot} is abandoned with an operation in flight");
+            std::mem::forget(task);
+        } else {
+            drop(task);
+            self.core.release(slot);
+        }
+    }
+
+    /// Polls `slot`'s future, if it has one.
+    pub fn poll(&mut self, slot: u32) {
+        let Some(place) = self.tasks.get_mut(slot as usize) else { return };
+        let context = &mut Context::from_waker(Waker::noop());
+        let ended = match place {
+            Some(Task::Slot(future)) => future.as_mut().poll(context).is_ready(),
+            Some(Task::Background(future)) => future.as_mut().poll(context).is_ready(),
+            None => return,
+        };
+        if ended {
+            *place = None;
+            self.core.release(slot);
+        }
+    }
+
+    /// Hands a completion to the future it belongs to.
+    pub fn complete(&mut self, cqe: &Cqe) {
+        if let Some(slot) = self.core.deliver(cqe) {
+            self.poll(slot);
+        }
+    }
+
+    /// Takes in what was spawned and polls what was woken, until neither is left. Whether it did anything.
+    pub fn run_ready(&mut self) -> bool {
+        let mut worked = false;
+        loop {
+            while let Some((slot, future)) = self.core.take_spawned() {
+                self.put(slot, Task::Background(future));
+            }
+            let Some(slot) = self.core.next_ready() else { return worked };
+            worked = true;
+            self.poll(slot);
+        }
+    }
+}
+
+impl<R: Ring, F> Drop for Tasks<R, F> {
+    fn drop(&mut self) {
+        for (slot, task) in self.tasks.iter_mut().enumerate() {
+            if task.is_some() && self.core.is_in_flight(slot as u32) {
+                std::mem::forget(task.take());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::{Kind, Setup, Sqe, Target, Uring, UserData};
+    use std::cell::Cell;
+
+    /// Runs everything until nothing is in flight.
+    fn settle<R: Ring, F: Future<Output = ()>>(core: &Core<R>, tasks: &mut Tasks<R, F>) {
+        let mut cqes = Vec::new();
+        while tasks.run_ready() || core.in_flight() > 0 {
+            core.ring().enter(core.in_flight() > 0).unwrap();
+            core.ring().reap(&mut cqes);
+            for cqe in cqes.drain(..) {
+                tasks.complete(&cqe);
+            }
+        }
+    }
+
+    fn uring() -> Rc<Core<Uring>> {
+        Core::new(Uring::new(Setup { entries: 8, completions: 64, ..Setup::default() }).unwrap())
+    }
+
+    #[test]
+    fn each_slot_gets_its_own_result() {
+        use std::os::fd::AsRawFd;
+        let core = uring();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(100).unwrap();
+        let fd = Target::Fd(file.as_raw_fd());
+        let results: Rc<[Cell<i32>; 20]> = Rc::new(std::array::from_fn(|_| Cell::new(-1)));
+        let mut tasks = Tasks::new(core.clone());
+        for n in 0..20 {
+            let results = results.clone();
+            tasks.add(|io| async move {
+                let mut bytes = vec![0u8; 20];
+                let read = Sqe::Read { file: fd, addr: bytes.as_mut_ptr(), len: n, offset: 0 };
+                let first = io.submit(&read).await;
+                let second = io.submit(&read).await;
+                results[n as usize].set(first + second);
+            });
+        }
+        settle(&core, &mut tasks);
+        assert_eq!(results.each_ref().map(Cell::get), std::array::from_fn(|n| 2 * n as i32));
+    }
+
+    #[test]
+    fn a_stale_completion_changes_nothing() {
+        let core = uring();
+        let mut tasks = Tasks::new(core.clone());
+        let slot = tasks.add(|io| async move {
+            io.park().await;
+        });
+        let stale = Cqe { user_data: UserData::new(Kind::Slot, 5, slot), result: 1, more: false };
+        tasks.complete(&stale);
+        tasks.complete(&Cqe { user_data: UserData::new(Kind::Slot, 0, 999), ..stale });
+        assert!(tasks.is_alive(slot));
+    }
+
+    #[test]
+    fn a_wake_before_the_park_is_not_lost() {
+        let core = uring();
+        let mut tasks = Tasks::new(core.clone());
+        let slot = tasks.add(|io| async move {
+            io.park().await;
+            io.park().await;
+        });
+        core.wake(slot);
+        core.wake(slot);
+        tasks.run_ready();
+        assert!(tasks.is_alive(slot), "two wakes before one park are one");
+        core.wake(slot);
+        tasks.run_ready();
+        assert!(!tasks.is_alive(slot));
+    }
+
+    #[test]
+    fn slots_are_used_again() {
+        let core = uring();
+        let mut tasks = Tasks::new(core.clone());
+        let first = tasks.add(|_| std::future::ready(()));
+        let second = tasks.add(|_| std::future::ready(()));
+        assert_eq!(first, second);
+    }
+}
