@@ -9,3 +9,5 @@
 pub mod block;
 /// The only owner of io_uring: operations, slots, the futures that wait for them.
 pub mod ring;
+/// Volumes: file, memory, null, nbd.
+pub mod engine;

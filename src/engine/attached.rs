@@ -1,0 +1,80 @@
+//! A volume as one worker uses it.
+
+use super::backend::Backend;
+use super::file::FileOps;
+use super::memory::Memory;
+use super::nbd::NbdOps;
+use super::null::Null;
+use crate::block::{Data, Errno, Geometry};
+use crate::ring::{Io, Ring};
+
+/// One worker's use of a volume. Which kind is a match, not a pointer: the compiler sees through it.
+pub struct Attached<R: Ring> {
+    geometry: Geometry,
+    ops: Ops<R>,
+}
+
+/// The kinds. Layered volumes to come are boxed here.
+pub(super) enum Ops<R: Ring> {
+    File(FileOps<R>),
+    Memory(Memory),
+    Null(Null),
+    Nbd(NbdOps<R>),
+}
+
+impl<R: Ring> Attached<R> {
+    pub(super) fn new(geometry: Geometry, ops: Ops<R>) -> Attached<R> {
+        Attached { geometry, ops }
+    }
+
+    /// What the export looks like.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Whether requests may carry a registered buffer: only what the kernel moves without our looking.
+    pub fn takes_registered(&self) -> bool {
+        matches!(self.ops, Ops::File(_))
+    }
+}
+
+/// The same call on whichever kind it is.
+macro_rules! each {
+    ($self:expr, $volume:ident => $call:expr) => {
+        match &$self.ops {
+            Ops::File($volume) => $call,
+            Ops::Memory($volume) => $call,
+            Ops::Null($volume) => $call,
+            Ops::Nbd($volume) => $call,
+        }
+    };
+}
+
+impl<R: Ring> Backend<R> for Attached<R> {
+    async fn read(&self, io: &Io<R>, data: &mut Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
+        each!(self, volume => volume.read(io, data, len, offset).await)
+    }
+
+    async fn write(
+        &self,
+        io: &Io<R>,
+        data: &mut Data<'_>,
+        len: u64,
+        offset: u64,
+        fua: bool,
+    ) -> Result<(), Errno> {
+        each!(self, volume => volume.write(io, data, len, offset, fua).await)
+    }
+
+    async fn flush(&self, io: &Io<R>) -> Result<(), Errno> {
+        each!(self, volume => volume.flush(io).await)
+    }
+
+    async fn discard(&self, io: &Io<R>, offset: u64, len: u64) -> Result<(), Errno> {
+        each!(self, volume => volume.discard(io, offset, len).await)
+    }
+
+    async fn write_zeroes(&self, io: &Io<R>, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
+        each!(self, volume => volume.write_zeroes(io, offset, len, unmap).await)
+    }
+}

@@ -1,0 +1,366 @@
+//! What a user may say about a volume: plain data, with the checks that need no other part of the configuration.
+//!
+//! Both spellings end here. A file's table and a flag's `key=value` list are deserialized into the same structs by
+//! [`VolumeConfig::from_driver`], so a key exists in both or in neither. Nothing is opened here.
+
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::de::{Deserialize, Deserializer, Error};
+
+use crate::block::{Geometry, Size};
+
+/// One volume: where its bytes are and how they are reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VolumeConfig {
+    /// A regular file or a block device.
+    File(FileConfig),
+    /// Bytes in this process, lost when it ends.
+    Memory(MemoryConfig),
+    /// Reads zeroes and forgets writes.
+    Null(NullConfig),
+    /// An export of an NBD server.
+    Nbd(NbdConfig),
+}
+
+/// `driver = "file"`.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct FileConfig {
+    /// The image or device; a relative path starts at the service's working directory.
+    pub path: PathBuf,
+    /// O_DIRECT: go past the host's page cache.
+    #[serde(default)]
+    pub direct: bool,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Logical block in bytes, 512 or 4096; `None`: what the backing store needs.
+    pub block_size: Option<u32>,
+}
+
+/// `driver = "memory"`.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct MemoryConfig {
+    /// Capacity.
+    pub size: Size,
+    /// Logical block in bytes, 512 or 4096; `None`: 512.
+    pub block_size: Option<u32>,
+}
+
+/// `driver = "null"`.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NullConfig {
+    /// Capacity.
+    pub size: Size,
+    /// Logical block in bytes, 512 or 4096; `None`: 512.
+    pub block_size: Option<u32>,
+}
+
+/// `driver = "nbd"`.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct NbdConfig {
+    /// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`.
+    pub uri: String,
+    /// Connections to open, 1 to [`NbdConfig::MAX_CONNECTIONS`]; `None`: 4 where the server allows more than one.
+    pub connections: Option<u16>,
+    /// Seconds to go on trying to reach a lost server before requests fail; 0: fail at once.
+    #[serde(default)]
+    pub reconnect: u64,
+    /// Refuse writes.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+impl NbdConfig {
+    /// The most connections to one export.
+    pub const MAX_CONNECTIONS: u16 = 16;
+    /// The longest reconnect time in seconds: one day.
+    pub const MAX_RECONNECT: u64 = 24 * 60 * 60;
+}
+
+/// A driver's name and the key its target (`DRIVER:TARGET` in a flag) is stored under.
+const DRIVERS: [(&str, &str); 4] = [("file", "path"), ("memory", "size"), ("null", "size"), ("nbd", "uri")];
+
+impl VolumeConfig {
+    /// The key a driver's target goes by in a file; `None` for an unknown driver.
+    pub fn target_key(driver: &str) -> Option<&'static str> {
+        DRIVERS.iter().find(|(name, _)| *name == driver).map(|(_, key)| *key)
+    }
+
+    /// Reads the settings of a volume whose driver is already known. `settings` is a map without the driver's name.
+    ///
+    /// # Errors
+    /// An unknown driver, an unknown or missing key, a value of the wrong type.
+    pub fn from_driver<'de, D: Deserializer<'de>>(
+        driver: &str,
+        settings: D,
+    ) -> Result<VolumeConfig, D::Error> {
+        Ok(match driver {
+            "file" => VolumeConfig::File(Deserialize::deserialize(settings)?),
+            "memory" => VolumeConfig::Memory(Deserialize::deserialize(settings)?),
+            "null" => VolumeConfig::Null(Deserialize::deserialize(settings)?),
+            "nbd" => VolumeConfig::Nbd(Deserialize::deserialize(settings)?),
+            _ => {
+                let known = DRIVERS.map(|(name, _)| name).join(", ");
+                return Err(D::Error::custom(format_args!(
+                    "unknown driver \"{driver}\", there are: {known}"
+                )));
+            }
+        })
+    }
+
+    /// The driver's name, as the user spells it.
+    pub fn driver(&self) -> &'static str {
+        match self {
+            VolumeConfig::File(_) => "file",
+            VolumeConfig::Memory(_) => "memory",
+            VolumeConfig::Null(_) => "null",
+            VolumeConfig::Nbd(_) => "nbd",
+        }
+    }
+
+    /// What the driver was pointed at, as the user spells it.
+    pub fn target(&self) -> String {
+        match self {
+            VolumeConfig::File(file) => file.path.display().to_string(),
+            VolumeConfig::Memory(memory) => memory.size.to_string(),
+            VolumeConfig::Null(null) => null.size.to_string(),
+            VolumeConfig::Nbd(nbd) => nbd.uri.clone(),
+        }
+    }
+
+    /// Whether the configuration asks for a read-only volume. The store may make it one all the same.
+    pub fn read_only(&self) -> bool {
+        match self {
+            VolumeConfig::File(file) => file.read_only,
+            VolumeConfig::Nbd(nbd) => nbd.read_only,
+            VolumeConfig::Memory(_) | VolumeConfig::Null(_) => false,
+        }
+    }
+
+    /// Checks every value's range.
+    ///
+    /// # Errors
+    /// The key that is wrong, and why.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        match self {
+            VolumeConfig::File(file) => {
+                check_path(&file.path).map_err(|reason| ("path", reason))?;
+                check_block_size(file.block_size)
+            }
+            VolumeConfig::Memory(memory) => check_size(memory.size, memory.block_size),
+            VolumeConfig::Null(null) => check_size(null.size, null.block_size),
+            VolumeConfig::Nbd(nbd) => check_nbd(nbd),
+        }
+    }
+}
+
+/// `DRIVER:TARGET` with the settings that differ from the defaults, for people.
+impl fmt::Display for VolumeConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.driver(), self.target())?;
+        let block_size = match self {
+            VolumeConfig::File(file) => {
+                if file.direct {
+                    f.write_str(", direct")?;
+                }
+                file.block_size
+            }
+            VolumeConfig::Memory(memory) => memory.block_size,
+            VolumeConfig::Null(null) => null.block_size,
+            VolumeConfig::Nbd(nbd) => {
+                if let Some(connections) = nbd.connections {
+                    write!(f, ", connections {connections}")?;
+                }
+                if nbd.reconnect > 0 {
+                    write!(f, ", reconnect {} s", nbd.reconnect)?;
+                }
+                None
+            }
+        };
+        if let Some(bytes) = block_size {
+            write!(f, ", block size {bytes}")?;
+        }
+        if self.read_only() {
+            f.write_str(", read-only")?;
+        }
+        Ok(())
+    }
+}
+
+fn check_path(path: &Path) -> Result<(), String> {
+    use std::os::unix::ffi::OsStrExt;
+
+    if path.as_os_str().is_empty() {
+        return Err("must not be empty".into());
+    }
+    if path.as_os_str().as_bytes().contains(&0) {
+        return Err("must not contain a NUL byte".into());
+    }
+    Ok(())
+}
+
+fn check_block_size(block_size: Option<u32>) -> Result<(), (&'static str, String)> {
+    match block_size {
+        None | Some(512 | 4096) => Ok(()),
+        Some(other) => Err(("block-size", format!("must be 512 or 4096, not {other}"))),
+    }
+}
+
+fn check_size(size: Size, block_size: Option<u32>) -> Result<(), (&'static str, String)> {
+    check_block_size(block_size)?;
+    let block = u64::from(block_size.unwrap_or(512));
+    let reason = match size.bytes() {
+        0 => "must be more than zero".to_owned(),
+        bytes if bytes > Geometry::MAX_BYTES => {
+            format!("{size} is more than a block device can have")
+        }
+        bytes if !bytes.is_multiple_of(block) => {
+            format!("{bytes} bytes are not whole blocks of {block} bytes")
+        }
+        _ => return Ok(()),
+    };
+    Err(("size", reason))
+}
+
+fn check_nbd(nbd: &NbdConfig) -> Result<(), (&'static str, String)> {
+    check_nbd_uri(&nbd.uri).map_err(|reason| ("uri", format!("\"{}\": {reason}", nbd.uri)))?;
+    if let Some(connections) = nbd.connections
+        && !(1..=NbdConfig::MAX_CONNECTIONS).contains(&connections)
+    {
+        let most = NbdConfig::MAX_CONNECTIONS;
+        return Err(("connections", format!("must be from 1 to {most}, not {connections}")));
+    }
+    if nbd.reconnect > NbdConfig::MAX_RECONNECT {
+        let most = NbdConfig::MAX_RECONNECT;
+        return Err(("reconnect", format!("must be at most {most} seconds, not {}", nbd.reconnect)));
+    }
+    Ok(())
+}
+
+/// The shape of the URI only; the export's name and the address are the client's to judge.
+fn check_nbd_uri(uri: &str) -> Result<(), String> {
+    let url = url::Url::parse(uri).map_err(|error| format!("not a URI: {error}"))?;
+    match url.scheme() {
+        "nbd" if url.host().is_none() => Err("no host: nbd://HOST[:PORT]/EXPORT".into()),
+        "nbd+unix" => {
+            let socket = url.query_pairs().find(|(key, _)| key == "socket");
+            match socket {
+                Some((_, path)) if path.starts_with('/') => Ok(()),
+                Some((_, path)) => Err(format!("socket \"{path}\" is not an absolute path")),
+                None => Err("no socket: nbd+unix:///EXPORT?socket=/PATH".into()),
+            }
+        }
+        "nbd" => Ok(()),
+        "nbds" | "nbds+unix" | "nbds+vsock" => Err("TLS is not supported".into()),
+        other => Err(format!("scheme {other} is not supported, use nbd or nbd+unix")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(driver: &str, json: &str) -> Result<VolumeConfig, String> {
+        let mut json = serde_json::Deserializer::from_str(json);
+        VolumeConfig::from_driver(driver, &mut json).map_err(|error| error.to_string())
+    }
+
+    fn refusal(driver: &str, json: &str) -> (&'static str, String) {
+        read(driver, json).unwrap().check().unwrap_err()
+    }
+
+    #[test]
+    fn defaults_are_the_documented_ones() {
+        let file = read("file", r#"{"path": "/srv/a.img"}"#).unwrap();
+        assert_eq!(
+            file,
+            VolumeConfig::File(FileConfig {
+                path: "/srv/a.img".into(),
+                direct: false,
+                read_only: false,
+                block_size: None,
+            })
+        );
+        let nbd = read("nbd", r#"{"uri": "nbd://h/e"}"#).unwrap();
+        assert_eq!(
+            nbd,
+            VolumeConfig::Nbd(NbdConfig {
+                uri: "nbd://h/e".into(),
+                connections: None,
+                reconnect: 0,
+                read_only: false,
+            })
+        );
+    }
+
+    #[test]
+    fn unknown_drivers_and_keys_are_refused() {
+        let error = read("qcow2", "{}").unwrap_err();
+        assert!(error.contains("\"qcow2\"") && error.contains("memory"), "{error}");
+        for (driver, target) in DRIVERS {
+            assert_eq!(VolumeConfig::target_key(driver), Some(target));
+            let error = read(driver, "{}").unwrap_err();
+            assert!(error.contains(target), "{driver}: {error}");
+            let error = read(driver, r#"{"colour": "red"}"#).unwrap_err();
+            assert!(error.contains("colour"), "{driver}: {error}");
+        }
+        assert_eq!(VolumeConfig::target_key("qcow2"), None);
+    }
+
+    #[test]
+    fn bad_sizes_are_refused() {
+        assert_eq!(refusal("memory", r#"{"size": 0}"#).0, "size");
+        assert_eq!(refusal("null", r#"{"size": 1000}"#).0, "size");
+        assert_eq!(refusal("null", r#"{"size": 18446744073709551104}"#).0, "size");
+        assert_eq!(refusal("memory", r#"{"size": 512, "block-size": 4096}"#).0, "size");
+        assert_eq!(refusal("memory", r#"{"size": "1M", "block-size": 1024}"#).0, "block-size");
+        assert_eq!(refusal("file", r#"{"path": "/a", "block-size": 0}"#).0, "block-size");
+        assert!(read("memory", r#"{"size": "1M", "block-size": 4096}"#).unwrap().check().is_ok());
+    }
+
+    #[test]
+    fn bad_paths_are_refused() {
+        assert_eq!(refusal("file", r#"{"path": ""}"#).0, "path");
+        assert_eq!(refusal("file", r#"{"path": "/a\u0000b"}"#).0, "path");
+    }
+
+    #[test]
+    fn nbd_settings_are_checked() {
+        for uri in [
+            "",
+            "server",
+            "http://h/e",
+            "nbd:///e",
+            "nbds://h/e",
+            "nbd+unix:///e",
+            "nbd+unix:///e?socket=",
+            "nbd+unix:///e?socket=rel",
+            "nbd+vsock://2/e",
+            "nbd://h:99999/",
+        ] {
+            assert_eq!(refusal("nbd", &format!(r#"{{"uri": "{uri}"}}"#)).0, "uri", "{uri}");
+        }
+        for uri in ["nbd://h", "nbd://[::1]:10809/e", "nbd+unix:///?socket=/run/nbd.sock"] {
+            read("nbd", &format!(r#"{{"uri": "{uri}"}}"#)).unwrap().check().unwrap();
+        }
+        for (key, value) in [("connections", 0), ("connections", 17), ("reconnect", 86_401)] {
+            let json = format!(r#"{{"uri": "nbd://h", "{key}": {value}}}"#);
+            assert_eq!(refusal("nbd", &json).0, key);
+        }
+    }
+
+    #[test]
+    fn shown_with_what_differs_from_the_defaults() {
+        let json = r#"{"path": "/a", "direct": true, "read-only": true, "block-size": 512}"#;
+        let file = read("file", json).unwrap();
+        assert_eq!(file.to_string(), "file:/a, direct, block size 512, read-only");
+        assert_eq!(read("null", r#"{"size": "1G"}"#).unwrap().to_string(), "null:1G");
+    }
+}

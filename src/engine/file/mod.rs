@@ -1,0 +1,174 @@
+//! A volume on a regular file or a block device.
+
+mod ops;
+mod probe;
+
+pub(super) use ops::FileOps;
+
+use super::config::FileConfig;
+use crate::block::{Geometry, GeometryError};
+use probe::{Kind, Store};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+/// An opened store, shared by all workers.
+#[derive(Clone, Debug)]
+pub struct FileVolume {
+    file: Arc<File>,
+    kind: Kind,
+    /// Alignment a direct transfer's memory must have; 1 for buffered I/O, which takes any.
+    memory_alignment: u32,
+    /// What each range's length must be a multiple of for a direct transfer: the store's block, not the
+    /// volume's, which may be coarser.
+    length_alignment: u32,
+}
+
+/// Why a store cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Opening or asking about it failed.
+    #[error("{what}")]
+    Io {
+        /// What we were doing.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("is neither a regular file nor a block device")]
+    Kind,
+    /// Direct I/O does not work there.
+    #[error("direct=on: the file system does not support O_DIRECT on it")]
+    NoDirect,
+    /// The logical block asked for is finer than the store can do.
+    #[error("block-size={asked}: the store needs at least {needed}")]
+    Block {
+        /// As configured.
+        asked: u32,
+        /// What direct I/O or the device needs.
+        needed: u32,
+    },
+    /// See [`GeometryError`].
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+}
+
+impl FileVolume {
+    /// Opens the store and finds out its shape.
+    ///
+    /// # Errors
+    /// When it is missing, of the wrong kind, not ours to open, empty, or cannot do what was asked.
+    pub fn open(options: &FileConfig) -> Result<(FileVolume, Geometry), Error> {
+        let file = open(&options.path, options)?;
+        let store = Store::probe(&file, options.direct)?;
+        let logical_block = match options.block_size {
+            Some(asked) if asked < store.logical_block => {
+                return Err(Error::Block { asked, needed: store.logical_block });
+            }
+            asked => asked.unwrap_or(store.logical_block),
+        };
+        let mut geometry = Geometry::new(store.bytes, logical_block)?;
+        if geometry.bytes() != store.bytes {
+            let lost = store.bytes - geometry.bytes();
+            log::warn!(
+                "{}: its last {lost} bytes do not fill a block of {logical_block} and are not served",
+                options.path.display()
+            );
+        }
+        geometry.physical_block = store.physical_block.max(logical_block);
+        geometry.io_min = store.io_min;
+        geometry.io_opt = store.io_opt;
+        geometry.read_only = options.read_only;
+        geometry.volatile_cache = true;
+        geometry.discard = store.discard;
+        geometry.max_write_zeroes = store.max_write_zeroes;
+        geometry.dma_alignment = store.memory_alignment;
+        let volume = FileVolume {
+            file: Arc::new(file),
+            kind: store.kind,
+            memory_alignment: store.memory_alignment,
+            length_alignment: store.logical_block,
+        };
+        Ok((volume, geometry))
+    }
+}
+
+fn open(path: &Path, options: &FileConfig) -> Result<File, Error> {
+    // O_NONBLOCK keeps a FIFO from blocking us before its kind is known; it means nothing for the others.
+    let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    if options.direct {
+        flags |= libc::O_DIRECT;
+    }
+    let opened = OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags).open(path);
+    match opened {
+        Ok(file) => {
+            // On a non-blocking file io_uring answers EAGAIN instead of waiting for the disk.
+            let flags = fcntl_getfl(&file).map_err(|errno| blocking(errno.into()))?;
+            fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|errno| blocking(errno.into()))?;
+            Ok(file)
+        }
+        Err(error) if options.direct && error.raw_os_error() == Some(libc::EINVAL) => Err(Error::NoDirect),
+        Err(source) => Err(Error::Io { what: "cannot be opened", source }),
+    }
+}
+
+fn blocking(source: io::Error) -> Error {
+    Error::Io { what: "cannot be made blocking", source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(path: &Path) -> FileConfig {
+        FileConfig { path: path.into(), direct: false, read_only: false, block_size: None }
+    }
+
+    #[test]
+    fn only_files_and_block_devices_are_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [fifo.as_path(), Path::new("/dev/null")] {
+            assert!(matches!(FileVolume::open(&options(path)), Err(Error::Kind)), "{}", path.display());
+        }
+        let mut directory = options(dir.path());
+        directory.read_only = true;
+        assert!(matches!(FileVolume::open(&directory), Err(Error::Kind)));
+        assert!(matches!(
+            FileVolume::open(&options(&dir.path().join("absent"))),
+            Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound
+        ));
+    }
+
+    #[test]
+    fn the_size_is_whole_blocks() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(matches!(FileVolume::open(&options(file.path())), Err(Error::Geometry(_))));
+        file.as_file().set_len(3 * 4096 + 512 + 17).unwrap();
+        let (_, geometry) = FileVolume::open(&options(file.path())).unwrap();
+        assert_eq!((geometry.sectors, geometry.logical_block), (25, 512));
+        let coarse = FileConfig { block_size: Some(4096), ..options(file.path()) };
+        let (_, geometry) = FileVolume::open(&coarse).unwrap();
+        assert_eq!((geometry.sectors, geometry.logical_block), (24, 4096));
+    }
+
+    #[test]
+    fn direct_io_brings_its_alignment() {
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        match FileVolume::open(&FileConfig { direct: true, ..options(file.path()) }) {
+            Ok((volume, geometry)) => {
+                assert!(geometry.logical_block >= 512);
+                assert!(volume.memory_alignment > 1, "direct I/O into any address was never seen");
+                assert_eq!(geometry.dma_alignment, volume.memory_alignment);
+            }
+            Err(Error::NoDirect) => eprintln!("skipped: no O_DIRECT on this file system"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}

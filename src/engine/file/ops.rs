@@ -1,0 +1,162 @@
+//! A file or block device, through one worker's ring.
+
+use super::FileVolume;
+use super::probe::Kind;
+use crate::block::{Data, Errno};
+use crate::engine::backend::Backend;
+use crate::engine::transfer::{self, Direction};
+use crate::ring::{Core, Io, Mapping, Ring, Sqe, Target};
+use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC};
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+
+/// One worker's use of a store. Cheap to call: one submission a request, no allocation.
+pub struct FileOps<R: Ring> {
+    core: Rc<Core<R>>,
+    volume: FileVolume,
+    /// The store in the ring's file table, for as long as this lives.
+    target: Target,
+}
+
+/// The most a bounce holds, in bytes: a multiple of every alignment there is.
+const BOUNCE: u64 = 1 << 20;
+
+impl<R: Ring> FileOps<R> {
+    /// Enters the store in the ring's file table.
+    pub fn new(core: &Rc<Core<R>>, volume: FileVolume) -> FileOps<R> {
+        let target = core.ring().register(volume.file.as_raw_fd());
+        FileOps { core: core.clone(), volume, target }
+    }
+
+    /// Whether direct I/O takes the ranges as they are. Guests of our time always align theirs; firmware and
+    /// some installers do not.
+    fn fits(&self, data: &Data<'_>) -> bool {
+        let align = self.volume.memory_alignment as usize;
+        let block = self.volume.length_alignment as usize;
+        match data {
+            Data::Iovecs(iovecs) if align > 1 => {
+                iovecs.iter().all(|iovec| iovec.base().addr() % align == 0 && iovec.len() % block == 0)
+            }
+            _ => true,
+        }
+    }
+
+    async fn transfer(
+        &self,
+        io: &Io<R>,
+        direction: Direction,
+        data: &mut Data<'_>,
+        len: u64,
+        offset: u64,
+    ) -> Result<(), Errno> {
+        if self.fits(data) {
+            return transfer::exactly(io, self.target, direction, data, len, offset).await;
+        }
+        self.bounce(io, direction, data, len, offset).await
+    }
+
+    /// Through an aligned buffer of our own: the slow path, with an allocation. A part at a time, because a
+    /// guest may name the same memory many times over and so ask for more than there is.
+    async fn bounce(
+        &self,
+        io: &Io<R>,
+        direction: Direction,
+        data: &mut Data<'_>,
+        len: u64,
+        offset: u64,
+    ) -> Result<(), Errno> {
+        let Data::Iovecs(iovecs) = data else { return Err(Errno::EINVAL) };
+        let buffer = Mapping::anonymous(len.min(BOUNCE) as usize).map_err(Errno::from)?;
+        let mut done = 0;
+        while done < len {
+            let step = (len - done).min(buffer.len() as u64);
+            let part = transfer::front(iovecs, step as usize);
+            if direction != Direction::Read {
+                buffer.gather(0, &part);
+            }
+            let mut whole = [buffer.iovec(0, step as usize)];
+            let whole = &mut Data::Iovecs(&mut whole);
+            transfer::exactly(io, self.target, direction, whole, step, offset + done).await?;
+            if direction == Direction::Read {
+                buffer.scatter(0, &part);
+            }
+            transfer::advance(iovecs, step as usize);
+            done += step;
+        }
+        Ok(())
+    }
+
+    async fn once(&self, io: &Io<R>, sqe: Sqe) -> Result<(), Errno> {
+        loop {
+            match Errno::split(io.submit(&sqe).await) {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    async fn fallocate(&self, io: &Io<R>, mode: i32, offset: u64, len: u64) -> Result<(), Errno> {
+        let mode = mode | FALLOC_FL_KEEP_SIZE;
+        self.once(io, Sqe::Fallocate { file: self.target, mode, offset, len }).await
+    }
+}
+
+impl<R: Ring> Backend<R> for FileOps<R> {
+    async fn read(&self, io: &Io<R>, data: &mut Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
+        self.transfer(io, Direction::Read, data, len, offset).await
+    }
+
+    async fn write(
+        &self,
+        io: &Io<R>,
+        data: &mut Data<'_>,
+        len: u64,
+        offset: u64,
+        fua: bool,
+    ) -> Result<(), Errno> {
+        let rw_flags = if fua { RWF_DSYNC } else { 0 };
+        self.transfer(io, Direction::Write { rw_flags }, data, len, offset).await
+    }
+
+    /// `fdatasync`, which also tells a block device to empty its cache. An error is reported once by the
+    /// kernel and once by us: it is never tried again, because a second call would succeed over lost data.
+    async fn flush(&self, io: &Io<R>) -> Result<(), Errno> {
+        match Errno::split(io.submit(&Sqe::Fdatasync { file: self.target }).await) {
+            Ok(_) => Ok(()),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    async fn discard(&self, io: &Io<R>, offset: u64, len: u64) -> Result<(), Errno> {
+        match self.volume.kind {
+            Kind::Regular => self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await,
+            Kind::BlockDevice => {
+                match self.once(io, Sqe::BlockDiscard { file: self.target, offset, len }).await {
+                    // Before Linux 6.12 there is no such command. A hole in a block device is zeroes without
+                    // allocation: stronger than a discard, and refused where the device cannot.
+                    Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                        self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await
+                    }
+                    other => other,
+                }
+            }
+        }
+    }
+
+    async fn write_zeroes(&self, io: &Io<R>, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
+        if unmap {
+            match self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await {
+                Err(Errno::EOPNOTSUPP) => {}
+                other => return other,
+            }
+        }
+        self.fallocate(io, FALLOC_FL_ZERO_RANGE, offset, len).await
+    }
+}
+
+impl<R: Ring> Drop for FileOps<R> {
+    fn drop(&mut self) {
+        self.core.ring().release(self.target);
+    }
+}

@@ -1,0 +1,27 @@
+//! Volumes: what is stored, and where.
+//!
+//! A [`Volume`] is opened once and shared by all workers; each worker [attaches](Volume::attach) to it and
+//! serves requests through its own ring with [`execute`], the one checkpoint that every request passes.
+//! Volumes know nothing of the frontends.
+//!
+//! A new kind of volume is a file here, an arm of [`Volume`] and of [`Attached`], and its own options in
+//! [`config`].
+
+#![forbid(unsafe_code)]
+
+mod attached;
+mod backend;
+pub mod config;
+mod execute;
+mod file;
+mod memory;
+pub mod nbd;
+mod null;
+#[cfg(test)]
+mod tests;
+mod transfer;
+mod volume;
+
+pub use attached::Attached;
+pub use execute::execute;
+pub use volume::{OpenError, Volume};

@@ -1,0 +1,296 @@
+//! Where a server is, and a blocking connection to it: for the service thread and the dialling threads.
+
+#![forbid(unsafe_code)]
+
+use super::Error;
+use super::handshake::{self, Agreed};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::time::TimeVal;
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use url::Url;
+
+/// The port that IANA gave to NBD.
+const PORT: u16 = 10809;
+
+/// Address of a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// A socket in the file system.
+    Unix(PathBuf),
+    /// A name or a number, looked up at each attempt.
+    Tcp { host: String, port: u16 },
+}
+
+/// Splits `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH` into the server's address and the
+/// export's name.
+///
+/// # Errors
+/// [`Error::Uri`].
+pub fn parse(uri: &str) -> Result<(Address, String), Error> {
+    let refuse = |reason: &str| Error::Uri(reason.to_owned());
+    let url = Url::parse(uri).map_err(|error| Error::Uri(error.to_string()))?;
+    let path = url.path();
+    let name = String::from_utf8(percent_decode(path.strip_prefix('/').unwrap_or(path)))
+        .map_err(|_| refuse("the export's name is not UTF-8"))?;
+    let address = match url.scheme() {
+        "nbd" => {
+            let host = match url.host() {
+                Some(url::Host::Domain(name)) if !name.is_empty() => {
+                    String::from_utf8(percent_decode(name)).map_err(|_| refuse("the host is not UTF-8"))?
+                }
+                Some(url::Host::Ipv4(number)) => number.to_string(),
+                Some(url::Host::Ipv6(number)) => number.to_string(),
+                _ => return Err(refuse("there is no host in it")),
+            };
+            Address::Tcp { host, port: url.port().unwrap_or(PORT) }
+        }
+        "nbd+unix" => {
+            let query = url.query().unwrap_or_default();
+            let socket = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
+            let path = percent_decode(socket.ok_or_else(|| refuse("there is no socket=PATH in it"))?);
+            if path.is_empty() || path.contains(&0) {
+                return Err(refuse("its socket is no path"));
+            }
+            Address::Unix(OsString::from_vec(path).into())
+        }
+        _ => return Err(refuse("only nbd:// and nbd+unix:// are supported")),
+    };
+    Ok((address, name))
+}
+
+/// `%41` is `A` (RFC 3986 section 2.1); what is no such triple stands for itself. A plus is a plus.
+fn percent_decode(text: &str) -> Vec<u8> {
+    let hex = |digit: u8| char::from(digit).to_digit(16);
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        rest = after;
+        match (first, after) {
+            (b'%', [high, low, after @ ..]) => match (hex(*high), hex(*low)) {
+                (Some(high), Some(low)) => {
+                    bytes.push((high << 4 | low) as u8);
+                    rest = after;
+                }
+                _ => bytes.push(first),
+            },
+            _ => bytes.push(first),
+        }
+    }
+    bytes
+}
+
+/// A connection in the transmission phase: blocking, without time-outs.
+#[derive(Debug)]
+pub struct Connected {
+    /// The socket.
+    pub socket: OwnedFd,
+    /// What was negotiated.
+    pub agreed: Agreed,
+}
+
+impl Address {
+    /// Connects and shakes hands within `limit`. Looking a name up is not counted: that has limits of its
+    /// own (`resolv.conf(5)`).
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn connect(&self, name: &str, limit: Duration) -> Result<Connected, Error> {
+        let (stream, deadline) = match self {
+            Address::Unix(path) => {
+                let deadline = Instant::now() + limit;
+                (Stream::Unix(connect_unix(path, limit).map_err(Error::Connect)?), deadline)
+            }
+            Address::Tcp { host, port } => {
+                let addresses = (host.as_str(), *port).to_socket_addrs().map_err(Error::Connect)?;
+                let deadline = Instant::now() + limit;
+                (Stream::Tcp(connect_tcp(addresses, deadline).map_err(Error::Connect)?), deadline)
+            }
+        };
+        let mut timed = Timed { stream, deadline };
+        let agreed = handshake::shake(&mut timed, name)?;
+        timed.stream.limit(None)?;
+        let socket = match timed.stream {
+            Stream::Unix(stream) => stream.into(),
+            Stream::Tcp(stream) => stream.into(),
+        };
+        Ok(Connected { socket, agreed })
+    }
+}
+
+/// A server with its backlog full makes `connect(2)` wait, as long as the send time-out lets it.
+fn connect_unix(path: &std::path::Path, limit: Duration) -> io::Result<UnixStream> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let micros = i64::try_from(limit.as_micros()).unwrap_or(i64::MAX);
+    setsockopt(&socket, sockopt::SendTimeout, &TimeVal::new(micros / 1_000_000, micros % 1_000_000))?;
+    match connect(socket.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) => Ok(socket.into()),
+        Err(nix::errno::Errno::EAGAIN) => Err(late()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn connect_tcp(
+    addresses: impl Iterator<Item = std::net::SocketAddr>,
+    deadline: Instant,
+) -> io::Result<TcpStream> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    for address in addresses {
+        match TcpStream::connect_timeout(&address, remaining(deadline)?) {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                notice_death(&stream)?;
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Has the kernel end a connection whose peer is gone without a word: after 10 s of silence it asks, three times
+/// 5 s apart, and sent bytes that nobody acknowledges count as long (`tcp(7)`).
+fn notice_death(stream: &TcpStream) -> io::Result<()> {
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &10)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &5)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &3)?;
+    setsockopt(stream, sockopt::TcpUserTimeout, &25_000)?;
+    Ok(())
+}
+
+#[derive(Debug)]
+enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Stream {
+    fn limit(&self, limit: Option<Duration>) -> io::Result<()> {
+        match self {
+            Stream::Unix(stream) => stream.set_read_timeout(limit).and(stream.set_write_timeout(limit)),
+            Stream::Tcp(stream) => stream.set_read_timeout(limit).and(stream.set_write_timeout(limit)),
+        }
+    }
+}
+
+/// A stream that fails when its time is up, however slowly the bytes drip.
+struct Timed {
+    stream: Stream,
+    deadline: Instant,
+}
+
+impl Read for Timed {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.stream.limit(Some(remaining(self.deadline)?))?;
+        in_time(match &mut self.stream {
+            Stream::Unix(stream) => stream.read(into),
+            Stream::Tcp(stream) => stream.read(into),
+        })
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        self.stream.limit(Some(remaining(self.deadline)?))?;
+        in_time(match &mut self.stream {
+            Stream::Unix(stream) => stream.write(from),
+            Stream::Tcp(stream) => stream.write(from),
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn in_time(result: io::Result<usize>) -> io::Result<usize> {
+    result.map_err(|error| if error.kind() == io::ErrorKind::WouldBlock { late() } else { error })
+}
+
+fn late() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "the server does not answer in time")
+}
+
+/// Never zero: to a socket that means no limit.
+fn remaining(deadline: Instant) -> io::Result<Duration> {
+    deadline.checked_duration_since(Instant::now()).filter(|left| left.as_micros() > 0).ok_or_else(late)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    fn tcp(host: &str, port: u16) -> Address {
+        Address::Tcp { host: host.into(), port }
+    }
+
+    #[test]
+    fn uris_name_a_server_and_an_export() {
+        for (uri, address, name) in [
+            ("nbd://host", tcp("host", 10809), ""),
+            ("nbd://host/", tcp("host", 10809), ""),
+            ("nbd://127.0.0.1:9/a%20disk", tcp("127.0.0.1", 9), "a disk"),
+            ("nbd://[::1]:9//x", tcp("::1", 9), "/x"),
+            ("nbd+unix:///e?socket=/run/a+b%3f%2", Address::Unix("/run/a+b?%2".into()), "e"),
+            ("nbd+unix:///?socket=/s", Address::Unix("/s".into()), ""),
+        ] {
+            assert_eq!(parse(uri).unwrap(), (address, name.into()), "{uri}");
+        }
+        for uri in ["", "nbd:///e", "nbds://h/", "nbd+unix:///e", "nbd+unix:///e?socket=", "nbd://h/%ff"] {
+            assert!(matches!(parse(uri), Err(Error::Uri(_))), "{uri}");
+        }
+    }
+
+    #[test]
+    fn a_silent_server_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let started = Instant::now();
+        let limit = Duration::from_millis(200);
+        let refused = Address::Unix(path).connect("", limit).unwrap_err();
+        assert!(matches!(&refused, Error::Io(error) if error.kind() == io::ErrorKind::TimedOut), "{refused}");
+        assert!(started.elapsed() >= limit && started.elapsed() < Duration::from_secs(5));
+        drop(listener);
+    }
+
+    #[test]
+    fn a_dripping_server_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut drops = 0;
+            while stream.write_all(b"N").is_ok() && drops < 1000 {
+                drops += 1;
+                std::thread::sleep(Duration::from_millis(30));
+            }
+            drops
+        });
+        // Each byte comes well within the limit; all together do not.
+        let refused = Address::Unix(path).connect("", Duration::from_millis(200)).unwrap_err();
+        assert!(matches!(&refused, Error::Io(error) if error.kind() == io::ErrorKind::TimedOut), "{refused}");
+        assert!(server.join().unwrap() < 1000);
+    }
+
+    #[test]
+    fn nobody_there_is_told_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let refused = Address::Unix(dir.path().join("none")).connect("", Duration::from_secs(5)).unwrap_err();
+        assert!(matches!(&refused, Error::Connect(error) if error.kind() == io::ErrorKind::NotFound));
+        // Port 1 of the loopback: nobody listens there.
+        let refused = tcp("127.0.0.1", 1).connect("", Duration::from_secs(5)).unwrap_err();
+        assert!(
+            matches!(&refused, Error::Connect(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+        );
+    }
+}

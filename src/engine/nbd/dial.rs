@@ -1,0 +1,115 @@
+//! A helper thread that makes one connection, however long that takes.
+//!
+//! It tells what happens through a channel, and rings an eventfd, which the worker's ring polls. It ends when
+//! it has a connection, or soon after its [`Dial`] is dropped: at most one attempt later.
+
+#![forbid(unsafe_code)]
+
+use super::connect::Connected;
+use super::{CONNECT_TIME, Remote};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Shortest pause between two attempts; the first is made at once.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause between two attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// The least time an attempt gets, even when the requests that wait for it have less.
+const LEAST_ATTEMPT: Duration = Duration::from_secs(1);
+
+/// What a dialling thread has to tell.
+#[derive(Debug)]
+pub enum Event {
+    /// Its last word.
+    Connected(Connected),
+    /// Who waited has waited long enough. It goes on trying.
+    OutOfPatience,
+}
+
+/// A connection being made.
+#[derive(Debug)]
+pub struct Dial {
+    events: Receiver<Event>,
+    /// Dropped with this: that ends the thread.
+    _stop: Sender<()>,
+}
+
+/// The pause after one of `pause`.
+pub fn longer(pause: Duration) -> Duration {
+    (pause * 2).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
+}
+
+impl Dial {
+    /// Starts a thread that connects to `remote` after `pause` and rings `bell` for each event. Requests wait
+    /// for it for `patience`, and for the first attempt in any case.
+    ///
+    /// # Errors
+    /// The kernel's, when there are too many threads.
+    pub fn start(
+        remote: Arc<Remote>,
+        bell: Arc<EventFd>,
+        pause: Duration,
+        patience: Duration,
+    ) -> io::Result<Dial> {
+        let (sender, events) = channel();
+        let (stop, stopped) = channel();
+        let tell = move |event| {
+            // Fails when nobody listens any more, or when the bell has rung 2^64 times unheard.
+            let _ = sender.send(event);
+            let _ = bell.write(1);
+        };
+        thread::Builder::new()
+            .name("ringblk-nbd".into())
+            .spawn(move || dial(&remote, pause, patience, &stopped, tell))?;
+        Ok(Dial { events, _stop: stop })
+    }
+
+    /// What happened since the last call.
+    pub fn event(&self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+}
+
+fn dial(
+    remote: &Remote,
+    mut pause: Duration,
+    patience: Duration,
+    stopped: &Receiver<()>,
+    tell: impl Fn(Event),
+) {
+    let deadline = Instant::now() + patience;
+    let mut patient = true;
+    let mut failures = 0u64;
+    loop {
+        if stopped.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
+            return;
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = if left.is_zero() { CONNECT_TIME } else { left.clamp(LEAST_ATTEMPT, CONNECT_TIME) };
+        match remote.connect(limit) {
+            Ok(connected) => {
+                log::info!("{:?}: connected", remote.address);
+                return tell(Event::Connected(connected));
+            }
+            Err(error) => {
+                failures += 1;
+                // Often enough to be seen, seldom enough not to fill a disk.
+                let level = if failures.is_power_of_two() { log::Level::Warn } else { log::Level::Debug };
+                log::log!(level, "{:?}: attempt {failures}: {error}", remote.address);
+            }
+        }
+        pause = longer(pause);
+        let left = deadline.saturating_duration_since(Instant::now());
+        if patient && left.is_zero() {
+            patient = false;
+            tell(Event::OutOfPatience);
+        }
+        if patient {
+            pause = pause.min(left);
+        }
+    }
+}

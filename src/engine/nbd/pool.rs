@@ -1,0 +1,253 @@
+//! A worker's connections to one export: kept alive, and handed out to requests.
+//!
+//! Each has a keeper, a task that has it made, receives on it, and starts again when it is lost. The first
+//! connection is made at once; the others after it, so that a server which takes few connections has one for
+//! each worker before any worker has a second.
+
+#![forbid(unsafe_code)]
+
+use super::Remote;
+use super::connect::Connected;
+use super::connection::Connection;
+use super::dial::{self, Dial, Event};
+use crate::block::Errno;
+use crate::ring::{Core, Io, Ring, Sqe, Target};
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Before the next attempt to start a thread that could not be started.
+const NO_THREAD_PAUSE: Duration = Duration::from_secs(1);
+
+thread_local! {
+    /// The pools of this worker whose server takes one connection at a time: a second user of the volume
+    /// shares it. Its entries are `Pool<R>` of whichever ring.
+    static SINGLE: RefCell<Vec<Weak<dyn Any>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// See the module.
+pub struct Pool<R: Ring> {
+    core: Rc<Core<R>>,
+    remote: Arc<Remote>,
+    connections: Vec<Place<R>>,
+    /// The next to get a request.
+    next: Cell<usize>,
+    /// There was a connection at some time.
+    came_up: Cell<bool>,
+    closing: Cell<bool>,
+    users: Cell<usize>,
+    /// Slots that wait for a connection.
+    waiting: RefCell<Vec<u32>>,
+}
+
+struct Place<R: Ring> {
+    connection: Rc<Connection<R>>,
+    bell: Arc<EventFd>,
+}
+
+impl<R: Ring> Pool<R> {
+    /// Starts connecting, or joins the connection there is where the server allows only one. Does not wait.
+    /// Each call is to be matched by a [`leave`](Self::leave).
+    pub fn join(core: &Rc<Core<R>>, remote: &Arc<Remote>) -> Rc<Pool<R>> {
+        if let Some(pool) = Self::single(core, remote) {
+            pool.users.set(pool.users.get() + 1);
+            return pool;
+        }
+        let mut connections = Vec::new();
+        for index in 0..remote.connections {
+            match Self::place(core, remote, index == 0) {
+                Ok(place) => connections.push(place),
+                // With fewer, or none: then requests fail, and the log says why.
+                Err(error) => log::error!("{:?}: connection {index}: {error}", remote.address),
+            }
+        }
+        let pool = Rc::new(Pool {
+            core: core.clone(),
+            remote: remote.clone(),
+            connections,
+            next: Cell::new(0),
+            came_up: Cell::new(false),
+            closing: Cell::new(false),
+            users: Cell::new(1),
+            waiting: RefCell::default(),
+        });
+        for index in 0..pool.connections.len() {
+            pool.start(index);
+        }
+        if remote.connections == 1 {
+            let any: Rc<dyn Any> = pool.clone();
+            SINGLE.with_borrow_mut(|pools| pools.push(Rc::downgrade(&any)));
+        }
+        pool
+    }
+
+    fn single(core: &Rc<Core<R>>, remote: &Arc<Remote>) -> Option<Rc<Pool<R>>> {
+        SINGLE.with_borrow_mut(|pools| {
+            pools.retain(|pool| pool.strong_count() > 0);
+            pools.iter().find_map(|pool| {
+                let pool = pool.upgrade()?.downcast::<Pool<R>>().ok()?;
+                let same = Rc::ptr_eq(&pool.core, core) && Arc::ptr_eq(&pool.remote, remote);
+                (same && !pool.closing.get()).then_some(pool)
+            })
+        })
+    }
+
+    fn place(core: &Rc<Core<R>>, remote: &Arc<Remote>, first: bool) -> io::Result<Place<R>> {
+        Ok(Place {
+            connection: Rc::new(Connection::new(core, remote, first)?),
+            bell: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+        })
+    }
+
+    fn start(self: &Rc<Self>, index: usize) {
+        let connection = &self.connections[index].connection;
+        self.core.spawn(|io| {
+            connection.set_sender(io.slot());
+            connection.clone().send(io)
+        });
+        let first = if index == 0 { self.remote.take_first() } else { None };
+        self.core.spawn(|io| {
+            connection.set_receiver(Some(io.slot()));
+            self.clone().keep(index, first, io)
+        });
+    }
+
+    /// Somebody does not use it any more; with the last user the connections are closed.
+    pub fn leave(&self) {
+        self.users.set(self.users.get() - 1);
+        if self.users.get() > 0 {
+            return;
+        }
+        self.closing.set(true);
+        for place in &self.connections {
+            place.connection.close();
+            // A keeper that waits for its dialling thread waits for this.
+            let _ = place.bell.write(1);
+        }
+        self.wake_waiting();
+    }
+
+    /// A connection to send something over, that may wait for one to be made.
+    ///
+    /// # Errors
+    /// `ENOTCONN` when there is none, and none is worth waiting for.
+    pub async fn any(&self, io: &Io<R>) -> Result<&Connection<R>, Errno> {
+        loop {
+            if let Some(connection) = self.pick(|_| true) {
+                return Ok(connection);
+            }
+            if !self.connections.iter().any(|place| place.connection.is_worth_waiting()) {
+                return Err(Errno::ENOTCONN);
+            }
+            self.wait(io).await;
+        }
+    }
+
+    /// The next connection in turn that is up and good enough.
+    pub fn pick(&self, good: impl Fn(&Connection<R>) -> bool) -> Option<&Connection<R>> {
+        let count = self.connections.len();
+        let first = self.next.get();
+        let index = (first..first + count).map(|index| index % count).find(|&index| {
+            self.connections[index].connection.is_up() && good(&self.connections[index].connection)
+        })?;
+        self.next.set(index + 1);
+        Some(&self.connections[index].connection)
+    }
+
+    async fn wait(&self, io: &Io<R>) {
+        if !self.waiting.borrow().contains(&io.slot()) {
+            self.waiting.borrow_mut().push(io.slot());
+        }
+        io.park().await;
+    }
+
+    fn wake_waiting(&self) {
+        for slot in self.waiting.borrow_mut().drain(..) {
+            self.core.wake(slot);
+        }
+    }
+
+    /// A connection's keeper.
+    async fn keep(self: Rc<Self>, index: usize, first: Option<Connected>, io: Io<R>) {
+        let connection = &self.connections[index].connection;
+        let mut ready = first;
+        let mut pause = Duration::ZERO;
+        while index > 0 && !self.came_up.get() && !self.closing.get() {
+            self.wait(&io).await;
+        }
+        while !self.closing.get() {
+            let connected = match ready.take() {
+                Some(connected) => connected,
+                None => match self.dial(index, pause, &io).await {
+                    Some(connected) => connected,
+                    None => break,
+                },
+            };
+            connection.raise(connected);
+            self.came_up.set(true);
+            self.wake_waiting();
+            let why = connection.receive(&io).await;
+            connection.lose(&why);
+            self.wake_waiting();
+            connection.lower(&io).await;
+            // A server that takes connections and drops them is not asked all the time.
+            pause = if connection.is_proven() { Duration::ZERO } else { dial::longer(pause) };
+        }
+        connection.set_receiver(None);
+    }
+
+    /// Has a connection made; `None` when it is not wanted any more.
+    async fn dial(&self, index: usize, pause: Duration, io: &Io<R>) -> Option<Connected> {
+        let Place { connection, bell } = &self.connections[index];
+        let since_lost = connection.lost_at().map_or(Duration::ZERO, |lost| lost.elapsed());
+        let patience = self.remote.reconnect.saturating_sub(since_lost);
+        let dial = loop {
+            match Dial::start(self.remote.clone(), bell.clone(), pause, patience) {
+                Ok(dial) => break dial,
+                Err(error) => {
+                    log::error!("{:?}: no thread to connect: {error}", self.remote.address);
+                    self.give_up_waiting(connection);
+                    let timespec = io_uring::types::Timespec::from(NO_THREAD_PAUSE);
+                    io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
+                    if self.closing.get() {
+                        return None;
+                    }
+                }
+            }
+        };
+        let file = Target::Fd(bell.as_raw_fd());
+        while !self.closing.get() {
+            match dial.event() {
+                Some(Event::Connected(connected)) => return Some(connected),
+                Some(Event::OutOfPatience) => self.give_up_waiting(connection),
+                None => {
+                    io.submit(&Sqe::PollOnce { file }).await;
+                    // Empty already when it was rung for an event that we took before.
+                    let _ = bell.read();
+                }
+            }
+        }
+        None
+    }
+
+    fn give_up_waiting(&self, connection: &Connection<R>) {
+        connection.lose_patience();
+        self.wake_waiting();
+    }
+
+    /// Whether a request whose connection was lost may be sent again. `first` keeps when that happened to it
+    /// first.
+    ///
+    /// # Errors
+    /// `EIO` when its time is up.
+    pub fn again(&self, first: &mut Option<Instant>) -> Result<(), Errno> {
+        let first = *first.get_or_insert_with(Instant::now);
+        let limit = self.remote.reconnect;
+        if limit.is_zero() || first.elapsed() >= limit { Err(Errno::EIO) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,448 @@
+//! The whole client, over a real ring, against the server of [`server`](super::server).
+
+#![forbid(unsafe_code)]
+
+use super::bench::*;
+use super::handshake::Blocks;
+use super::protocol::*;
+use super::server::{ALL_FLAGS, Fault, Manners, Server};
+use super::{Error, NbdVolume};
+use crate::block::{Errno, Geometry};
+use crate::engine::backend::Backend;
+use crate::engine::config::NbdConfig;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
+
+fn manners() -> Manners {
+    Manners {
+        flags: ALL_FLAGS,
+        size: 4 << 20,
+        blocks: Blocks { minimum: 1, preferred: 4096, maximum: 1 << 20 },
+        structured: true,
+        fragment: false,
+        reorder: false,
+        drop_one_in: 0,
+        refuse_one_in: 0,
+        seed: 1,
+    }
+}
+
+const ABLE: Abilities = Abilities { refusals: false, zeroes: true, discard: true };
+
+fn opened(server: &Server, reconnect: u64) -> (NbdVolume, Geometry) {
+    NbdVolume::open(&config(&server.uri(), reconnect)).unwrap()
+}
+
+#[test]
+fn every_kind_of_server_agrees_with_the_model() {
+    for seed in 0..8u64 {
+        let dir = tempfile::tempdir().unwrap();
+        let refusals = seed % 4 == 3;
+        let manners = Manners {
+            structured: seed & 1 == 0,
+            fragment: seed & 2 != 0,
+            reorder: seed & 4 != 0,
+            refuse_one_in: if refusals { 10 } else { 0 },
+            seed,
+            ..manners()
+        };
+        let server = Server::start(dir.path(), manners);
+        let mut bench = Bench::new();
+        let ops = bench.attach(&opened(&server, 0).0);
+        bench.until("four connections", || server.shared.present.load(SeqCst) == 4);
+        let models = crowd(&mut bench, &ops, 60, Abilities { refusals, ..ABLE });
+        assert!(*server.shared.disk.lock().unwrap() == models.concat(), "seed {seed}");
+        bench.finish(ops);
+        assert_eq!(server.shared.accepted.load(SeqCst), 4, "and none of them was lost");
+    }
+}
+
+#[test]
+fn a_flaky_server_is_not_noticed_with_reconnect() {
+    for seed in 0..4u64 {
+        let dir = tempfile::tempdir().unwrap();
+        // Connections that go, of a server that stays: its cache is not lost, and with several connections one
+        // that vouches for it mostly remains. So no flushes here but those of FUA, natively done.
+        let manners = Manners {
+            structured: seed & 1 == 0,
+            fragment: true,
+            reorder: seed & 2 != 0,
+            drop_one_in: 15,
+            flags: ALL_FLAGS & !NBD_FLAG_SEND_FLUSH,
+            seed,
+            ..manners()
+        };
+        let server = Server::start(dir.path(), manners);
+        let mut bench = Bench::new();
+        let ops = bench.attach(&opened(&server, 60).0);
+        let models = crowd(&mut bench, &ops, 40, ABLE);
+        assert!(*server.shared.disk.lock().unwrap() == models.concat(), "seed {seed}");
+        assert!(server.shared.accepted.load(SeqCst) > 8, "it was flaky");
+        bench.finish(ops);
+    }
+}
+
+#[test]
+fn one_connection_where_the_server_allows_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ALL_FLAGS & !NBD_FLAG_CAN_MULTI_CONN;
+    let server = Server::start(dir.path(), Manners { flags, ..manners() });
+    let asked = NbdConfig { connections: Some(8), ..config(&server.uri(), 0) };
+    let (volume, _) = NbdVolume::open(&asked).unwrap();
+    assert!(!volume.multi_conn());
+    let mut bench = Bench::new();
+    let first = bench.attach(&volume);
+    let second = bench.attach(&volume);
+    bench.write(&first, 4096, &[5; 512], false).unwrap();
+    assert_eq!(bench.read(&second, 4096, 512).unwrap(), [5; 512]);
+    drop(first);
+    assert_eq!(bench.read(&second, 4096, 512).unwrap(), [5; 512], "one user's end is not the other's");
+    bench.rest(Duration::from_millis(50));
+    assert_eq!(server.shared.accepted.load(SeqCst), 1, "that of open is used");
+    bench.finish(second);
+    let deadline = Instant::now() + LONG;
+    while server.shared.good_byes.load(SeqCst) == 0 {
+        assert!(Instant::now() < deadline, "no good-bye");
+    }
+}
+
+#[test]
+fn the_geometry_is_what_the_server_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let blocks = Blocks { minimum: 1024, preferred: 65536, maximum: 10_000 };
+    let flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_READ_ONLY;
+    let server = Server::start(dir.path(), Manners { size: 10_000, flags, blocks, ..manners() });
+    let (volume, geometry) = opened(&server, 0);
+    assert_eq!((geometry.bytes(), geometry.logical_block, geometry.physical_block), (9216, 1024, 4096));
+    assert_eq!(geometry.io_min, 65536);
+    assert!(geometry.read_only && !geometry.volatile_cache && geometry.discard.is_none());
+    assert_eq!(volume.remote.max_payload, 9216);
+    let server_says = |change: &dyn Fn(&mut Manners)| {
+        change(&mut server.shared.manners.lock().unwrap());
+        NbdVolume::open(&config(&server.uri(), 0)).map(|(_, geometry)| geometry)
+    };
+    let all = server_says(&|manners| *manners = Manners { flags: ALL_FLAGS, ..self::manners() }).unwrap();
+    assert!(!all.read_only && all.volatile_cache);
+    assert_eq!(all.discard.unwrap().granularity, 4096);
+    let asked = NbdConfig { read_only: true, ..config(&server.uri(), 0) };
+    assert!(NbdVolume::open(&asked).unwrap().1.read_only);
+    let none = server_says(&|manners| manners.size = 0);
+    assert!(matches!(none, Err(Error::Geometry(_))), "{none:?}");
+    let huge = server_says(&|manners| manners.size = u64::MAX);
+    assert!(matches!(huge, Err(Error::Geometry(_))), "{huge:?}");
+    let coarse =
+        server_says(&|manners| manners.blocks = Blocks { minimum: 8192, preferred: 8192, maximum: 8192 });
+    assert!(matches!(coarse, Err(Error::Blocks { .. })), "{coarse:?}");
+    let tiny = server_says(&|manners| manners.blocks = Blocks { minimum: 1, preferred: 1, maximum: 511 });
+    assert!(matches!(tiny, Err(Error::Blocks { .. })), "{tiny:?}");
+}
+
+#[test]
+fn large_requests_are_split_and_long_lists_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let blocks = Blocks { minimum: 1, preferred: 4096, maximum: 70_000 };
+    let server = Server::start(dir.path(), Manners { blocks, ..manners() });
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 0).0);
+    let bytes: Vec<u8> = (0..1 << 20).map(|n: u32| (n ^ n >> 8 ^ n >> 16) as u8).collect();
+    let (user, expected) = (ops.clone(), bytes.clone());
+    bench.run(|io| async move {
+        for pieces in [1, 7, 3000, 40_000] {
+            write(&user, &io, 4096, &expected, pieces, false).await.unwrap();
+            assert!(read(&user, &io, 4096, expected.len(), pieces).await.unwrap() == expected);
+        }
+    });
+    assert!(server.shared.disk.lock().unwrap()[4096..][..1 << 20] == bytes);
+    assert_eq!(server.shared.longest.load(SeqCst), 70_000 / 512 * 512);
+    bench.finish(ops);
+}
+
+#[test]
+fn a_server_without_write_zeroes_leaves_them_to_the_engine() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ALL_FLAGS & !NBD_FLAG_SEND_WRITE_ZEROES & !NBD_FLAG_SEND_FUA;
+    let server = Server::start(dir.path(), Manners { flags, ..manners() });
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 0).0);
+    let user = ops.clone();
+    let answer = bench.run(|io| async move { user.write_zeroes(&io, 0, 512, true).await });
+    assert_eq!(answer, Err(Errno::EOPNOTSUPP));
+    bench.write(&ops, 0, &[1; 512], true).unwrap();
+    assert_eq!(server.shared.flushes.load(SeqCst), 1, "FUA by flush");
+    assert_eq!(server.shared.stable.lock().unwrap()[..512], [1; 512]);
+    bench.finish(ops);
+}
+
+/// Everything a server may do to a request in flight, without reconnecting.
+#[test]
+fn a_broken_connection_fails_what_is_in_flight_and_heals() {
+    let data = |cookie: u64, offset: u64, length: usize| {
+        let payload = [offset.to_be_bytes().to_vec(), vec![1; length]].concat();
+        tests::structured(cookie, true, NBD_REPLY_TYPE_OFFSET_DATA, &payload)
+    };
+    let faults = [
+        Fault::Cut(0),
+        Fault::Cut(7),
+        Fault::Cut(20),
+        Fault::Cut(1000),
+        Fault::Vanish,
+        Fault::WrongCookie,
+        Fault::Error(NBD_ESHUTDOWN),
+        Fault::Say(vec![0xff; 100]),
+        Fault::Say(vec![0; 100_000]),
+        Fault::Say(tests::simple(0, 0)),
+        Fault::Say(data(u64::MAX, 0, 4096)),
+        Fault::Say(data(1 << 32, 1 << 20, 4096)),
+        Fault::Say(tests::structured(1 << 32, true, 77, &[])),
+    ];
+    for structured in [true, false] {
+        for fault in &faults {
+            let dir = tempfile::tempdir().unwrap();
+            let flags = ALL_FLAGS & !NBD_FLAG_CAN_MULTI_CONN;
+            let server = Server::start(dir.path(), Manners { flags, structured, ..manners() });
+            let mut bench = Bench::new();
+            let ops = bench.attach(&opened(&server, 0).0);
+            bench.write(&ops, 0, &[3; 8192], true).unwrap();
+            server.fault(fault.clone());
+            assert_eq!(bench.read(&ops, 0, 8192).err(), Some(Errno::EIO), "{fault:?}");
+            bench.until_back(&ops);
+            assert!(bench.read(&ops, 0, 8192).unwrap() == [3; 8192], "{fault:?}");
+            bench.finish(ops);
+        }
+    }
+}
+
+#[test]
+fn errors_of_the_server_are_passed_on_and_the_connection_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let server =
+        Server::start(dir.path(), Manners { flags: ALL_FLAGS & !NBD_FLAG_CAN_MULTI_CONN, ..manners() });
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 0).0);
+    for (error, errno) in [(NBD_EPERM, libc::EPERM), (NBD_EIO, libc::EIO), (NBD_ENOMEM, libc::ENOMEM)] {
+        server.fault(Fault::Error(error));
+        assert_eq!(bench.read(&ops, 0, 512).unwrap_err().raw(), errno);
+        server.fault(Fault::Error(error));
+        assert_eq!(bench.write(&ops, 0, &[1; 512], false).unwrap_err().raw(), errno);
+        server.fault(Fault::Error(error));
+        assert_eq!(bench.flush(&ops).unwrap_err().raw(), errno);
+    }
+    assert_eq!(server.shared.accepted.load(SeqCst), 1);
+    bench.finish(ops);
+}
+
+#[test]
+fn without_reconnect_a_lost_server_fails_requests_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 0).0);
+    bench.write(&ops, 0, &[1; 512], true).unwrap();
+    server.crash();
+    let begun = Instant::now();
+    let first = bench.read(&ops, 0, 512).unwrap_err();
+    assert!(first == Errno::EIO || first == Errno::ENOTCONN, "{first}");
+    bench.rest(Duration::from_millis(50));
+    for _ in 0..100 {
+        assert_eq!(bench.read(&ops, 0, 512), Err(Errno::ENOTCONN));
+    }
+    assert!(begun.elapsed() < Duration::from_secs(10), "it waited");
+    server.listen();
+    bench.until_back(&ops);
+    assert_eq!(bench.read(&ops, 0, 512).unwrap(), [1; 512]);
+    bench.finish(ops);
+}
+
+#[test]
+fn with_reconnect_requests_survive_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 60).0);
+    bench.write(&ops, 0, &[1; 512], true).unwrap();
+    // One in flight at the crash, one that comes afterwards.
+    server.fault(Fault::Hang);
+    let results = Rc::new(RefCell::new(Vec::new()));
+    for round in 0..2 {
+        let (user, results) = (ops.clone(), results.clone());
+        bench.start(|io| async move {
+            let result = write(&user, &io, 512 * (round + 1), &[7; 512], 1, true).await;
+            results.borrow_mut().push(result);
+        });
+        bench.rest(Duration::from_millis(50));
+        if round == 0 {
+            server.crash();
+            bench.rest(Duration::from_millis(50));
+        }
+    }
+    assert_eq!(results.borrow().len(), 0);
+    server.listen();
+    bench.until("both writes", || results.borrow().len() == 2);
+    assert_eq!(*results.borrow(), [Ok(()), Ok(())]);
+    assert_eq!(bench.read(&ops, 0, 1536).unwrap(), [[1; 512], [7; 512], [7; 512]].concat());
+    assert_eq!(bench.flush(&ops), Ok(()), "every write was FUA");
+    bench.finish(ops);
+}
+
+#[test]
+fn patience_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 1).0);
+    bench.write(&ops, 0, &[1; 512], true).unwrap();
+    server.crash();
+    let begun = Instant::now();
+    assert!(bench.read(&ops, 0, 512).is_err());
+    let waited = begun.elapsed();
+    assert!(waited > Duration::from_millis(800) && waited < Duration::from_secs(20), "{waited:?}");
+    let begun = Instant::now();
+    assert_eq!(bench.read(&ops, 0, 512), Err(Errno::ENOTCONN));
+    assert!(begun.elapsed() < Duration::from_millis(500), "patience is over until the server is back");
+    server.listen();
+    bench.until_back(&ops);
+    bench.finish(ops);
+}
+
+#[test]
+fn a_server_that_always_hangs_up_is_not_asked_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 1).0);
+    server.shared.manners.lock().unwrap().drop_one_in = 1;
+    let begun = Instant::now();
+    assert_eq!(bench.write(&ops, 0, &[1; 512], false), Err(Errno::EIO));
+    let waited = begun.elapsed();
+    assert!(waited >= Duration::from_secs(1) && waited < Duration::from_secs(20), "{waited:?}");
+    let accepted = server.shared.accepted.load(SeqCst);
+    assert!(accepted < 60, "{accepted} connections in {waited:?}");
+    bench.finish(ops);
+}
+
+/// The rule of the ledger, in a crash that really loses what was not flushed.
+#[test]
+fn no_flush_succeeds_over_lost_writes() {
+    for connections in [1, 4] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut server = Server::start(dir.path(), manners());
+        let asked = NbdConfig { connections: Some(connections), ..config(&server.uri(), 60) };
+        let (volume, _) = NbdVolume::open(&asked).unwrap();
+        let mut bench = Bench::new();
+        let ops = bench.attach(&volume);
+        let other = bench.attach(&volume);
+        bench.write(&ops, 0, &[1; 512], false).unwrap();
+        bench.flush(&ops).unwrap();
+        // Nothing owed: a restart is no reason to fail.
+        server.crash();
+        server.listen();
+        assert_eq!(bench.read(&ops, 0, 512).unwrap(), [1; 512]);
+        assert_eq!(bench.flush(&ops), Ok(()));
+        // Acknowledged, not flushed, lost.
+        bench.write(&ops, 0, &[2; 512], false).unwrap();
+        server.crash();
+        server.listen();
+        assert_eq!(bench.read(&ops, 0, 512).unwrap(), [1; 512], "the write is lost");
+        bench.write(&ops, 512, &[3; 512], false).unwrap();
+        assert_eq!(bench.flush(&ops), Err(Errno::EIO));
+        assert_eq!(bench.flush(&ops), Ok(()), "told once");
+        assert_eq!(bench.flush(&other), Err(Errno::EIO), "and to each user");
+        assert_eq!(bench.flush(&other), Ok(()));
+        let late = bench.attach(&volume);
+        assert_eq!(bench.flush(&late), Ok(()), "but not to those who came later");
+        drop((other, late));
+        bench.finish(ops);
+    }
+}
+
+/// A flush in flight when the server crashes is sent again only if nothing was at stake.
+#[test]
+fn a_flush_in_flight_at_the_crash_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 60).0);
+    bench.write(&ops, 0, &[1; 512], false).unwrap();
+    for expected in [Err(Errno::EIO), Ok(())] {
+        server.fault(Fault::Hang);
+        let (user, result) = (ops.clone(), Rc::new(Cell::new(None)));
+        let give = result.clone();
+        bench.start(|io| async move { give.set(Some(user.flush(&io).await)) });
+        bench.rest(Duration::from_millis(100));
+        server.crash();
+        server.listen();
+        bench.until("the flush", || result.get().is_some());
+        assert_eq!(result.get(), Some(expected));
+    }
+    bench.finish(ops);
+}
+
+/// One connection of four goes, the server stays: another one vouches for what it had.
+#[test]
+fn a_connection_that_remains_vouches_for_the_lost_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 60).0);
+    let shared = server.shared.clone();
+    bench.until("four connections", || shared.present.load(SeqCst) == 4);
+    bench.rest(Duration::from_millis(100));
+    bench.write(&ops, 0, &[1; 512], false).unwrap();
+    server.fault(Fault::Vanish);
+    bench.read(&ops, 0, 512).unwrap();
+    bench.until("the fifth connection", || shared.accepted.load(SeqCst) == 5);
+    bench.rest(Duration::from_millis(100));
+    for _ in 0..8 {
+        assert_eq!(bench.flush(&ops), Ok(()));
+    }
+    assert_eq!(server.shared.stable.lock().unwrap()[..512], [1; 512]);
+    bench.finish(ops);
+}
+
+#[test]
+fn another_export_behind_the_address_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let (volume, _) = opened(&server, 1);
+    let mut bench = Bench::new();
+    let ops = bench.attach(&volume);
+    bench.read(&ops, 0, 512).unwrap();
+    server.crash();
+    for change in [
+        |manners: &mut Manners| manners.size = 2 << 20,
+        |manners: &mut Manners| manners.flags |= NBD_FLAG_READ_ONLY,
+    ] {
+        change(&mut server.shared.manners.lock().unwrap());
+        server.listen();
+        assert!(matches!(volume.remote.connect(LONG), Err(Error::Changed(_))));
+        assert!(bench.read(&ops, 0, 512).is_err());
+        server.crash();
+        *server.shared.manners.lock().unwrap() = manners();
+    }
+    server.listen();
+    bench.until_back(&ops);
+    bench.finish(ops);
+}
+
+#[test]
+fn a_request_that_is_abandoned_takes_only_its_connection_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 60).0);
+    bench.read(&ops, 0, 512).unwrap();
+    server.fault(Fault::Hang);
+    let user = ops.clone();
+    let slot = bench.start(|io| async move {
+        read(&user, &io, 0, 512, 1).await.unwrap();
+    });
+    bench.rest(Duration::from_millis(50));
+    assert!(bench.tasks.is_alive(slot));
+    bench.tasks.remove(slot);
+    for _ in 0..20 {
+        bench.read(&ops, 0, 512).unwrap();
+    }
+    bench.finish(ops);
+}

@@ -1,0 +1,149 @@
+//! Opening volumes, and lending them to workers.
+
+use super::attached::{Attached, Ops};
+use super::config::VolumeConfig;
+use super::file::{self, FileOps, FileVolume};
+use super::memory::{self, Memory};
+use super::nbd::{self, NbdOps, NbdVolume};
+use super::null::Null;
+use crate::block::{Geometry, GeometryError};
+use crate::ring::{Core, Ring};
+use std::io;
+use std::rc::Rc;
+
+/// An opened volume: what all workers share of it.
+pub struct Volume {
+    name: String,
+    geometry: Geometry,
+    store: Store,
+}
+
+enum Store {
+    File(FileVolume),
+    Memory(Memory),
+    Null,
+    Nbd(NbdVolume),
+}
+
+/// Logical block where neither the user nor the store cares, in bytes.
+const DEFAULT_BLOCK: u32 = 512;
+
+/// Why a volume could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// See [`file::Error`].
+    #[error("volume {name}: {path}")]
+    File {
+        /// Of the volume.
+        name: String,
+        /// Of the file.
+        path: String,
+        /// What was wrong with it.
+        source: file::Error,
+    },
+    /// See [`nbd::Error`].
+    #[error("volume {name}: {uri}")]
+    Nbd {
+        /// Of the volume.
+        name: String,
+        /// Of the server.
+        uri: String,
+        /// What was wrong with it.
+        source: nbd::Error,
+    },
+    /// A size or block size that no disk can have.
+    #[error("volume {name}")]
+    Geometry {
+        /// Of the volume.
+        name: String,
+        /// What was wrong with it.
+        source: GeometryError,
+    },
+    /// No memory.
+    #[error("volume {name}: {bytes} bytes of memory cannot be reserved")]
+    Memory {
+        /// Of the volume.
+        name: String,
+        /// Asked for.
+        bytes: u64,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl Volume {
+    /// Opens what `config` describes. Nothing is changed in the store.
+    ///
+    /// # Errors
+    /// When it is missing, not ours to use, or cannot do what the configuration asks.
+    pub fn open(name: &str, config: &VolumeConfig) -> Result<Volume, OpenError> {
+        let geometry_error = |source| OpenError::Geometry { name: name.into(), source };
+        let (store, geometry) = match config {
+            VolumeConfig::File(options) => {
+                let (volume, geometry) = FileVolume::open(options).map_err(|source| OpenError::File {
+                    name: name.into(),
+                    path: options.path.display().to_string(),
+                    source,
+                })?;
+                (Store::File(volume), geometry)
+            }
+            VolumeConfig::Memory(options) => {
+                let block = options.block_size.unwrap_or(DEFAULT_BLOCK);
+                let geometry = memory::geometry(options.size.bytes(), block).map_err(geometry_error)?;
+                let memory = Memory::new(geometry.bytes()).map_err(|source| OpenError::Memory {
+                    name: name.into(),
+                    bytes: geometry.bytes(),
+                    source,
+                })?;
+                (Store::Memory(memory), geometry)
+            }
+            VolumeConfig::Null(options) => {
+                let block = options.block_size.unwrap_or(DEFAULT_BLOCK);
+                (Store::Null, Geometry::new(options.size.bytes(), block).map_err(geometry_error)?)
+            }
+            VolumeConfig::Nbd(options) => {
+                let (volume, geometry) = NbdVolume::open(options).map_err(|source| OpenError::Nbd {
+                    name: name.into(),
+                    uri: options.uri.clone(),
+                    source,
+                })?;
+                (Store::Nbd(volume), geometry)
+            }
+        };
+        Ok(Volume { name: name.into(), geometry, store })
+    }
+
+    /// As configured.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Shape and abilities.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Whether all its queues must be on one worker, because what is flushed on one connection would not be
+    /// flushed for another.
+    pub fn single_worker(&self) -> bool {
+        matches!(&self.store, Store::Nbd(nbd) if !nbd.multi_conn())
+    }
+
+    /// Whether the kernel alone moves its data, so that ublk's zero copy can be used.
+    pub fn takes_registered(&self) -> bool {
+        matches!(self.store, Store::File(_))
+    }
+
+    /// Lends it to the worker `core` belongs to, for an export that is `read_only` or not.
+    pub fn attach<R: Ring>(&self, core: &Rc<Core<R>>, read_only: bool) -> Attached<R> {
+        let ops = match &self.store {
+            Store::File(volume) => Ops::File(FileOps::new(core, volume.clone())),
+            Store::Memory(memory) => Ops::Memory(memory.clone()),
+            Store::Null => Ops::Null(Null),
+            Store::Nbd(volume) => Ops::Nbd(NbdOps::new(core, volume)),
+        };
+        let mut geometry = self.geometry.clone();
+        geometry.read_only |= read_only;
+        Attached::new(geometry, ops)
+    }
+}
