@@ -11,3 +11,5 @@ pub mod block;
 pub mod ring;
 /// Volumes: file, memory, null, nbd.
 pub mod engine;
+/// The two doors: protocols turned into requests.
+pub mod frontend;

@@ -1,0 +1,222 @@
+//! `/dev/ringblk/NAME`: a device's name that stays, kept by us as a link to wherever the kernel put it.
+
+#![forbid(unsafe_code)]
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::{Component, Path, PathBuf};
+
+/// Where the links are.
+const DIRECTORY: &str = "/dev/ringblk";
+
+/// What a link of ours points to, before its number.
+const DEVICE: &str = "/dev/ublkb";
+
+/// A name that is free for us, and the link once there is one. Dropping it removes the link.
+#[derive(Debug)]
+pub struct StableName {
+    path: PathBuf,
+    device: Option<PathBuf>,
+}
+
+/// Why a name cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum NameError {
+    /// Not a single file name.
+    #[error("\"{0}\" cannot be a file name")]
+    NotAName(String),
+    /// Something that is not a link of ours.
+    #[error("{} exists and is no link to a ublk device: move it away", .0.display())]
+    Foreign(PathBuf),
+    /// A link of ours, to a device that is there.
+    #[error("{} points to {}, which is in use: is another ringblk serving this name?", .0.display(), .1.display())]
+    Taken(PathBuf, PathBuf),
+    /// The kernel says no.
+    #[error("{}: cannot {what}", .path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl StableName {
+    /// Checks that `/dev/ringblk/NAME` is free: not there, or a link that a server left behind when it died.
+    /// Changes nothing.
+    ///
+    /// # Errors
+    /// When it is anything else.
+    pub fn check(name: &str) -> Result<StableName, NameError> {
+        StableName::check_in(Path::new(DIRECTORY), name)
+    }
+
+    fn check_in(directory: &Path, name: &str) -> Result<StableName, NameError> {
+        let mut parts = Path::new(name).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name) {
+            return Err(NameError::NotAName(name.into()));
+        }
+        let path = directory.join(name);
+        is_stale(&path)?;
+        Ok(StableName { path, device: None })
+    }
+
+    /// The link's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes the link.
+    ///
+    /// # Errors
+    /// When the name was taken since it was checked, or `/dev` cannot be written to.
+    pub fn point_to(&mut self, device: &Path) -> Result<(), NameError> {
+        let failed = |what| {
+            let path = self.path.clone();
+            move |source| NameError::Io { what, path, source }
+        };
+        if let Some(directory) = self.path.parent() {
+            match fs::create_dir(directory) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                    return Err(failed("make its directory")(error));
+                }
+                _ => {}
+            }
+        }
+        if is_stale(&self.path)? {
+            fs::remove_file(&self.path).map_err(failed("remove the link of a device that is gone"))?;
+        }
+        symlink(device, &self.path).map_err(failed("make the link"))?;
+        self.device = Some(device.into());
+        Ok(())
+    }
+
+    /// Removes the link, if it is still the one we made. Doing it twice is no error.
+    pub fn remove(&mut self) {
+        let Some(device) = self.device.take() else { return };
+        if fs::read_link(&self.path).is_ok_and(|target| target == device)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            log::warn!("{}: the link stays: {error}", self.path.display());
+        }
+    }
+}
+
+impl Drop for StableName {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+/// Whether there is a link of ours whose device is gone; `false` when there is nothing at all.
+fn is_stale(path: &Path) -> Result<bool, NameError> {
+    let io = |source| NameError::Io { what: "look at it", path: path.into(), source };
+    let kind = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata.file_type(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(io(error)),
+    };
+    if !kind.is_symlink() {
+        return Err(NameError::Foreign(path.into()));
+    }
+    let target = fs::read_link(path).map_err(io)?;
+    let number = target.to_str().and_then(|target| target.strip_prefix(DEVICE));
+    if number.is_none_or(|number| number.parse::<u32>().is_err()) {
+        return Err(NameError::Foreign(path.into()));
+    }
+    if target.symlink_metadata().is_ok() {
+        return Err(NameError::Taken(path.into(), target));
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device that no machine has.
+    const GONE: &str = "/dev/ublkb1048575";
+
+    fn directory() -> (tempfile::TempDir, PathBuf) {
+        let outer = tempfile::tempdir().unwrap();
+        let inner = outer.path().join("ringblk");
+        (outer, inner)
+    }
+
+    #[test]
+    fn the_link_comes_and_goes_with_its_owner() {
+        let (_keep, dir) = directory();
+        let mut name = StableName::check_in(&dir, "root").unwrap();
+        assert!(!dir.exists(), "a check changes nothing");
+        name.point_to(Path::new(GONE)).unwrap();
+        assert_eq!(fs::read_link(dir.join("root")).unwrap(), Path::new(GONE));
+        name.remove();
+        name.remove();
+        assert!(dir.join("root").symlink_metadata().is_err());
+
+        let mut name = StableName::check_in(&dir, "root").unwrap();
+        name.point_to(Path::new(GONE)).unwrap();
+        drop(name);
+        assert!(dir.join("root").symlink_metadata().is_err());
+    }
+
+    #[test]
+    fn a_link_left_behind_is_replaced() {
+        let (_keep, dir) = directory();
+        fs::create_dir(&dir).unwrap();
+        symlink(GONE, dir.join("root")).unwrap();
+        let mut name = StableName::check_in(&dir, "root").unwrap();
+        name.point_to(Path::new("/dev/ublkb7")).unwrap();
+        assert_eq!(fs::read_link(dir.join("root")).unwrap(), Path::new("/dev/ublkb7"));
+    }
+
+    #[test]
+    fn what_is_not_ours_is_left_alone() {
+        let (_keep, dir) = directory();
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("file"), "precious").unwrap();
+        fs::create_dir(dir.join("dir")).unwrap();
+        symlink("/dev/null", dir.join("link")).unwrap();
+        symlink("/dev/ublkb", dir.join("short")).unwrap();
+        symlink("/dev/ublkb0/../sda", dir.join("sly")).unwrap();
+        for name in ["file", "dir", "link", "short", "sly"] {
+            let error = StableName::check_in(&dir, name).unwrap_err();
+            assert!(matches!(error, NameError::Foreign(_)), "{name}: {error}");
+        }
+        assert_eq!(fs::read(dir.join("file")).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_name_taken_in_the_meantime_is_not_overwritten() {
+        let (_keep, dir) = directory();
+        let mut name = StableName::check_in(&dir, "root").unwrap();
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("root"), "other").unwrap();
+        assert!(name.point_to(Path::new(GONE)).is_err());
+        drop(name);
+        assert_eq!(fs::read(dir.join("root")).unwrap(), b"other");
+    }
+
+    #[test]
+    fn a_link_that_was_changed_stays() {
+        let (_keep, dir) = directory();
+        let mut name = StableName::check_in(&dir, "root").unwrap();
+        name.point_to(Path::new(GONE)).unwrap();
+        fs::remove_file(dir.join("root")).unwrap();
+        symlink("/dev/ublkb99999", dir.join("root")).unwrap();
+        drop(name);
+        assert!(dir.join("root").symlink_metadata().is_ok());
+    }
+
+    #[test]
+    fn names_are_names() {
+        let (_keep, dir) = directory();
+        for name in ["", ".", "..", "a/b", "/etc/passwd", "../x", "a/"] {
+            let error = StableName::check_in(&dir, name).unwrap_err();
+            assert!(matches!(error, NameError::NotAName(_)), "{name}: {error}");
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! What all queues of a vhost-user device share.
+
+#![forbid(unsafe_code)]
+
+use crate::block::Geometry;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// `VIRTIO_BLK_ID_BYTES`.
+const ID_LEN: usize = 20;
+
+/// A device, for as long as its export lives; VMMs come and go.
+pub struct Device {
+    name: String,
+    id: [u8; ID_LEN],
+    geometry: Geometry,
+    /// `writeback` of the configuration space.
+    writeback: AtomicBool,
+}
+
+impl Device {
+    /// A device whose identity, GET_ID's answer, is the first 20 bytes of the volume's name.
+    pub fn new(volume: &str, socket: &str, mut geometry: Geometry, read_only: bool) -> Device {
+        geometry.read_only |= read_only;
+        let mut id = [0; ID_LEN];
+        let len = volume.len().min(ID_LEN);
+        id[..len].copy_from_slice(&volume.as_bytes()[..len]);
+        let writeback = AtomicBool::new(geometry.volatile_cache);
+        Device { name: format!("vhost-user:{socket}"), id, geometry, writeback }
+    }
+
+    /// For messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Padded with NUL (virtio 1.3 section 5.2.6).
+    pub fn id(&self) -> &[u8; ID_LEN] {
+        &self.id
+    }
+
+    /// As the guest sees it.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Whether a driver that decides about its cache wants one.
+    pub fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Acquire)
+    }
+
+    /// The driver's decision. One that never asked for FLUSH has no cache to turn on.
+    pub fn set_writeback(&self, on: bool) {
+        self.writeback.store(on && self.geometry.volatile_cache, Ordering::Release);
+    }
+}

@@ -1,0 +1,256 @@
+//! A VMM's memory as a worker sees it: guest addresses resolved to ours, and nothing else reachable.
+
+use crate::block::Iovec;
+use std::sync::Arc;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+/// A snapshot of the memory table. It keeps the mappings alive, so whatever resolves stays mapped as long as
+/// it does.
+#[derive(Clone)]
+pub struct Memory {
+    regions: Arc<[Region]>,
+    _mappings: Arc<GuestMemoryMmap<()>>,
+}
+
+#[derive(Clone, Copy)]
+struct Region {
+    /// First guest-physical address.
+    start: u64,
+    /// Bytes; never 0.
+    len: u64,
+    /// Where it is mapped here.
+    host: *mut u8,
+}
+
+// SAFETY: the pointers are to shared mappings of the process, kept by `_mappings`. Nothing here follows them.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+/// Why a snapshot was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Touching the missing part would be a SIGBUS.
+    #[error("memory region at {start:#x}: {len} bytes from offset {offset}, but its file has {file} bytes")]
+    BeyondFile {
+        /// Guest address.
+        start: u64,
+        /// Claimed length.
+        len: u64,
+        /// Offset in the file.
+        offset: u64,
+        /// The file's length.
+        file: u64,
+    },
+    /// The file cannot be asked.
+    #[error("memory region at {start:#x}")]
+    File {
+        /// Guest address.
+        start: u64,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+    /// No host address.
+    #[error("memory region at {start:#x} is not mapped")]
+    NotMapped {
+        /// Guest address.
+        start: u64,
+    },
+}
+
+impl Memory {
+    /// Takes the table as it is now.
+    ///
+    /// # Errors
+    /// When a region reaches past the end of its file.
+    pub fn new(mappings: Arc<GuestMemoryMmap<()>>) -> Result<Memory, MemoryError> {
+        let mut regions = Vec::with_capacity(mappings.num_regions());
+        for region in mappings.iter() {
+            let (start, len) = (region.start_addr().0, region.len());
+            if let Some(file) = region.file_offset() {
+                let size =
+                    file.file().metadata().map_err(|source| MemoryError::File { start, source })?.len();
+                if file.start().checked_add(len).is_none_or(|end| end > size) {
+                    return Err(MemoryError::BeyondFile { start, len, offset: file.start(), file: size });
+                }
+            }
+            let host = mappings
+                .get_host_address(GuestAddress(start))
+                .map_err(|_| MemoryError::NotMapped { start })?;
+            regions.push(Region { start, len, host });
+        }
+        regions.sort_by_key(|region| region.start);
+        Ok(Memory { regions: regions.into(), _mappings: mappings })
+    }
+
+    /// Our address of guest address `at`, and how many bytes from there on are contiguous, `len` at most.
+    /// `None` where the guest has no memory. A guest has few regions, so the search is a short walk.
+    fn contiguous(&self, at: u64, len: u64) -> Option<(*mut u8, u64)> {
+        let region = self.regions.iter().find(|region| at.wrapping_sub(region.start) < region.len)?;
+        let skip = at - region.start;
+        Some((region.host.wrapping_add(skip as usize), len.min(region.len - skip)))
+    }
+
+    /// Our address of `len` bytes that lie in one region and start at a multiple of `align`.
+    pub fn resolve(&self, at: u64, len: u64, align: u64) -> Option<*mut u8> {
+        let (host, found) = self.contiguous(at, len)?;
+        (found == len && at.is_multiple_of(align)).then_some(host)
+    }
+
+    /// Resolves all of `len` bytes from `at` on, giving each region's part to `push`, which says whether it
+    /// had room. False when it had not, or when the guest has no memory somewhere in the range.
+    pub fn split(&self, mut at: u64, mut len: u64, mut push: impl FnMut(Iovec) -> bool) -> bool {
+        while len > 0 {
+            let Some((base, part)) = self.contiguous(at, len) else { return false };
+            // SAFETY: `part` bytes from `base` on are mapped, by `_mappings`, which a vring holds until its last
+            // request is complete; guest memory is never borrowed.
+            if !push(unsafe { Iovec::new(base, part as usize) }) {
+                return false;
+            }
+            len -= part;
+            let Some(next) = at.checked_add(part) else { return len == 0 };
+            at = next;
+        }
+        true
+    }
+}
+
+/// A descriptor table: the vring's own, or an indirect one.
+#[derive(Clone, Copy)]
+pub struct Table {
+    /// Where the guest has it.
+    at: u64,
+    /// Where we have it, when it lies in one region.
+    host: Option<*const Descriptor>,
+    /// Descriptors in it.
+    len: u16,
+}
+
+impl Memory {
+    /// The table of `len` descriptors at guest address `at`.
+    pub fn table(&self, at: u64, len: u16) -> Table {
+        let bytes = u64::from(len) * size_of::<Descriptor>() as u64;
+        let host = self.resolve(at, bytes, align_of::<Descriptor>() as u64);
+        Table { at, host: host.map(|host| host.cast_const().cast()), len }
+    }
+
+    /// Reads descriptor `index` of `table`, once: a guest that changes it later changes nothing for us.
+    /// `None` outside the table or the guest's memory.
+    pub fn descriptor(&self, table: Table, index: u16) -> Option<Descriptor> {
+        if index >= table.len {
+            return None;
+        }
+        if let Some(host) = table.host {
+            // SAFETY: the whole table resolved, aligned, and `index` is inside; any bytes are a descriptor.
+            return Some(unsafe { host.add(index as usize).read_volatile() });
+        }
+        let at = table.at.checked_add(u64::from(index) * size_of::<Descriptor>() as u64)?;
+        let mut bytes = [0; size_of::<Descriptor>()];
+        let mut filled = 0;
+        self.split(at, bytes.len() as u64, |part| {
+            filled += gather(&[part], &mut bytes[filled..]);
+            true
+        })
+        .then(|| descriptor_from(bytes))
+    }
+}
+
+fn descriptor_from(bytes: [u8; size_of::<Descriptor>()]) -> Descriptor {
+    let mut descriptor = Descriptor::default();
+    descriptor.as_mut_slice().copy_from_slice(&bytes);
+    descriptor
+}
+
+/// Copies the ranges' first bytes out, until either side ends. How many there were.
+pub fn gather(from: &[Iovec], to: &mut [u8]) -> usize {
+    let mut done = 0;
+    for iovec in from {
+        let count = iovec.len().min(to.len() - done);
+        // SAFETY: the promise of `Iovec::new` covers the source, the slice its own end. `copy` minds no overlap.
+        unsafe { std::ptr::copy(iovec.base(), to[done..].as_mut_ptr(), count) };
+        done += count;
+    }
+    done
+}
+
+/// Copies bytes into the ranges, until either side ends. How many there were.
+pub fn scatter(from: &[u8], to: &[Iovec]) -> usize {
+    let mut done = 0;
+    for iovec in to {
+        let count = iovec.len().min(from.len() - done);
+        // SAFETY: as in `gather`.
+        unsafe { std::ptr::copy(from[done..].as_ptr(), iovec.base(), count) };
+        done += count;
+    }
+    done
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use vm_memory::{FileOffset, GuestRegionMmap, MmapRegion};
+
+    fn memory(ranges: &[(u64, usize)]) -> Memory {
+        let ranges: Vec<_> = ranges.iter().map(|(at, len)| (GuestAddress(*at), *len)).collect();
+        Memory::new(Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap())).unwrap()
+    }
+
+    fn parts(memory: &Memory, at: u64, len: u64) -> Option<Vec<usize>> {
+        let mut parts = Vec::new();
+        memory
+            .split(at, len, |iovec| {
+                parts.push(iovec.len());
+                true
+            })
+            .then_some(parts)
+    }
+
+    #[test]
+    fn a_range_over_two_regions_is_split() {
+        let memory = memory(&[(0x1000, 0x1000), (0x2000, 0x1000), (0x4000, 0x1000)]);
+        assert_eq!(parts(&memory, 0x1800, 0x1000), Some(vec![0x800, 0x800]));
+        assert_eq!(parts(&memory, 0x1000, 0x2000), Some(vec![0x1000, 0x1000]));
+        assert_eq!(parts(&memory, 0x4fff, 1), Some(vec![1]));
+        assert!(memory.resolve(0x1800, 0x1000, 1).is_none());
+    }
+
+    #[test]
+    fn nothing_outside_resolves() {
+        let memory = memory(&[(0x1000, 0x1000), (0x4000, 0x1000)]);
+        for (at, len) in [
+            (0, 1),
+            (0xfff, 2),
+            (0x1fff, 2),
+            (0x4fff, 2),
+            (u64::MAX, 1),
+            (u64::MAX - 1, 16),
+            (0x4000, u64::MAX),
+        ] {
+            assert_eq!(parts(&memory, at, len), None, "{at:#x}+{len:#x}");
+            assert!(memory.resolve(at, len, 1).is_none(), "{at:#x}+{len:#x}");
+        }
+        assert!(memory.resolve(0x1001, 16, 1).is_some());
+        assert!(memory.resolve(0x1001, 16, 2).is_none());
+    }
+
+    #[test]
+    fn a_region_larger_than_its_file_is_refused() {
+        let file = std::fs::File::from(
+            nix::sys::memfd::memfd_create(c"region", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap(),
+        );
+        file.set_len(0x1000).unwrap();
+        let file = Arc::new(std::fs::File::from(file.as_fd().try_clone_to_owned().unwrap()));
+        let region = |len| {
+            // vm-memory looks at the file's length itself, so the file shrinks after the mapping.
+            file.set_len(0x2000).unwrap();
+            let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), 0), len).unwrap();
+            file.set_len(0x1000).unwrap();
+            let region = GuestRegionMmap::new(mapping, GuestAddress(0)).unwrap();
+            Memory::new(Arc::new(GuestMemoryMmap::from_regions(vec![region]).unwrap()))
+        };
+        assert!(region(0x1000).is_ok());
+        assert!(matches!(region(0x2000), Err(MemoryError::BeyondFile { file: 0x1000, .. })));
+    }
+}

@@ -1,0 +1,328 @@
+//! A vring as the protocol sees it: a set of settings that may be changed at any time.
+//!
+//! vhost-user-backend keeps the settings and tells us of each change through its `VringT`. Each is passed on
+//! to the crate's own vring, which remembers it, and then to the worker, as a start, a stop, or one of the two
+//! changes a running vring takes.
+
+#![forbid(unsafe_code)]
+
+use super::device::Device;
+use super::memory::Memory;
+use super::notify::{CallFd, check_eventfd};
+use super::vring::VringSetup;
+use std::cell::RefCell;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
+use virtio_queue::{Error as QueueError, QueueT};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+/// The crate's handle to a memory table that may change.
+pub(super) type Table = GuestMemoryAtomic<GuestMemoryMmap<()>>;
+
+/// Runs vrings: the service, with a worker for each queue.
+pub trait Host: Send + Sync {
+    /// Starts queue `setup.index`.
+    ///
+    /// # Errors
+    /// When its rings are not where they should be.
+    fn start(&self, setup: VringSetup) -> io::Result<Box<dyn Running>>;
+
+    /// Brings every acknowledged write of the volume to stable storage.
+    ///
+    /// # Errors
+    /// The store's.
+    fn flush(&self) -> io::Result<()>;
+}
+
+/// A vring that runs on a worker.
+pub trait Running: Send {
+    /// Stops it, and waits until the last request it took is complete. The index of the next one.
+    fn stop(self: Box<Self>) -> u16;
+    /// Lets it take requests or not.
+    fn enable(&self, enabled: bool);
+    /// Replaces its call descriptor.
+    fn set_call(&self, call: Option<CallFd>);
+}
+
+/// What the vrings of a session share.
+pub(super) struct Shared {
+    pub device: Arc<Device>,
+    pub host: Arc<dyn Host>,
+    /// Virtio features the driver accepted.
+    pub features: AtomicU64,
+    /// The memory table in force; `None` before the first.
+    pub memory: Mutex<Option<Memory>>,
+}
+
+/// One vring of a session.
+#[derive(Clone)]
+pub struct SessionVring {
+    inner: VringMutex<Table>,
+    link: Arc<VringLink>,
+}
+
+struct VringLink {
+    index: usize,
+    shared: Arc<Shared>,
+    /// The VMM has said where its rings are: until then they are not at address 0.
+    placed: AtomicBool,
+    kick: Mutex<Option<Arc<File>>>,
+    call: Mutex<Option<CallFd>>,
+    err: Mutex<Option<CallFd>>,
+    running: Mutex<Option<Box<dyn Running>>>,
+}
+
+/// Vrings in the making: see [`SessionVring::make_for`].
+struct Nursery {
+    shared: Arc<Shared>,
+    made: Vec<SessionVring>,
+}
+
+thread_local! {
+    static NURSERY: RefCell<Option<Nursery>> = const { RefCell::new(None) };
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl SessionVring {
+    /// Runs `make`, in which the crate makes its vrings, and returns them in order with what `make` returned.
+    ///
+    /// The crate calls `VringT::new` with neither an index nor anything of ours and keeps what it gets, so
+    /// the session waits for them here, on the thread that makes them.
+    pub(super) fn make_for<T>(shared: &Arc<Shared>, make: impl FnOnce() -> T) -> (T, Vec<SessionVring>) {
+        NURSERY.set(Some(Nursery { shared: shared.clone(), made: Vec::new() }));
+        let result = make();
+        let made = NURSERY.take().map(|nursery| nursery.made).unwrap_or_default();
+        (result, made)
+    }
+
+    /// Starts it if it has all it needs: ready, addresses, a kick descriptor and memory. It goes on where it stopped.
+    pub(super) fn start(&self) {
+        let link = &self.link;
+        let setup = {
+            let state = self.inner.get_ref();
+            let queue = state.get_queue();
+            let ready = queue.ready() && link.placed.load(Ordering::Relaxed);
+            let (true, Some(kick)) = (ready, lock(&link.kick).clone()) else { return };
+            let Some(memory) = lock(&link.shared.memory).clone() else { return };
+            VringSetup {
+                index: link.index,
+                device: link.shared.device.clone(),
+                memory,
+                size: queue.size(),
+                desc_table: queue.desc_table(),
+                avail_ring: queue.avail_ring(),
+                used_ring: queue.used_ring(),
+                next_avail: queue.next_avail(),
+                enabled: state.is_enabled(),
+                read_only: link.shared.device.geometry().read_only,
+                features: link.shared.features.load(Ordering::Relaxed),
+                event_idx: queue.event_idx_enabled(),
+                kick,
+                call: lock(&link.call).clone(),
+                err: lock(&link.err).clone(),
+            }
+        };
+        match link.shared.host.start(setup) {
+            Ok(running) => *lock(&link.running) = Some(running),
+            Err(error) => self.complain("it cannot be started", &error),
+        }
+    }
+
+    fn complain(&self, what: &str, error: &io::Error) {
+        log::error!("{}: vring {}: {what}: {error}", self.link.shared.device.name(), self.link.index);
+        if let Some(err) = &*lock(&self.link.err) {
+            err.signal();
+        }
+    }
+
+    /// Stops it, if it runs, when everything it took is complete. Whether it ran.
+    pub(super) fn stop(&self) -> bool {
+        // Taken out first: the lock is not held while we wait.
+        let Some(running) = lock(&self.link.running).take() else { return false };
+        let next = running.stop();
+        self.inner.set_queue_next_avail(next);
+        true
+    }
+
+    /// Stops it and lets it go on, with what the session knows now.
+    pub(super) fn restart(&self) {
+        self.between(|| ());
+    }
+
+    /// Stops it, makes a change, and lets it go on.
+    fn between<T>(&self, change: impl FnOnce() -> T) -> T {
+        let ran = self.stop();
+        let result = change();
+        if ran {
+            self.start();
+        }
+        result
+    }
+
+    fn is_running(&self) -> bool {
+        lock(&self.link.running).is_some()
+    }
+}
+
+impl<'a> VringStateGuard<'a, Table> for SessionVring {
+    type G = MutexGuard<'a, VringState<Table>>;
+}
+
+impl<'a> VringStateMutGuard<'a, Table> for SessionVring {
+    type G = MutexGuard<'a, VringState<Table>>;
+}
+
+impl VringT<Table> for SessionVring {
+    fn new(memory: Table, max_queue_size: u16) -> Result<Self, QueueError> {
+        let inner = VringMutex::new(memory, max_queue_size)?;
+        NURSERY.with_borrow_mut(|nursery| {
+            // `make_for` is the only way here: its caller makes the daemon, which makes the vrings.
+            let nursery = nursery.as_mut().ok_or(QueueError::QueueNotReady)?;
+            let link = Arc::new(VringLink {
+                index: nursery.made.len(),
+                shared: nursery.shared.clone(),
+                placed: AtomicBool::new(false),
+                kick: Mutex::new(None),
+                call: Mutex::new(None),
+                err: Mutex::new(None),
+                running: Mutex::new(None),
+            });
+            let vring = SessionVring { inner, link };
+            nursery.made.push(vring.clone());
+            Ok(vring)
+        })
+    }
+
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, Table>>::G {
+        self.inner.get_ref()
+    }
+
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Table>>::G {
+        self.inner.get_mut()
+    }
+
+    fn add_used(&self, head: u16, len: u32) -> Result<(), QueueError> {
+        self.inner.add_used(head, len)
+    }
+
+    fn signal_used_queue(&self) -> io::Result<()> {
+        self.inner.signal_used_queue()
+    }
+
+    fn enable_notification(&self) -> Result<bool, QueueError> {
+        self.inner.enable_notification()
+    }
+
+    fn disable_notification(&self) -> Result<(), QueueError> {
+        self.inner.disable_notification()
+    }
+
+    fn needs_notification(&self) -> Result<bool, QueueError> {
+        self.inner.needs_notification()
+    }
+
+    fn set_enabled(&self, enabled: bool) {
+        self.inner.set_enabled(enabled);
+        if let Some(running) = &*lock(&self.link.running) {
+            running.enable(enabled);
+        }
+    }
+
+    fn set_queue_info(&self, desc_table: u64, avail_ring: u64, used_ring: u64) -> Result<(), QueueError> {
+        let (ready, same) = {
+            let state = self.inner.get_ref();
+            let queue = state.get_queue();
+            let now = (queue.desc_table(), queue.avail_ring(), queue.used_ring());
+            (queue.ready(), now == (desc_table, avail_ring, used_ring))
+        };
+        // QEMU repeats the addresses when it starts to log: nothing to do.
+        if same && self.is_running() {
+            return Ok(());
+        }
+        self.stop();
+        self.inner.set_queue_info(desc_table, avail_ring, used_ring)?;
+        self.link.placed.store(true, Ordering::Relaxed);
+        if ready {
+            self.start();
+        }
+        Ok(())
+    }
+
+    fn queue_next_avail(&self) -> u16 {
+        self.inner.queue_next_avail()
+    }
+
+    fn set_queue_next_avail(&self, base: u16) {
+        self.between(|| self.inner.set_queue_next_avail(base));
+    }
+
+    fn set_queue_next_used(&self, idx: u16) {
+        // Ours is read from the used ring when the vring starts.
+        self.inner.set_queue_next_used(idx);
+    }
+
+    fn queue_used_idx(&self) -> Result<u16, QueueError> {
+        self.inner.queue_used_idx()
+    }
+
+    fn set_queue_size(&self, num: u16) {
+        self.between(|| self.inner.set_queue_size(num));
+    }
+
+    fn set_queue_event_idx(&self, enabled: bool) {
+        let now = self.inner.get_ref().get_queue().event_idx_enabled();
+        if now != enabled {
+            self.between(|| self.inner.set_queue_event_idx(enabled));
+        }
+    }
+
+    fn set_queue_ready(&self, ready: bool) {
+        // When it is to stop, `Session::stop_vring` follows, and waits.
+        self.inner.set_queue_ready(ready);
+        if ready {
+            self.start();
+        }
+    }
+
+    fn set_kick(&self, file: Option<File>) {
+        let checked = file.as_ref().map(|file| check_eventfd(file).and_then(|()| file.try_clone()));
+        match checked.transpose() {
+            Ok(kick) => self.between(|| {
+                *lock(&self.link.kick) = kick.map(Arc::new);
+                self.inner.set_kick(file);
+            }),
+            Err(error) => self.complain("its kick descriptor", &error),
+        }
+    }
+
+    fn read_kick(&self) -> io::Result<bool> {
+        self.inner.read_kick()
+    }
+
+    fn set_call(&self, file: Option<File>) {
+        let call = file.as_ref().map(|file| file.try_clone().and_then(CallFd::new)).transpose();
+        self.inner.set_call(file);
+        match call {
+            Ok(call) => {
+                lock(&self.link.call).clone_from(&call);
+                if let Some(running) = &*lock(&self.link.running) {
+                    running.set_call(call);
+                }
+            }
+            Err(error) => self.complain("its call descriptor", &error),
+        }
+    }
+
+    fn set_err(&self, file: Option<File>) {
+        match file.map(CallFd::new).transpose() {
+            Ok(err) => self.between(|| *lock(&self.link.err) = err),
+            Err(error) => self.complain("its error descriptor", &error),
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! A vring as its worker drives it (virtio 1.3 section 2.7): the rings read and written in place.
+//!
+//! A running vring never changes but for its call descriptor and whether it is enabled. Whatever else the VMM
+//! changes (memory, addresses, kick), the session stops it, which drains it, and starts another: one rule for
+//! every race.
+//!
+//! A guest that breaks the rings (an index that jumps, a head twice in flight) breaks its own vring, which
+//! then takes nothing more; what is in flight still completes.
+
+use super::device::Device;
+use super::memory::{Memory, Table, scatter};
+use super::notify::CallFd;
+use super::request::{Parsed, Range, Scratch, Status, parse};
+use crate::block::{Data, Errno, Flags, Iovec, Op, Request};
+use crate::frontend::Source;
+use crate::ring::{Io, Kind, Ring, Sqe, Target, UserData};
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::task::Poll;
+use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+
+/// Everything a vring starts with. The addresses are the guest's.
+pub struct VringSetup {
+    /// Its index in the device, for messages.
+    pub index: usize,
+    /// What requests need of the device.
+    pub device: Arc<Device>,
+    /// The VMM's memory, kept until the vring is gone.
+    pub memory: Memory,
+    /// Descriptors: a power of two, 1 to 32768.
+    pub size: u16,
+    /// Descriptor table.
+    pub desc_table: u64,
+    /// Driver area.
+    pub avail_ring: u64,
+    /// Device area.
+    pub used_ring: u64,
+    /// Where in the avail ring to go on.
+    pub next_avail: u16,
+    /// Takes requests from the start.
+    pub enabled: bool,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// The driver's accepted features.
+    pub features: u64,
+    /// EVENT_IDX was negotiated.
+    pub event_idx: bool,
+    /// Readable when there are new requests.
+    pub kick: Arc<File>,
+    /// Written when requests are complete.
+    pub call: Option<CallFd>,
+    /// Written when the vring is broken.
+    pub err: Option<CallFd>,
+}
+
+/// A running vring. Its requests' tags are ours: they are used last in, first out, so that a guest that keeps
+/// few requests in flight keeps few slots warm, whichever descriptors it uses.
+pub struct Vring {
+    setup: VringSetup,
+    table: Table,
+    avail: Avail,
+    used: Used,
+    /// Where the next request will be in the avail ring, and where the driver's end of it was last seen.
+    next_avail: Cell<u16>,
+    seen_avail: Cell<u16>,
+    /// Where the next completion goes in the used ring, and what the driver was told of.
+    next_used: Cell<u16>,
+    told_used: Cell<u16>,
+    /// Tags at rest.
+    free: RefCell<Vec<u16>>,
+    /// The head each tag was given and has not looked at yet.
+    fresh: Box<[Cell<Option<u16>>]>,
+    /// Heads in flight.
+    busy: Box<[Cell<bool>]>,
+    in_flight: Cell<u16>,
+    enabled: Cell<bool>,
+    stopped: Cell<bool>,
+    broken: Cell<bool>,
+    call: RefCell<Option<CallFd>>,
+    kick: Cell<UserData>,
+    kicks_wanted: Cell<bool>,
+}
+
+/// The driver area: flags, idx, ring\[size\], used_event; 16 bits each.
+struct Avail {
+    base: *const AtomicU16,
+    size: u16,
+}
+
+/// The device area: flags and idx of 16 bits, ring\[size\] of two 32-bit words, avail_event of 16 bits.
+struct Used {
+    base: *mut u8,
+    size: u16,
+}
+
+impl Avail {
+    fn word(&self, at: usize) -> &AtomicU16 {
+        assert!(at < self.size as usize + 3);
+        // SAFETY: `Vring::new` resolved `size + 3` words; an atomic may change behind our back.
+        unsafe { &*self.base.add(at) }
+    }
+
+    fn flags(&self) -> u16 {
+        u16::from_le(self.word(0).load(Ordering::Relaxed))
+    }
+
+    /// Everything the driver wrote before it moved the index is visible after this.
+    fn idx(&self) -> u16 {
+        u16::from_le(self.word(1).load(Ordering::Acquire))
+    }
+
+    fn head(&self, at: u16) -> u16 {
+        u16::from_le(self.word(2 + (at & (self.size - 1)) as usize).load(Ordering::Relaxed))
+    }
+
+    fn used_event(&self) -> u16 {
+        u16::from_le(self.word(2 + self.size as usize).load(Ordering::Relaxed))
+    }
+}
+
+impl Used {
+    const fn len(size: u16) -> u64 {
+        6 + 8 * size as u64
+    }
+
+    fn half(&self, at: usize) -> &AtomicU16 {
+        assert!(at as u64 + 2 <= Used::len(self.size));
+        // SAFETY: `Vring::new` resolved the area, aligned to 4, and every `at` is even.
+        unsafe { &*self.base.add(at).cast::<AtomicU16>() }
+    }
+
+    fn set_flags(&self, flags: u16) {
+        self.half(0).store(flags.to_le(), Ordering::Relaxed);
+    }
+
+    fn idx(&self) -> u16 {
+        u16::from_le(self.half(2).load(Ordering::Relaxed))
+    }
+
+    /// Everything written before is visible to a driver that sees the index.
+    fn set_idx(&self, idx: u16) {
+        self.half(2).store(idx.to_le(), Ordering::Release);
+    }
+
+    fn set(&self, at: u16, head: u16, written: u32) {
+        let at = 4 + 8 * (at & (self.size - 1)) as usize;
+        // SAFETY: inside the area, aligned to 4; the driver does not look before the index moves.
+        unsafe {
+            self.base.add(at).cast::<u32>().write_volatile(u32::from(head).to_le());
+            self.base.add(at + 4).cast::<u32>().write_volatile(written.to_le());
+        }
+    }
+
+    fn set_avail_event(&self, idx: u16) {
+        self.half(4 + 8 * self.size as usize).store(idx.to_le(), Ordering::Relaxed);
+    }
+}
+
+impl Vring {
+    /// Resolves the rings.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a size that is no power of two, or an area that is misaligned or not the guest's.
+    pub fn new(setup: VringSetup) -> io::Result<Vring> {
+        let (size, memory) = (setup.size, &setup.memory);
+        let refuse = |what: &str| {
+            let message = format!("vring {}: {what}", setup.index);
+            Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+        };
+        if !size.is_power_of_two() || size > 32768 {
+            return refuse(&format!("size {size} is not a power of two up to 32768"));
+        }
+        // Lengths and alignments: virtio 1.3 section 2.7.
+        let words = u64::from(size) + 3;
+        if memory.resolve(setup.desc_table, 16 * u64::from(size), 16).is_none() {
+            return refuse("its descriptor table is not in the guest's memory");
+        }
+        let Some(avail) = memory.resolve(setup.avail_ring, 2 * words, 2) else {
+            return refuse("its avail ring is not in the guest's memory");
+        };
+        let Some(used) = memory.resolve(setup.used_ring, Used::len(size), 4) else {
+            return refuse("its used ring is not in the guest's memory");
+        };
+        let used = Used { base: used, size };
+        let next_used = used.idx();
+        Ok(Vring {
+            table: memory.table(setup.desc_table, size),
+            avail: Avail { base: avail.cast_const().cast(), size },
+            used,
+            next_avail: Cell::new(setup.next_avail),
+            seen_avail: Cell::new(setup.next_avail),
+            next_used: Cell::new(next_used),
+            told_used: Cell::new(next_used),
+            free: RefCell::new((0..size).rev().collect()),
+            fresh: vec![Cell::new(None); size as usize].into(),
+            busy: vec![Cell::new(false); size as usize].into(),
+            in_flight: Cell::new(0),
+            enabled: Cell::new(setup.enabled),
+            stopped: Cell::new(false),
+            broken: Cell::new(false),
+            call: RefCell::new(setup.call.clone()),
+            kick: Cell::new(UserData::new(Kind::Kick, 0, 0)),
+            kicks_wanted: Cell::new(true),
+            setup,
+        })
+    }
+
+    /// Descriptors, and so the most requests in flight.
+    pub fn size(&self) -> u16 {
+        self.setup.size
+    }
+
+    /// Requests taken and not completed.
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight.get()
+    }
+
+    /// Where the next request would be taken from: what GET_VRING_BASE asks for, once drained.
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail.get()
+    }
+
+    /// Takes requests, or lets them wait.
+    pub fn enable(&self, enabled: bool) {
+        self.enabled.set(enabled);
+    }
+
+    /// Takes nothing more, for good.
+    pub fn stop(&self) {
+        self.stopped.set(true);
+    }
+
+    /// Replaces the call descriptor and signals it once: the driver may have missed one on the old.
+    pub fn set_call(&self, call: Option<CallFd>) {
+        if let Some(call) = &call {
+            call.signal();
+        }
+        *self.call.borrow_mut() = call;
+    }
+
+    /// Has the ring say when the driver kicks. The descriptor is polled and never read: its every write is a
+    /// completion, and a counter takes centuries to overflow.
+    pub fn arm_kick<R: Ring>(&self, ring: &R, user_data: UserData) {
+        self.kick.set(user_data);
+        ring.push(&Sqe::PollMultishot { file: Target::Fd(self.setup.kick.as_raw_fd()) }, user_data);
+    }
+
+    /// Whether a completion is of our kick, and not of one that had our place before.
+    pub fn is_kick(&self, user_data: UserData) -> bool {
+        self.kick.get() == user_data
+    }
+
+    /// Ends [`arm_kick`](Self::arm_kick).
+    pub fn disarm_kick<R: Ring>(&self, ring: &R) {
+        ring.push(&Sqe::Cancel { user_data: self.kick.get() }, UserData::new(Kind::Nobody, 0, 0));
+    }
+
+    /// Takes the next request, if there is one, and says which tag's slot is to be polled.
+    ///
+    /// Costs a load of a cache line that the driver writes when the last seen end of its ring is reached.
+    pub fn take(&self) -> Option<u16> {
+        if !self.enabled.get() || self.stopped.get() || self.broken.get() {
+            return None;
+        }
+        let next = self.next_avail.get();
+        if next == self.seen_avail.get() {
+            let idx = self.avail.idx();
+            if idx == next {
+                return None;
+            }
+            if idx.wrapping_sub(next) > self.size() {
+                self.give_up(&format!("the driver's index jumped from {next} to {idx}"));
+                return None;
+            }
+            self.seen_avail.set(idx);
+            self.refuse_kicks();
+        }
+        let head = self.avail.head(next);
+        let Some(busy) = self.busy.get(head as usize) else {
+            self.give_up(&format!("there is no descriptor {head}"));
+            return None;
+        };
+        if busy.replace(true) {
+            self.give_up(&format!("descriptor {head} is in flight already"));
+            return None;
+        }
+        // There is a free tag for every head that is not in flight.
+        let tag = self.free.borrow_mut().pop()?;
+        self.next_avail.set(next.wrapping_add(1));
+        self.in_flight.set(self.in_flight.get() + 1);
+        self.fresh[tag as usize].set(Some(head));
+        Some(tag)
+    }
+
+    fn give_up(&self, why: &str) {
+        log::error!("{}: vring {}: {why}: it is stopped", self.setup.device.name(), self.setup.index);
+        self.broken.set(true);
+        if let Some(err) = &self.setup.err {
+            err.signal();
+        }
+    }
+
+    /// Without EVENT_IDX a driver kicks until told otherwise; with it, once for each time it was asked.
+    fn refuse_kicks(&self) {
+        if self.kicks_wanted.replace(false) && !self.setup.event_idx {
+            self.used.set_flags(VRING_USED_F_NO_NOTIFY as u16);
+        }
+    }
+
+    /// Asks for a kick at the next request. False when there is one already, which nobody will kick for.
+    pub fn ask_for_kick(&self) -> bool {
+        if !self.enabled.get() || self.stopped.get() || self.broken.get() {
+            return true;
+        }
+        self.kicks_wanted.set(true);
+        if self.setup.event_idx {
+            self.used.set_avail_event(self.next_avail.get());
+        } else {
+            self.used.set_flags(0);
+        }
+        // Either the driver sees what we asked for, or we see its request.
+        fence(Ordering::SeqCst);
+        self.avail.idx() == self.next_avail.get()
+    }
+
+    /// Tells the driver of everything that completed since the last time: one index, one call at most.
+    /// Whether there was anything.
+    pub fn publish(&self) -> bool {
+        let (old, new) = (self.told_used.get(), self.next_used.get());
+        if old == new {
+            return false;
+        }
+        self.used.set_idx(new);
+        self.told_used.set(new);
+        // Either the driver sees the index before it sleeps, or we see that it wants a call.
+        fence(Ordering::SeqCst);
+        let wanted = if self.setup.event_idx {
+            // vring_need_event() of linux/virtio_ring.h.
+            new.wrapping_sub(self.avail.used_event()).wrapping_sub(1) < new.wrapping_sub(old)
+        } else {
+            u32::from(self.avail.flags()) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        if wanted && let Some(call) = &*self.call.borrow() {
+            call.signal();
+        }
+        true
+    }
+
+    /// Ends a request: its status, its place in the used ring. The driver hears of it from
+    /// [`publish`](Self::publish).
+    fn finish(&self, tag: u16, state: &TagState, status: Status, written: u32) {
+        let written = match state.status {
+            Some(byte) => {
+                scatter(&[status as u8], &[byte]);
+                written + 1
+            }
+            None => 0,
+        };
+        let next = self.next_used.get();
+        self.used.set(next, state.head, written);
+        self.next_used.set(next.wrapping_add(1));
+        self.busy[state.head as usize].set(false);
+        self.in_flight.set(self.in_flight.get() - 1);
+        self.free.borrow_mut().push(tag);
+    }
+
+    /// Parses the chain at `head`. `None` for one that is answered without a volume.
+    fn accept(&self, tag: u16, head: u16, state: &mut TagState) -> Option<()> {
+        let indirect = super::config::indirect(self.setup.features);
+        let chain = parse(&self.setup.memory, self.table, head, indirect, &mut state.scratch);
+        state.head = head;
+        state.status = chain.status;
+        match chain.request {
+            Ok(Parsed::GetId(data)) => {
+                let written = scatter(self.setup.device.id(), &state.scratch.iovecs[data]);
+                self.finish(tag, state, Status::Ok, written as u32);
+                None
+            }
+            Ok(parsed) => {
+                state.parsed = Some(parsed);
+                Some(())
+            }
+            Err(status) => {
+                log::debug!("{}: vring {}: {status:?}", self.setup.device.name(), self.setup.index);
+                self.finish(tag, state, status, 0);
+                None
+            }
+        }
+    }
+}
+
+/// What a tag keeps: its chain, and how far it got with it.
+#[derive(Default)]
+pub struct TagState {
+    scratch: Scratch,
+    head: u16,
+    status: Option<Iovec>,
+    parsed: Option<Parsed>,
+}
+
+impl<R: Ring> Source<R> for Vring {
+    type State = TagState;
+
+    async fn next<'a>(&'a self, _: &Io<R>, tag: u16, state: &'a mut TagState) -> Option<Request<'a>> {
+        // A discard of several ranges goes on until they are used up.
+        while state.parsed.is_none() {
+            let head = poll_fn(|_| match self.fresh[tag as usize].take() {
+                Some(head) => Poll::Ready(head),
+                None => Poll::Pending,
+            })
+            .await;
+            self.accept(tag, head, state);
+        }
+        let write_through = !super::config::writeback(self.setup.features, self.setup.device.writeback());
+        let TagState { scratch, parsed, .. } = state;
+        Some(match parsed.as_ref()? {
+            Parsed::Transfer { op, sector, sectors, data } => Request {
+                op: *op,
+                flags: Flags { fua: *op == Op::Write && write_through, unmap: false },
+                sector: *sector,
+                sectors: *sectors,
+                data: Data::Iovecs(&mut scratch.iovecs[data.clone()]),
+            },
+            Parsed::Ranges(op) => {
+                let range = scratch.ranges.pop().unwrap_or(Range { sector: 0, sectors: 0, unmap: false });
+                Request {
+                    op: *op,
+                    flags: Flags { fua: write_through, unmap: range.unmap },
+                    sector: range.sector,
+                    sectors: range.sectors,
+                    data: Data::None,
+                }
+            }
+            Parsed::Flush | Parsed::GetId(_) => {
+                Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data: Data::None }
+            }
+        })
+    }
+
+    fn complete(&self, tag: u16, state: &mut TagState, result: Result<(), Errno>) {
+        if result.is_ok()
+            && matches!(state.parsed, Some(Parsed::Ranges(_)))
+            && !state.scratch.ranges.is_empty()
+        {
+            return;
+        }
+        let status = match result {
+            Ok(()) => Status::Ok,
+            Err(Errno::EOPNOTSUPP) => Status::Unsupported,
+            Err(errno) => {
+                log::debug!("{}: vring {}: {errno}", self.setup.device.name(), self.setup.index);
+                Status::IoErr
+            }
+        };
+        let written = match (state.parsed.take(), status) {
+            // More than 4 GiB at once wraps, as the field does.
+            (Some(Parsed::Transfer { op: Op::Read, sectors, .. }), Status::Ok) => sectors.wrapping_mul(512),
+            _ => 0,
+        };
+        self.finish(tag, state, status, written);
+    }
+}
+
+#[cfg(test)]
+mod tests;
