@@ -13,3 +13,5 @@ pub mod ring;
 pub mod engine;
 /// The two doors: protocols turned into requests.
 pub mod frontend;
+/// One thread, one ring, any mix of queues.
+pub mod worker;

@@ -1,0 +1,163 @@
+//! A worker: one thread, one ring, any mix of queues. The only place where a frontend meets a volume.
+//!
+//! [`Worker`] is the handle that the rest of the process holds; `run` is what happens on the thread. They speak
+//! through a mailbox: a channel, and an eventfd that the ring polls.
+
+#![forbid(unsafe_code)]
+
+mod affinity;
+mod mailbox;
+mod run;
+
+use crate::block::Errno;
+use crate::engine::Volume;
+use crate::frontend::{ublk, vhost_user};
+use mailbox::Mailbox;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{self, JoinHandle};
+
+/// A running worker. Dropping the handle asks it to end, and waits for it.
+pub struct Worker {
+    link: Link,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A way to a worker, for whoever starts and stops queues on it. Cheap to clone.
+#[derive(Clone)]
+pub struct Link {
+    mailbox: Arc<Mailbox>,
+}
+
+/// What a worker is told. Every command but [`Quit`](Command::Quit) is answered, once.
+enum Command {
+    AddUblk { setup: ublk::QueueSetup, volume: Arc<Volume>, ready: Reply<io::Result<()>>, ended: Reply<()> },
+    StartVring { setup: vhost_user::VringSetup, volume: Arc<Volume>, reply: Reply<io::Result<VringId>> },
+    StopVring { id: VringId, reply: Reply<Option<u16>> },
+    EnableVring { id: VringId, enabled: bool, reply: Reply<()> },
+    CallVring { id: VringId, call: Option<vhost_user::CallFd>, reply: Reply<()> },
+    Flush { volume: Arc<Volume>, reply: Reply<Result<(), Errno>> },
+    Quit,
+}
+
+/// Names a vring on its worker until it is stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VringId(u32);
+
+/// Where an answer goes. The asker may be gone by then, which is no error.
+struct Reply<T>(Sender<T>);
+
+impl<T> Reply<T> {
+    fn pair() -> (Reply<T>, Receiver<T>) {
+        let (sender, receiver) = channel();
+        (Reply(sender), receiver)
+    }
+
+    fn send(self, answer: T) {
+        let _ = self.0.send(answer);
+    }
+}
+
+/// The worker's thread is gone, which it never is while its handle lives.
+fn gone() -> io::Error {
+    io::Error::other("the worker has ended")
+}
+
+impl Worker {
+    /// Starts worker `number`. It waits for commands and uses no CPU.
+    ///
+    /// # Errors
+    /// When the kernel refuses the thread or its ring.
+    pub fn start(number: usize) -> io::Result<Worker> {
+        let mailbox = Arc::new(Mailbox::new()?);
+        let inside = mailbox.clone();
+        let (ready, made) = Reply::pair();
+        let thread = thread::Builder::new().name(format!("ringblk-{number}")).spawn(move || {
+            // The ring is made here because it belongs to the thread that makes it.
+            match run::Run::new(&inside) {
+                Ok(run) => {
+                    ready.send(Ok(()));
+                    run.until_quit();
+                }
+                Err(error) => ready.send(Err(error)),
+            }
+        })?;
+        let link = Link { mailbox };
+        made.recv().map_err(|_| gone())??;
+        Ok(Worker { link, thread: Some(thread) })
+    }
+
+    /// A way to this worker.
+    pub fn link(&self) -> &Link {
+        &self.link
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.link.mailbox.post(Command::Quit);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Link {
+    /// Serves a ublk queue: returns when its fetches are submitted, which the device's start waits for. What
+    /// it returns hears when the queue has ended.
+    ///
+    /// # Errors
+    /// When the queue's memory cannot be had.
+    pub fn add_ublk(&self, setup: ublk::QueueSetup, volume: Arc<Volume>) -> io::Result<Receiver<()>> {
+        let (ended, end) = Reply::pair();
+        self.ask(|ready| Command::AddUblk { setup, volume, ready, ended })??;
+        Ok(end)
+    }
+
+    /// Serves a vring from now on.
+    ///
+    /// # Errors
+    /// When its memory cannot be had.
+    pub fn start_vring(&self, setup: vhost_user::VringSetup, volume: Arc<Volume>) -> io::Result<VringId> {
+        self.ask(|reply| Command::StartVring { setup, volume, reply })?
+    }
+
+    /// Stops taking requests from a vring; what it returns hears the index of the next one when the last
+    /// that was taken is complete (`None` for a vring that is not there).
+    pub fn stop_vring(&self, id: VringId) -> Receiver<Option<u16>> {
+        let (reply, answer) = Reply::pair();
+        self.mailbox.post(Command::StopVring { id, reply });
+        answer
+    }
+
+    /// Takes requests from a vring, or lets them wait. Completions go on.
+    ///
+    /// # Errors
+    /// When the worker is gone.
+    pub fn enable_vring(&self, id: VringId, enabled: bool) -> io::Result<()> {
+        self.ask(|reply| Command::EnableVring { id, enabled, reply })
+    }
+
+    /// Replaces the descriptor a vring's completions are told through, and tells once.
+    ///
+    /// # Errors
+    /// When the worker is gone.
+    pub fn call_vring(&self, id: VringId, call: Option<vhost_user::CallFd>) -> io::Result<()> {
+        self.ask(|reply| Command::CallVring { id, call, reply })
+    }
+
+    /// Brings every write to `volume` that was acknowledged, on any worker, to stable storage. What it
+    /// returns hears how that went.
+    pub fn flush(&self, volume: Arc<Volume>) -> Receiver<Result<(), Errno>> {
+        let (reply, answer) = Reply::pair();
+        self.mailbox.post(Command::Flush { volume, reply });
+        answer
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> io::Result<T> {
+        let (reply, answer) = Reply::pair();
+        self.mailbox.post(command(reply));
+        answer.recv().map_err(|_| gone())
+    }
+}

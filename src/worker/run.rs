@@ -1,0 +1,392 @@
+//! A worker's loop.
+
+use super::affinity::Affinity;
+use super::mailbox::Mailbox;
+use super::{Command, Reply, VringId};
+use crate::block::{Data, Errno, Flags, Op, Request};
+use crate::engine::{Attached, Volume, execute};
+use crate::frontend::{Source, ublk, vhost_user};
+use crate::ring::{Core, Cqe, Io, Kind, Ring, Setup, Sqe, Target, Tasks, Uring, UserData};
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+/// Registered buffers a worker has room for: the tags of its zero-copy ublk queues. The kernel's limit is
+/// 16384; an entry is a pointer.
+const BUFFERS: u32 = 4096;
+
+/// A queue of either door.
+#[derive(Clone)]
+enum Queue {
+    Ublk(Rc<ublk::Queue>),
+    Vring(Rc<vhost_user::Vring>),
+}
+
+/// What a slot's future is made from.
+struct Seat {
+    io: Io<Uring>,
+    queue: Queue,
+    volume: Rc<Attached<Uring>>,
+    tag: u16,
+    place: u32,
+    /// Slots of this queue that have not ended.
+    alive: Rc<Cell<usize>>,
+    /// Places whose last slot ended.
+    deserted: Rc<RefCell<Vec<u32>>>,
+}
+
+/// A slot's life. Everything that happens to a request happens on its way through here.
+async fn serve<S: Source<Uring>>(io: &Io<Uring>, source: &S, volume: &Attached<Uring>, tag: u16) {
+    let mut state = S::State::default();
+    while let Some(mut request) = source.next(io, tag, &mut state).await {
+        let result = execute(volume, io, &mut request).await;
+        source.complete(tag, &mut state, result);
+    }
+}
+
+/// The one future type of all slots: the door is a match, not a pointer.
+async fn sit(seat: Seat) {
+    match &seat.queue {
+        Queue::Ublk(queue) => serve(&seat.io, &**queue, &seat.volume, seat.tag).await,
+        Queue::Vring(vring) => serve(&seat.io, &**vring, &seat.volume, seat.tag).await,
+    }
+    seat.alive.set(seat.alive.get() - 1);
+    if seat.alive.get() == 0 {
+        seat.deserted.borrow_mut().push(seat.place);
+    }
+}
+
+/// A queue's place in the worker.
+struct Place {
+    queue: Queue,
+    volume: Rc<Attached<Uring>>,
+    /// The slot of each tag. A vring's are made as its depth is first reached: an idle one has none.
+    slots: Vec<u32>,
+    alive: Rc<Cell<usize>>,
+    /// Told when a ublk queue has ended.
+    ended: Option<Reply<()>>,
+}
+
+/// A worker that has its ring, before it serves.
+pub(super) struct Run {
+    core: Rc<Core<Uring>>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl Run {
+    /// Makes the calling thread a worker's.
+    pub fn new(mailbox: &Arc<Mailbox>) -> io::Result<Run> {
+        let ring = Uring::new(Setup { buffers: BUFFERS, ..Setup::default() })?;
+        // The disks we serve may be where the kernel writes to when memory is short; a thread that it waits
+        // for must not itself wait for that. Needs CAP_SYS_RESOURCE; without it we serve all the same.
+        if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+            log::debug!("PR_SET_IO_FLUSHER: {error}");
+        }
+        Ok(Run { core: Core::new(ring), mailbox: mailbox.clone() })
+    }
+
+    /// Serves until told to quit.
+    pub fn until_quit(self) {
+        Loop {
+            tasks: Tasks::new(self.core.clone()),
+            core: self.core,
+            mailbox: self.mailbox,
+            make: sit,
+            places: Vec::new(),
+            affinity: Affinity::of_this_thread(),
+            attached: Vec::new(),
+            active: Vec::new(),
+            stopping: Vec::new(),
+            deserted: Rc::default(),
+            kicks: 0,
+            quit: false,
+        }
+        .run();
+    }
+}
+
+/// The loop's state. `F` is the type of a slot's future, which has no name; `M` makes one.
+struct Loop<F, M> {
+    core: Rc<Core<Uring>>,
+    mailbox: Arc<Mailbox>,
+    tasks: Tasks<Uring, F>,
+    make: M,
+    places: Vec<Option<Place>>,
+    affinity: Affinity,
+    /// Volumes in use here: the queues of one share what it keeps for a worker.
+    attached: Vec<(std::sync::Weak<Volume>, Weak<Attached<Uring>>)>,
+    /// Vrings to look at in each pass: kicked, or with requests in flight. Idle ones cost nothing.
+    active: Vec<u32>,
+    /// Vrings that drain.
+    stopping: Vec<(u32, Reply<Option<u16>>)>,
+    deserted: Rc<RefCell<Vec<u32>>>,
+    /// Kick descriptors armed so far: tells a late kick of a vring that is gone.
+    kicks: u32,
+    quit: bool,
+}
+
+const MAILBOX: UserData = UserData::new(Kind::Mailbox, 0, 0);
+
+impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
+    /// One pass: completions, commands, woken slots, new requests, then one `enter`, which sleeps when the
+    /// pass found nothing to do. No timer and no polling: an idle worker uses no CPU.
+    fn run(mut self) {
+        self.listen();
+        let mut cqes: Vec<Cqe> = Vec::with_capacity(Setup::default().completions as usize);
+        while !self.quit {
+            self.core.ring().reap(&mut cqes);
+            let mut worked = !cqes.is_empty();
+            for cqe in cqes.drain(..) {
+                match cqe.user_data.kind() {
+                    Some(Kind::Slot) => self.tasks.complete(&cqe),
+                    Some(Kind::Kick) => self.kicked(&cqe),
+                    Some(Kind::Mailbox) => self.read_mail(&cqe),
+                    Some(Kind::Nobody) | None => {}
+                }
+            }
+            worked |= self.tasks.run_ready();
+            worked |= self.pump();
+            worked |= self.part();
+            let sleep = !worked && self.rest();
+            if let Err(error) = self.core.ring().enter(sleep) {
+                // Nothing in flight can complete any more. The process ends, and every client hears of it;
+                // silence would leave them waiting.
+                log::error!("io_uring_enter: {error}: giving up");
+                std::process::abort();
+            }
+        }
+    }
+
+    fn listen(&self) {
+        self.core.ring().push(&Sqe::PollMultishot { file: Target::Fd(self.mailbox.as_raw_fd()) }, MAILBOX);
+    }
+
+    fn read_mail(&mut self, cqe: &Cqe) {
+        if !cqe.more {
+            self.listen();
+        }
+        for command in self.mailbox.take() {
+            match command {
+                Command::AddUblk { setup, volume, ready, ended } => {
+                    ready.send(self.add_ublk(setup, &volume, ended));
+                }
+                Command::StartVring { setup, volume, reply } => {
+                    reply.send(self.start_vring(setup, &volume));
+                }
+                Command::StopVring { id, reply } => match self.vring(id.0) {
+                    Some(vring) => {
+                        vring.stop();
+                        self.stopping.push((id.0, reply));
+                    }
+                    None => reply.send(None),
+                },
+                Command::EnableVring { id, enabled, reply } => {
+                    if let Some(vring) = self.vring(id.0) {
+                        vring.enable(enabled);
+                        self.activate(id.0);
+                    }
+                    reply.send(());
+                }
+                Command::CallVring { id, call, reply } => {
+                    if let Some(vring) = self.vring(id.0) {
+                        vring.set_call(call);
+                    }
+                    reply.send(());
+                }
+                Command::Flush { volume, reply } => self.flush(&volume, reply),
+                Command::Quit => self.quit = true,
+            }
+        }
+    }
+
+    fn flush(&mut self, volume: &Arc<Volume>, reply: Reply<Result<(), Errno>>) {
+        let attached = self.attach(volume, false);
+        self.core.spawn(|io| async move {
+            let mut request =
+                Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data: Data::None };
+            reply.send(execute(&attached, &io, &mut request).await);
+        });
+    }
+
+    /// The volume as this worker uses it: one for all its queues here.
+    fn attach(&mut self, volume: &Arc<Volume>, read_only: bool) -> Rc<Attached<Uring>> {
+        self.attached.retain(|(_, attached)| attached.strong_count() > 0);
+        let same = self.attached.iter().find_map(|(of, attached)| {
+            let attached = attached.upgrade()?;
+            let is = of.as_ptr() == Arc::as_ptr(volume)
+                && attached.geometry().read_only == (read_only || volume.geometry().read_only);
+            is.then_some(attached)
+        });
+        same.unwrap_or_else(|| {
+            let attached = Rc::new(volume.attach(&self.core, read_only));
+            self.attached.push((Arc::downgrade(volume), Rc::downgrade(&attached)));
+            attached
+        })
+    }
+
+    fn add_ublk(
+        &mut self,
+        setup: ublk::QueueSetup,
+        volume: &Arc<Volume>,
+        ended: Reply<()>,
+    ) -> io::Result<()> {
+        let attached = self.attach(volume, setup.read_only);
+        let queue = Rc::new(ublk::Queue::new(&self.core, setup)?);
+        let depth = queue.depth();
+        let place = self.place(Queue::Ublk(queue), attached, Some(ended));
+        for tag in 0..depth {
+            self.add_slot(place, tag);
+        }
+        // The device's start waits until the kernel has every fetch.
+        self.core.ring().enter(false)
+    }
+
+    fn start_vring(&mut self, setup: vhost_user::VringSetup, volume: &Arc<Volume>) -> io::Result<VringId> {
+        let attached = self.attach(volume, setup.read_only);
+        self.kicks = self.kicks.wrapping_add(1);
+        let vring = Rc::new(vhost_user::Vring::new(setup)?);
+        let place = self.place(Queue::Vring(vring.clone()), attached, None);
+        vring.arm_kick(self.core.ring(), UserData::new(Kind::Kick, self.kicks, place));
+        // Requests may have been made available before the kick descriptor was ours.
+        self.activate(place);
+        Ok(VringId(place))
+    }
+
+    fn place(&mut self, queue: Queue, volume: Rc<Attached<Uring>>, ended: Option<Reply<()>>) -> u32 {
+        let place = Place { queue, volume, slots: Vec::new(), alive: Rc::default(), ended };
+        let free = self.places.iter().position(Option::is_none);
+        let index = free.unwrap_or_else(|| {
+            self.places.push(None);
+            self.places.len() - 1
+        });
+        self.places[index] = Some(place);
+        self.suit_queues();
+        index as u32
+    }
+
+    /// Gives the next tag of a queue its slot.
+    fn add_slot(&mut self, index: u32, tag: u16) {
+        let Some(place) = self.places[index as usize].as_mut() else { return };
+        place.alive.set(place.alive.get() + 1);
+        let slot = self.tasks.add(|io| {
+            (self.make)(Seat {
+                io,
+                queue: place.queue.clone(),
+                volume: place.volume.clone(),
+                tag,
+                place: index,
+                alive: place.alive.clone(),
+                deserted: self.deserted.clone(),
+            })
+        });
+        place.slots.push(slot);
+    }
+
+    /// Runs where the queues' requests come from.
+    fn suit_queues(&mut self) {
+        self.affinity.suit(self.places.iter().flatten().map(|place| match &place.queue {
+            Queue::Ublk(queue) => Some(queue.cpus()),
+            Queue::Vring(_) => None,
+        }));
+    }
+
+    fn vring(&self, place: u32) -> Option<&Rc<vhost_user::Vring>> {
+        match &self.places.get(place as usize)?.as_ref()?.queue {
+            Queue::Vring(vring) => Some(vring),
+            Queue::Ublk(_) => None,
+        }
+    }
+
+    fn kicked(&mut self, cqe: &Cqe) {
+        let place = cqe.user_data.number();
+        let Some(vring) = self.vring(place) else { return };
+        if !vring.is_kick(cqe.user_data) {
+            return;
+        }
+        if !cqe.more {
+            vring.arm_kick(self.core.ring(), cqe.user_data);
+        }
+        self.activate(place);
+    }
+
+    fn activate(&mut self, place: u32) {
+        if !self.active.contains(&place) {
+            self.active.push(place);
+        }
+    }
+
+    /// Looks at every active vring: publishes what completed, starts what is new. Whether there was any.
+    fn pump(&mut self) -> bool {
+        let mut worked = false;
+        for index in 0..self.active.len() {
+            let at = self.active[index];
+            let Some(vring) = self.vring(at).cloned() else { continue };
+            worked |= vring.publish();
+            for _ in 0..vring.size() {
+                let Some(tag) = vring.take() else { break };
+                worked = true;
+                let slot = self.places[at as usize].as_ref().and_then(|place| place.slots.get(tag as usize));
+                match slot {
+                    Some(slot) => self.tasks.poll(*slot),
+                    None => self.add_slot(at, tag),
+                }
+            }
+            // What completed at once (memory, errors) need not wait for the next pass.
+            vring.publish();
+        }
+        worked
+    }
+
+    /// Takes leave of queues that have ended or drained. Whether there were any.
+    fn part(&mut self) -> bool {
+        let mut parted = false;
+        while let Some(at) = { self.deserted.borrow_mut().pop() } {
+            if let Some(ended) = self.remove(at).and_then(|place| place.ended) {
+                ended.send(());
+            }
+            parted = true;
+        }
+        let drained =
+            |vring: Option<&Rc<vhost_user::Vring>>| vring.is_none_or(|vring| vring.in_flight() == 0);
+        while let Some(index) = self.stopping.iter().position(|(at, _)| drained(self.vring(*at))) {
+            let (at, reply) = self.stopping.swap_remove(index);
+            let next = self.vring(at).map(|vring| {
+                vring.publish();
+                vring.disarm_kick(self.core.ring());
+                vring.next_avail()
+            });
+            self.remove(at);
+            reply.send(next);
+            parted = true;
+        }
+        parted
+    }
+
+    fn remove(&mut self, at: u32) -> Option<Place> {
+        let place = self.places[at as usize].take()?;
+        self.active.retain(|active| *active != at);
+        for slot in &place.slots {
+            self.tasks.remove(*slot);
+        }
+        self.suit_queues();
+        Some(place)
+    }
+
+    /// Asks every active vring for a kick, and looks once more. Whether the worker may sleep.
+    fn rest(&mut self) -> bool {
+        let mut may_sleep = true;
+        let places = &self.places;
+        self.active.retain(|at| match places[*at as usize].as_ref().map(|place| &place.queue) {
+            Some(Queue::Vring(vring)) => {
+                let quiet = vring.ask_for_kick();
+                may_sleep &= quiet;
+                !quiet || vring.in_flight() > 0
+            }
+            _ => false,
+        });
+        may_sleep
+    }
+}
