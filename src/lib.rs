@@ -15,3 +15,5 @@ pub mod engine;
 pub mod frontend;
 /// One thread, one ring, any mix of queues.
 pub mod worker;
+/// What runs around the workers: configuration, exports, the control API.
+pub mod service;

@@ -1,0 +1,333 @@
+//! The configuration of a service: what a file and the flags say, merged and checked before anything is created.
+//!
+//! [`Loader`] collects and [`Loader::finish`] is the only way to a loaded [`Config`], so a `Config` that came from a
+//! user has passed every check of [`check`]. Every error says where the offending text stands: a file and its line,
+//! or the flag.
+
+#![forbid(unsafe_code)]
+
+mod check;
+mod file;
+mod flag;
+mod origin;
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use crate::engine::config::VolumeConfig;
+use crate::frontend::ublk::options::UblkConfig;
+use crate::frontend::vhost_user::options::VhostUserConfig;
+
+use origin::{Item, Origin};
+
+/// Where the control socket is when nobody says otherwise.
+pub const DEFAULT_CONTROL: &str = "/run/ringblk/control.sock";
+
+/// Everything a service is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Worker threads, 1 to [`Config::MAX_WORKERS`]; `None`: as many as CPUs, at most the queues.
+    pub workers: Option<usize>,
+    /// The control socket.
+    pub control: PathBuf,
+    /// Volumes by name.
+    pub volumes: BTreeMap<String, VolumeConfig>,
+    /// Volumes shown as ublk disks, at most one a volume.
+    pub ublk: Vec<UblkConfig>,
+    /// Volumes shown on vhost-user sockets.
+    pub vhost_user: Vec<VhostUserConfig>,
+}
+
+impl Config {
+    /// More workers than this is a slip of the finger.
+    pub const MAX_WORKERS: usize = 1024;
+    /// The longest name of a volume.
+    pub const MAX_NAME: usize = 32;
+}
+
+/// Why a configuration is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{place}: {reason}")]
+pub struct ConfigError {
+    /// `FILE:LINE`, `FILE`, or the flag as it was given.
+    pub place: String,
+    /// What is wrong.
+    pub reason: String,
+}
+
+impl ConfigError {
+    fn new(place: impl Into<String>, reason: impl Into<String>) -> ConfigError {
+        ConfigError { place: place.into(), reason: reason.into() }
+    }
+}
+
+/// Collects one configuration from a file and from flags.
+#[derive(Debug, Default)]
+pub struct Loader {
+    workers: Option<Item<usize>>,
+    control: Option<Item<PathBuf>>,
+    volumes: BTreeMap<String, Item<VolumeConfig>>,
+    ublk: Vec<Item<UblkConfig>>,
+    vhost_user: Vec<Item<VhostUserConfig>>,
+}
+
+impl Loader {
+    /// Nothing said yet.
+    pub fn new() -> Loader {
+        Loader::default()
+    }
+
+    /// Adds a TOML file.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is not TOML, or holds unknown keys, values of a wrong type, or a volume that is
+    /// already there.
+    pub fn add_file(&mut self, path: &Path) -> Result<(), ConfigError> {
+        let text = file::read(path)?;
+        self.add_text(path, &text)
+    }
+
+    /// Adds what [`Loader::add_file`] would find in `path`.
+    fn add_text(&mut self, path: &Path, text: &str) -> Result<(), ConfigError> {
+        let found = file::parse(path, text)?;
+        // What was said before stays: flags win, whichever comes first.
+        self.workers = self.workers.take().or(found.workers);
+        self.control = self.control.take().or(found.control);
+        for (name, volume) in found.volumes {
+            self.add_volume(name, volume)?;
+        }
+        self.ublk.extend(found.ublk);
+        self.vhost_user.extend(found.vhost_user);
+        Ok(())
+    }
+
+    /// Adds a volume: `NAME=DRIVER:TARGET[,key=value...]`.
+    ///
+    /// # Errors
+    /// Text of another form, an unknown driver or key, a bad value, a name that is already there.
+    pub fn add_volume_flag(&mut self, text: &str) -> Result<(), ConfigError> {
+        let origin = Origin::flag("--volume", text);
+        let (name, volume) = flag::volume(text).map_err(|reason| origin.error(reason))?;
+        self.add_volume(name, Item::new(volume, origin))
+    }
+
+    /// Adds a ublk export: `VOLUME[,key=value...]`.
+    ///
+    /// # Errors
+    /// Text of another form, an unknown key, a bad value.
+    pub fn add_ublk_flag(&mut self, text: &str) -> Result<(), ConfigError> {
+        let origin = Origin::flag("--ublk", text);
+        let export = flag::ublk(text).map_err(|reason| origin.error(reason))?;
+        self.ublk.push(Item::new(export, origin));
+        Ok(())
+    }
+
+    /// Adds a vhost-user export: `VOLUME=SOCKET[,key=value...]`.
+    ///
+    /// # Errors
+    /// Text of another form, an unknown key, a bad value.
+    pub fn add_vhost_user_flag(&mut self, text: &str) -> Result<(), ConfigError> {
+        let origin = Origin::flag("--vhost-user", text);
+        let export = flag::vhost_user(text).map_err(|reason| origin.error(reason))?;
+        self.vhost_user.push(Item::new(export, origin));
+        Ok(())
+    }
+
+    /// Sets the number of workers, over what a file said.
+    pub fn set_workers(&mut self, workers: usize) {
+        let origin = Origin::flag("--workers", &workers.to_string());
+        self.workers = Some(Item::new(workers, origin));
+    }
+
+    /// Sets the control socket, over what a file said.
+    pub fn set_control(&mut self, path: PathBuf) {
+        let origin = Origin::flag("--control", &path.display().to_string());
+        self.control = Some(Item::new(path, origin));
+    }
+
+    /// Checks the whole, and gives it out.
+    ///
+    /// # Errors
+    /// The first thing that is wrong; see [`check`] for what is looked at.
+    pub fn finish(self) -> Result<Config, ConfigError> {
+        check::check(&self)?;
+        Ok(Config {
+            workers: self.workers.map(|item| item.value),
+            control: self.control.map_or_else(|| DEFAULT_CONTROL.into(), |item| item.value),
+            volumes: self.volumes.into_iter().map(|(name, item)| (name, item.value)).collect(),
+            ublk: self.ublk.into_iter().map(|item| item.value).collect(),
+            vhost_user: self.vhost_user.into_iter().map(|item| item.value).collect(),
+        })
+    }
+
+    fn add_volume(&mut self, name: String, volume: Item<VolumeConfig>) -> Result<(), ConfigError> {
+        match self.volumes.entry(name) {
+            Entry::Vacant(entry) => {
+                entry.insert(volume);
+                Ok(())
+            }
+            Entry::Occupied(entry) => {
+                let first = entry.get().origin.place("");
+                let reason = format!("volume \"{}\" is already defined ({first})", entry.key());
+                Err(volume.origin.error(reason))
+            }
+        }
+    }
+}
+
+/// What would be served, one line a thing.
+impl fmt::Display for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.workers {
+            Some(workers) => writeln!(f, "workers: {workers}")?,
+            None => writeln!(f, "workers: as many as CPUs, at most the queues")?,
+        }
+        writeln!(f, "control: {}", self.control.display())?;
+        for (name, volume) in &self.volumes {
+            writeln!(f, "volume {name}: {volume}")?;
+        }
+        let queues = |count: Option<u16>| match count {
+            Some(count) => format!("queues {count}"),
+            None => "a queue for every worker".to_owned(),
+        };
+        for export in &self.ublk {
+            write!(f, "ublk {}: {}, ", export.volume, queues(export.queues))?;
+            write!(f, "depth {}, zero copy {}", export.depth, export.zero_copy)?;
+            match export.id {
+                Some(id) => writeln!(f, ", /dev/ublkb{id}")?,
+                None => writeln!(f)?,
+            }
+        }
+        for export in &self.vhost_user {
+            let (volume, socket) = (&export.volume, export.socket.display());
+            write!(f, "vhost-user {volume}: {socket}, {}", queues(export.queues))?;
+            write!(f, ", queue size {}, mode {:04o}", export.queue_size, export.mode)?;
+            if let Some(owner) = &export.owner {
+                write!(f, ", owner {owner}")?;
+            }
+            writeln!(f, "{}", if export.read_only { ", read-only" } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = r#"
+workers = 2
+control = "/run/x/control.sock"
+
+[volume.root]
+driver = "file"
+path = "/srv/a,b.img"
+direct = true
+block-size = 4096
+
+[volume.scratch]
+driver = "memory"
+size = "1G"
+
+[volume.far]
+driver = "nbd"
+uri = "nbd://server/disk"
+connections = 2
+reconnect = 30
+
+[[ublk]]
+volume = "root"
+queues = 2
+zero-copy = true
+id = 7
+max-io = "1M"
+
+[[vhost-user]]
+volume = "root"
+socket = "/run/x/root.sock"
+mode = "0660"
+owner = "root:0"
+read-only = true
+queue-size = 1024
+"#;
+
+    #[test]
+    fn a_file_and_flags_say_the_same() {
+        let mut file = Loader::new();
+        file.add_text(Path::new("ringblk.toml"), FILE).unwrap();
+
+        let mut flags = Loader::new();
+        flags.set_workers(2);
+        flags.set_control("/run/x/control.sock".into());
+        for text in [
+            "root=file:/srv/a,,b.img,direct=on,block-size=4096",
+            "scratch=memory:1G",
+            "far=nbd:nbd://server/disk,connections=2,reconnect=30",
+        ] {
+            flags.add_volume_flag(text).unwrap();
+        }
+        flags.add_ublk_flag("root,queues=2,zero-copy=on,id=7,max-io=1M").unwrap();
+        flags
+            .add_vhost_user_flag("root=/run/x/root.sock,mode=0660,owner=root:0,read-only=on,queue-size=1024")
+            .unwrap();
+
+        let config = file.finish().unwrap();
+        assert_eq!(config, flags.finish().unwrap());
+        assert_eq!(config.workers, Some(2));
+        assert_eq!(config.volumes["root"].target(), "/srv/a,b.img");
+        assert_eq!(config.ublk[0].id, Some(7));
+        assert_eq!(config.vhost_user[0].mode, 0o660);
+    }
+
+    #[test]
+    fn flags_add_to_the_file_and_win_over_its_scalars() {
+        let mut loader = Loader::new();
+        loader.set_control("/run/flag.sock".into());
+        loader.add_volume_flag("extra=null:1G").unwrap();
+        loader.add_ublk_flag("extra").unwrap();
+        loader.add_text(Path::new("r.toml"), FILE).unwrap();
+        loader.set_workers(5);
+        let config = loader.finish().unwrap();
+        assert_eq!(config.workers, Some(5));
+        assert_eq!(config.control, Path::new("/run/flag.sock"));
+        assert_eq!(config.volumes.len(), 4);
+        assert_eq!(config.ublk.len(), 2);
+    }
+
+    #[test]
+    fn a_second_definition_names_the_first() {
+        let mut loader = Loader::new();
+        loader.add_text(Path::new("r.toml"), FILE).unwrap();
+        let error = loader.add_volume_flag("root=null:1G").unwrap_err();
+        assert_eq!(error.to_string(), "--volume root=null:1G: volume \"root\" is already defined (r.toml:5)");
+    }
+
+    #[test]
+    fn defaults_without_a_word() {
+        let mut loader = Loader::new();
+        loader.add_volume_flag("a=null:1G").unwrap();
+        loader.add_ublk_flag("a").unwrap();
+        let config = loader.finish().unwrap();
+        assert_eq!(config.workers, None);
+        assert_eq!(config.control, Path::new(DEFAULT_CONTROL));
+    }
+
+    #[test]
+    fn shown_line_by_line() {
+        let mut loader = Loader::new();
+        loader.add_text(Path::new("r.toml"), FILE).unwrap();
+        let text = loader.finish().unwrap().to_string();
+        for line in [
+            "workers: 2",
+            "volume scratch: memory:1G",
+            "volume far: nbd:nbd://server/disk, connections 2, reconnect 30 s",
+            "ublk root: queues 2, depth 128, zero copy on, /dev/ublkb7",
+            "vhost-user root: /run/x/root.sock, a queue for every worker, queue size 1024, mode 0660, \
+             owner root:0, read-only",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\nnot in\n{text}");
+        }
+    }
+}

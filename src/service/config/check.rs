@@ -1,0 +1,308 @@
+//! The checks that need the whole configuration, run before anything is created.
+//!
+//! In this order: single values; names; that exports have volumes; that no two things claim the same device, socket
+//! or file. The first complaint ends it.
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::path::{Path, PathBuf};
+
+use crate::engine::config::VolumeConfig;
+use crate::frontend::vhost_user::options::VhostUserConfig;
+
+use super::origin::{Item, Origin};
+use super::{Config, ConfigError, DEFAULT_CONTROL, Loader};
+
+/// Checks all that was collected.
+pub(super) fn check(loader: &Loader) -> Result<(), ConfigError> {
+    check_values(loader)?;
+    check_references(loader)?;
+    check_ublk_claims(loader)?;
+    check_socket_claims(loader)?;
+    check_file_claims(loader)
+}
+
+fn check_values(loader: &Loader) -> Result<(), ConfigError> {
+    if let Some(Item { value, origin }) = &loader.workers
+        && !(1..=Config::MAX_WORKERS).contains(value)
+    {
+        let most = Config::MAX_WORKERS;
+        return Err(origin.key_error("workers", format!("must be from 1 to {most}, not {value}")));
+    }
+    if let Some(Item { value, origin }) = &loader.control {
+        // The rules of a vhost-user socket's path are those of any socket's.
+        VhostUserConfig::new("", value).check().map_err(|(_, reason)| origin.key_error("control", reason))?;
+    }
+    for (name, Item { value, origin }) in &loader.volumes {
+        check_name(name).map_err(|reason| origin.error(reason))?;
+        let checked = value.check();
+        checked.map_err(|(key, reason)| origin.key_error(key, reason))?;
+    }
+    for Item { value, origin } in &loader.ublk {
+        let checked = value.check();
+        checked.map_err(|(key, reason)| origin.key_error(key, reason))?;
+    }
+    for Item { value, origin } in &loader.vhost_user {
+        let checked = value.check();
+        checked.map_err(|(key, reason)| origin.key_error(key, reason))?;
+    }
+    Ok(())
+}
+
+/// A volume's name becomes a file name under `/dev/ringblk` and a word in logs.
+fn check_name(name: &str) -> Result<(), String> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    if (1..=Config::MAX_NAME).contains(&name.len())
+        && name.bytes().all(allowed)
+        && !name.starts_with(['.', '-'])
+    {
+        return Ok(());
+    }
+    let most = Config::MAX_NAME;
+    Err(format!(
+        "{name:?} is not a name for a volume: 1 to {most} of A-Z a-z 0-9 _ . - and no . or - in front"
+    ))
+}
+
+fn check_references(loader: &Loader) -> Result<(), ConfigError> {
+    let ublk = loader.ublk.iter().map(|item| (&item.value.volume, &item.origin));
+    let vhost_user = loader.vhost_user.iter().map(|item| (&item.value.volume, &item.origin));
+    let mut exported = Vec::new();
+    for (volume, origin) in ublk.chain(vhost_user) {
+        if !loader.volumes.contains_key(volume) {
+            let reason = format!("there is no volume {volume:?}");
+            return Err(ConfigError::new(origin.place("volume"), reason));
+        }
+        exported.push(volume);
+    }
+    for (name, item) in &loader.volumes {
+        if !exported.contains(&name) {
+            // Not an error: an export that is commented out for a day should not need its volume gone too.
+            log::warn!("{}: volume \"{name}\" is not exported", item.origin.place(""));
+        }
+    }
+    if exported.is_empty() {
+        return Err(ConfigError::new(
+            "configuration",
+            "nothing to serve: give a volume and a ublk or vhost-user export of it",
+        ));
+    }
+    Ok(())
+}
+
+fn check_ublk_claims(loader: &Loader) -> Result<(), ConfigError> {
+    let mut links = Claims::default();
+    let mut ids = Claims::default();
+    for Item { value, origin } in &loader.ublk {
+        let what = format!("/dev/ringblk/{}", value.volume);
+        links.claim(value.volume.clone(), "volume", &what, origin)?;
+        if let Some(id) = value.id {
+            ids.claim(id, "id", &format!("/dev/ublkb{id}"), origin)?;
+        }
+    }
+    Ok(())
+}
+
+fn check_socket_claims(loader: &Loader) -> Result<(), ConfigError> {
+    let mut sockets = Claims::default();
+    let default = Item::new(DEFAULT_CONTROL.into(), Origin::Flag("the control socket".into()));
+    let control = loader.control.as_ref().unwrap_or(&default);
+    let what = control.value.display().to_string();
+    sockets.claim(place_of(&control.value), "control", &what, &control.origin)?;
+    for Item { value, origin } in &loader.vhost_user {
+        let what = value.socket.display().to_string();
+        sockets.claim(place_of(&value.socket), "socket", &what, origin)?;
+    }
+    Ok(())
+}
+
+/// Two volumes on one file know nothing of each other's writes, so a file may be opened twice only to be read.
+fn check_file_claims(loader: &Loader) -> Result<(), ConfigError> {
+    let mut files: BTreeMap<PathBuf, (bool, &Origin)> = BTreeMap::new();
+    for Item { value, origin } in loader.volumes.values() {
+        let VolumeConfig::File(file) = value else {
+            continue;
+        };
+        match files.entry(place_of(&file.path)) {
+            Entry::Vacant(entry) => {
+                entry.insert((file.read_only, origin));
+            }
+            Entry::Occupied(entry) => {
+                let (first_read_only, first) = *entry.get();
+                if !(file.read_only && first_read_only) {
+                    let reason = format!(
+                        "{} belongs to another volume ({}); both would have to be read-only, or export one volume twice",
+                        file.path.display(),
+                        first.place("path")
+                    );
+                    return Err(origin.key_error("path", reason));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Things that only one item may have.
+struct Claims<'a, K>(BTreeMap<K, &'a Origin>);
+
+impl<K> Default for Claims<'_, K> {
+    fn default() -> Self {
+        Claims(BTreeMap::new())
+    }
+}
+
+impl<'a, K: Ord> Claims<'a, K> {
+    fn claim(&mut self, thing: K, key: &str, shown: &str, origin: &'a Origin) -> Result<(), ConfigError> {
+        match self.0.entry(thing) {
+            Entry::Vacant(entry) => {
+                entry.insert(origin);
+                Ok(())
+            }
+            Entry::Occupied(entry) => {
+                let first = entry.get().place(key);
+                Err(origin.key_error(key, format!("{shown} is already taken ({first})")))
+            }
+        }
+    }
+}
+
+/// The same text for two spellings of one path, as far as that can be known before the file exists.
+fn place_of(path: &Path) -> PathBuf {
+    if let Ok(real) = path.canonicalize() {
+        return real;
+    }
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match (absolute.parent().map(Path::canonicalize), absolute.file_name()) {
+        (Some(Ok(parent)), Some(name)) => parent.join(name),
+        _ => absolute,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Flags by their first word, in one loader.
+    fn load(flags: &[(&str, &str)]) -> Result<Config, String> {
+        let mut loader = Loader::new();
+        for (flag, text) in flags {
+            match *flag {
+                "volume" => loader.add_volume_flag(text).unwrap(),
+                "ublk" => loader.add_ublk_flag(text).unwrap(),
+                "vhost-user" => loader.add_vhost_user_flag(text).unwrap(),
+                "control" => loader.set_control(text.into()),
+                "workers" => loader.set_workers(text.parse().unwrap()),
+                other => panic!("{other}"),
+            }
+        }
+        loader.finish().map_err(|error| error.to_string())
+    }
+
+    fn refused(flags: &[(&str, &str)], place: &str, word: &str) {
+        let error = load(flags).unwrap_err();
+        assert!(error.starts_with(place), "{error}");
+        assert!(error.contains(word), "{error}");
+    }
+
+    const A: (&str, &str) = ("volume", "a=null:1G");
+    const UBLK_A: (&str, &str) = ("ublk", "a");
+
+    #[test]
+    fn single_values_are_checked() {
+        for workers in ["0", "1025"] {
+            refused(&[A, UBLK_A, ("workers", workers)], "--workers", "1024");
+        }
+        refused(&[A, UBLK_A, ("control", "")], "--control", "path");
+        refused(&[A, UBLK_A, ("control", &"x".repeat(108))], "--control", "107");
+        refused(&[("volume", "a=null:1000"), UBLK_A], "--volume a=null:1000", "size");
+        refused(&[A, ("ublk", "a,depth=0")], "--ublk a,depth=0", "depth");
+        refused(&[A, ("vhost-user", "a=/s,queues=0")], "--vhost-user", "queues");
+    }
+
+    #[test]
+    fn names_are_checked() {
+        let long = "x".repeat(33);
+        for name in ["", ".a", "-a", "..", "a/b", "a b", "ä", "a\nb", &long] {
+            let flag = format!("{name}=null:1G");
+            refused(&[("volume", &flag)], "--volume", "not a name");
+        }
+        for name in ["a", "A_1.b-c", "_", "0", &"x".repeat(32)] {
+            load(&[("volume", &format!("{name}=null:1G")), ("ublk", name)]).unwrap();
+        }
+    }
+
+    #[test]
+    fn volumes_and_exports_must_match() {
+        refused(&[], "configuration", "nothing to serve");
+        refused(&[A], "configuration", "nothing to serve");
+        load(&[A, UBLK_A, ("volume", "spare=null:1G")]).unwrap();
+        refused(&[UBLK_A], "--ublk a", "no volume \"a\"");
+        refused(&[A, UBLK_A, ("vhost-user", "b=/s")], "--vhost-user b=/s", "no volume \"b\"");
+    }
+
+    #[test]
+    fn one_volume_behind_both_doors_is_fine() {
+        let both = [A, UBLK_A, ("vhost-user", "a=/run/1"), ("vhost-user", "a=/run/2,read-only=on")];
+        let config = load(&both).unwrap();
+        assert_eq!((config.ublk.len(), config.vhost_user.len()), (1, 2));
+    }
+
+    #[test]
+    fn devices_are_claimed_once() {
+        refused(
+            &[A, UBLK_A, ("ublk", "a,id=3")],
+            "--ublk a,id=3",
+            "/dev/ringblk/a is already taken (--ublk a)",
+        );
+        let b = ("volume", "b=null:1G");
+        refused(&[A, b, ("ublk", "a,id=3"), ("ublk", "b,id=3")], "--ublk b,id=3", "/dev/ublkb3");
+        load(&[A, b, ("ublk", "a,id=3"), ("ublk", "b,id=4")]).unwrap();
+    }
+
+    #[test]
+    fn sockets_are_claimed_once_whatever_their_spelling() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = dir.path().display().to_string();
+        std::os::unix::fs::symlink(dir.path(), dir.path().join("link")).unwrap();
+        let first = format!("a={base}/s");
+        for same in ["s", "./s", "link/s", "../../{}/s"] {
+            let same = match same {
+                "../../{}/s" => format!("a={base}/link/link/s"),
+                _ => format!("a={base}/{same}"),
+            };
+            let flags = [A, ("vhost-user", &*first), ("vhost-user", &*same)];
+            refused(&flags, &format!("--vhost-user {same}"), "already taken");
+        }
+        let control = format!("{base}/s");
+        refused(
+            &[A, ("control", &control), ("vhost-user", &first)],
+            "--vhost-user",
+            "already taken (--control",
+        );
+        let default = format!("a={DEFAULT_CONTROL}");
+        refused(&[A, ("vhost-user", &default)], "--vhost-user", "(the control socket)");
+    }
+
+    #[test]
+    fn a_file_has_one_writer() {
+        let ublk = [UBLK_A, ("ublk", "b")];
+        let with = |a: &'static str, b: &'static str| load(&[("volume", a), ("volume", b), ublk[0], ublk[1]]);
+        let error = with("a=file:/x/y", "b=file:/x/./y").unwrap_err();
+        assert!(error.contains("another volume (--volume a=file:/x/y)"), "{error}");
+        assert!(with("a=file:/x/y,read-only=on", "b=file:/x/y").is_err());
+        assert!(with("a=file:/x/y,read-only=on", "b=file:/x/y,read-only=on").is_ok());
+        assert!(with("a=file:/x/y", "b=file:/x/z").is_ok());
+    }
+
+    #[test]
+    fn the_line_of_the_key_is_named() {
+        let text = "[volume.a]\ndriver = \"null\"\nsize = \"1G\"\n\n[[ublk]]\nvolume = \"a\"\n\ndepth = 0\n";
+        let mut loader = Loader::new();
+        loader.add_text(Path::new("r.toml"), text).unwrap();
+        let error = loader.finish().unwrap_err();
+        assert_eq!(error.to_string(), "r.toml:8: depth: must be from 1 to 4096, not 0");
+    }
+}

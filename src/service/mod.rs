@@ -1,0 +1,15 @@
+//! The service around the workers: configuration, control API, status.
+
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod config;
+pub mod control;
+mod exports;
+pub mod features;
+pub mod leftovers;
+mod run;
+mod socket;
+pub mod status;
+
+pub use run::{Error, run};

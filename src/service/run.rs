@@ -1,0 +1,322 @@
+//! A service's life: everything is checked and opened before anything is made, and what was made is taken
+//! away again, in the opposite order.
+
+use super::config::{Config, ConfigError};
+use super::control::{self, Managed};
+use super::exports::ublk::UblkExport;
+use super::exports::vhost_user::{Endpoint, VhostUserExport, passed_sockets};
+use super::exports::{Export, Placement};
+use super::socket::{Access, SocketError, SocketFile};
+use super::status::{Status, VolumeStatus};
+use crate::engine::{OpenError, Volume};
+use crate::worker::{Link, Worker};
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{Notify, oneshot};
+
+/// Why a service did not start, or did not end as it should.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// See [`ConfigError`].
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// See [`OpenError`].
+    #[error(transparent)]
+    Volume(#[from] OpenError),
+    /// See [`SocketError`].
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A ublk export.
+    #[error(transparent)]
+    Ublk(#[from] super::exports::ublk::Error),
+    /// A worker could not be made.
+    #[error("worker {number} cannot be started")]
+    Worker {
+        /// Counted from 0.
+        number: usize,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// A vhost-user export.
+    #[error("vhost-user export on {socket} cannot be started")]
+    VhostUser {
+        /// Where.
+        socket: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The control API.
+    #[error("the control API cannot be served")]
+    Control(#[source] io::Error),
+    /// A clean stop that was given up.
+    #[error("stopped without waiting for: {0}")]
+    Abandoned(String),
+    /// Writes that were acknowledged but not flushed may be lost.
+    #[error("volume {name} could not be flushed")]
+    Flush {
+        /// Of the volume.
+        name: String,
+        /// The store's answer.
+        source: crate::block::Errno,
+    },
+}
+
+/// Serves `config` until told to stop: by SIGTERM, SIGINT or the control API.
+///
+/// # Errors
+/// When it cannot be served whole, in which case nothing is left behind; or when it could not be stopped
+/// cleanly.
+pub fn run(config: Config) -> Result<(), Error> {
+    let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).map_err(Error::Control)?;
+    // Signals first: from here on one asks for a clean end, whatever is being made.
+    let signals = runtime.block_on(async { Signals::new() }).map_err(Error::Control)?;
+    let service = Service::start(&config)?;
+    runtime.block_on(service.until_stopped(signals))
+}
+
+/// What ends a service from outside.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Signals> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// A running service.
+struct Service {
+    control: SocketFile,
+    shared: Arc<Shared>,
+}
+
+/// What the control API and the end of the service look at.
+struct Shared {
+    /// In the order in which they were made.
+    exports: Mutex<Vec<Export>>,
+    /// The export that is being stopped.
+    leaving: Mutex<Option<String>>,
+    volumes: BTreeMap<String, Arc<Volume>>,
+    volume_status: Vec<VolumeStatus>,
+    workers: Mutex<Vec<Worker>>,
+    worker_count: usize,
+    stopping: AtomicBool,
+    stop: Notify,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Service {
+    /// Opens every volume and takes every socket, then starts workers and exports. An error on the way takes
+    /// away what was made.
+    fn start(config: &Config) -> Result<Service, Error> {
+        let mut volumes = BTreeMap::new();
+        for (name, volume) in &config.volumes {
+            volumes.insert(name.clone(), Arc::new(Volume::open(name, volume)?));
+        }
+        let mut passed = passed_sockets();
+        let control = SocketFile::bind(&config.control, Access::PRIVATE)?;
+        let mut endpoints = Vec::new();
+        for export in &config.vhost_user {
+            endpoints.push(Endpoint::open(export, &mut passed)?);
+        }
+        for unused in passed {
+            log::warn!("a socket passed by systemd is no export's: {:?}", unused.local_addr());
+        }
+
+        let count = worker_count(config);
+        let mut workers = Vec::new();
+        for number in 0..count {
+            workers.push(Worker::start(number).map_err(|source| Error::Worker { number, source })?);
+        }
+        let shared = Shared {
+            exports: Mutex::default(),
+            leaving: Mutex::default(),
+            volume_status: config
+                .volumes
+                .iter()
+                .map(|(name, of)| volume_status(&volumes[name], of))
+                .collect(),
+            volumes,
+            workers: Mutex::new(workers),
+            worker_count: count,
+            stopping: AtomicBool::new(false),
+            stop: Notify::new(),
+        };
+        let service = Service { control, shared: Arc::new(shared) };
+        match service.shared.add_exports(config, endpoints) {
+            Ok(()) => Ok(service),
+            Err(error) => {
+                if let Err(left) = service.shared.take_down() {
+                    log::error!("{left}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Answers on the control socket until told to stop, and stops.
+    async fn until_stopped(self, mut signals: Signals) -> Result<(), Error> {
+        let Service { control, shared } = self;
+        let (gone, all_gone) = oneshot::channel::<()>();
+        let answering = tokio::task::spawn_local(control::serve(control, shared.clone(), async {
+            // An error is the sender's being dropped, which says the same.
+            let _ = all_gone.await;
+        }));
+        tokio::select! {
+            () = signals.next() => {}
+            () = shared.stop.notified() => {}
+        }
+        shared.stopping.store(true, Ordering::Relaxed);
+        log::info!("stopping: waiting for requests in flight");
+        let (done, finished) = oneshot::channel();
+        let stopper = shared.clone();
+        thread::Builder::new()
+            .name("ringblk-stop".into())
+            .spawn(move || done.send(stopper.take_down()))
+            .map_err(Error::Control)?;
+        let result = tokio::select! {
+            result = finished => result.unwrap_or(Ok(())),
+            () = signals.next() => Err(Error::Abandoned(shared.left())),
+        };
+        drop(gone);
+        match answering.await {
+            Ok(answered) => answered.map_err(Error::Control)?,
+            Err(error) => log::warn!("control: {error}"),
+        }
+        if result.is_ok() {
+            log::info!("stopped");
+        }
+        result
+    }
+}
+
+impl Shared {
+    /// Starts every export, in the order of the configuration: sockets, then disks, whose start makes the
+    /// kernel read them.
+    fn add_exports(&self, config: &Config, endpoints: Vec<Endpoint>) -> Result<(), Error> {
+        let links: Vec<Link> = lock(&self.workers).iter().map(|worker| worker.link().clone()).collect();
+        let mut placement = Placement::over(&links);
+        let queues = |asked: Option<u16>| asked.unwrap_or(links.len().try_into().unwrap_or(u16::MAX));
+        for (export, endpoint) in config.vhost_user.iter().zip(endpoints) {
+            let volume = &self.volumes[&export.volume];
+            let queues = queues(export.queues);
+            let on = placement.of(queues, self.single_worker(volume));
+            let started = VhostUserExport::start(export, queues, endpoint, volume, on)
+                .map_err(|source| Error::VhostUser { socket: export.socket.display().to_string(), source })?;
+            lock(&self.exports).push(Export::VhostUser(started));
+            log::info!("volume {} is served on {}", export.volume, export.socket.display());
+        }
+        for export in &config.ublk {
+            let volume = &self.volumes[&export.volume];
+            let on = placement.of(queues(export.queues), self.single_worker(volume));
+            let started = UblkExport::start(export, volume, &on)?;
+            log::info!("volume {} is served at {}", export.volume, started.status().link.display());
+            lock(&self.exports).push(Export::Ublk(started));
+        }
+        Ok(())
+    }
+
+    /// The worker of a volume that only one may use: which one follows from its place in the list.
+    fn single_worker(&self, volume: &Volume) -> Option<usize> {
+        let at = self.volumes.keys().position(|name| name == volume.name())?;
+        volume.single_worker().then_some(at)
+    }
+
+    /// Ends every export, flushes every volume, ends the workers.
+    fn take_down(&self) -> Result<(), Error> {
+        let mut left = Vec::new();
+        // Taken out in a statement of its own, so that the list is not locked while we wait.
+        let next = || lock(&self.exports).pop();
+        while let Some(mut export) = next() {
+            let name = export.status().name();
+            *lock(&self.leaving) = Some(name.clone());
+            if let Err(abandoned) = export.stop(Instant::now() + STOP_LIMIT) {
+                left.push(format!("{name}: {abandoned}"));
+            }
+        }
+        let mut result = Ok(());
+        for (name, volume) in &self.volumes {
+            let link = lock(&self.workers).first().map(|worker| worker.link().clone());
+            let Some(link) = link else { break };
+            if volume.geometry().read_only || !volume.geometry().volatile_cache {
+                continue;
+            }
+            if let Ok(Err(source)) = link.flush(volume.clone()).recv_timeout(STOP_LIMIT) {
+                log::error!("volume {name}: flush: {source}");
+                result = Err(Error::Flush { name: name.clone(), source });
+            }
+        }
+        if !left.is_empty() {
+            return Err(Error::Abandoned(left.join("; ")));
+        }
+        lock(&self.workers).clear();
+        result
+    }
+
+    /// What a stop still waits for.
+    fn left(&self) -> String {
+        let waiting = lock(&self.exports).iter().map(|export| export.status().name()).collect::<Vec<_>>();
+        lock(&self.leaving).iter().cloned().chain(waiting).collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// No export's stop takes longer than this; one that does is reported and left.
+const STOP_LIMIT: Duration = Duration::from_secs(120);
+
+impl Managed for Shared {
+    fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            workers: self.worker_count,
+            stopping: self.stopping.load(Ordering::Relaxed),
+            volumes: self.volume_status.clone(),
+            exports: lock(&self.exports).iter().map(Export::status).collect(),
+        }
+    }
+
+    fn request_stop(&self) {
+        self.stop.notify_one();
+    }
+}
+
+/// As many as asked for, or as CPUs but at most the queues; an export without a number of its own has as
+/// many queues as there are workers.
+fn worker_count(config: &Config) -> usize {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let queues = |asked: Option<u16>| asked.map_or(cpus, usize::from);
+    let all = config.ublk.iter().map(|export| queues(export.queues)).sum::<usize>()
+        + config.vhost_user.iter().map(|export| queues(export.queues)).sum::<usize>();
+    config.workers.unwrap_or(cpus.min(all).max(1))
+}
+
+fn volume_status(volume: &Volume, config: &crate::engine::config::VolumeConfig) -> VolumeStatus {
+    VolumeStatus {
+        name: volume.name().into(),
+        driver: config.driver().into(),
+        target: config.target(),
+        size_bytes: volume.geometry().bytes(),
+        block_size: volume.geometry().logical_block,
+        read_only: volume.geometry().read_only,
+    }
+}
