@@ -17,3 +17,5 @@ pub mod frontend;
 pub mod worker;
 /// What runs around the workers: configuration, exports, the control API.
 pub mod service;
+/// Offline jobs on raw images.
+pub mod image;

@@ -1,0 +1,290 @@
+//! `ringblk image copy`: a raw image from one file or block device to another, holes kept.
+//!
+//! A bounded number of tasks share one walk over the source's extents. Each has a buffer of its own and takes the next
+//! piece when it is done with the last, so at most `depth` transfers are in flight and no task waits for another.
+
+#![forbid(unsafe_code)]
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio_uring::fs::File;
+
+use super::extents::{Extent, Extents};
+use super::interrupt::unless_interrupted;
+use super::store::{Kind, Store, look, same_store};
+use super::target::NewFile;
+use super::{ImageError, run};
+use crate::block::Size;
+
+mod transfer;
+
+use transfer::{CHUNK, Ends, Transfer};
+
+/// How to copy.
+#[derive(Clone, Copy, Debug)]
+pub struct CopyOptions {
+    /// Transfers in flight, 1 to [`CopyOptions::MAX_DEPTH`], of 1 MiB each.
+    pub depth: usize,
+    /// Replace a destination file, or overwrite a block device.
+    pub force: bool,
+    /// Look for zeroes in the data, and make holes of them.
+    pub detect_zeroes: bool,
+}
+
+impl CopyOptions {
+    /// The completion queue of the runtime has room for these.
+    pub const MAX_DEPTH: usize = 256;
+    /// Depth where none is given.
+    pub const DEFAULT_DEPTH: usize = 32;
+}
+
+impl Default for CopyOptions {
+    fn default() -> CopyOptions {
+        CopyOptions { depth: CopyOptions::DEFAULT_DEPTH, force: false, detect_zeroes: false }
+    }
+}
+
+/// Told how far a copy has come.
+pub trait Progress {
+    /// Before anything else.
+    fn begin(&self, total_bytes: u64);
+    /// So many more bytes are done, holes counted too.
+    fn advance(&self, bytes: u64);
+}
+
+/// Nobody is told.
+impl Progress for () {
+    fn begin(&self, _: u64) {}
+    fn advance(&self, _: u64) {}
+}
+
+/// What a copy did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopySummary {
+    /// Size of the image.
+    pub size: u64,
+    /// Bytes written; the rest was holes.
+    pub written: u64,
+    /// From the first read to the last flush.
+    pub elapsed: Duration,
+}
+
+impl fmt::Display for CopySummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (size, written) = (Size(self.size).approx(), Size(self.written).approx());
+        let seconds = self.elapsed.as_secs_f64();
+        let rate = Size((self.written as f64 / seconds.max(1e-9)) as u64).approx();
+        write!(f, "copied {size} ({written} written) in {seconds:.2} s, {rate}/s")
+    }
+}
+
+/// Copies an image.
+///
+/// A new file appears under its name when it is complete and on disk. A block device must be at least as large as the
+/// source; what lies behind the copy is left as it was.
+///
+/// # Errors
+/// A destination that exists (without `force`), is the source itself, too small, in use or of another kind; a source
+/// that changes its size meanwhile; the system's refusal; a signal.
+pub fn copy(
+    source: &Path,
+    destination: &Path,
+    options: &CopyOptions,
+    progress: Rc<dyn Progress>,
+) -> Result<CopySummary, ImageError> {
+    if !(1..=CopyOptions::MAX_DEPTH).contains(&options.depth) {
+        let (most, depth) = (CopyOptions::MAX_DEPTH, options.depth);
+        let reason = format!("the depth must be from 1 to {most}, not {depth}");
+        return Err(ImageError::Setting(reason));
+    }
+    let source = Store::open(source)?;
+    let target = Target::open(&source, destination, options.force)?;
+    let options = *options;
+    run(destination, async move {
+        let copying = copy_all(&source, &target, destination, &options, progress);
+        let copied = unless_interrupted(copying)
+            .await
+            .map_err(ImageError::system("watch signals for", destination))?;
+        match (copied, target) {
+            (Some(Err(error)), _) => Err(error),
+            (Some(Ok(summary)), Target::New(new)) => new.publish().map(|()| summary),
+            (Some(Ok(summary)), Target::Device(_)) => Ok(summary),
+            (None, Target::New(_)) => Err(ImageError::Interrupted),
+            (None, Target::Device(device)) => Err(ImageError::InterruptedDevice(device.path)),
+        }
+    })
+}
+
+/// Where the copy goes.
+enum Target {
+    New(NewFile),
+    Device(Store),
+}
+
+impl Target {
+    /// Every reason to refuse is looked for before anything is made.
+    fn open(source: &Store, path: &Path, force: bool) -> Result<Target, ImageError> {
+        match fs::symlink_metadata(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                // A copy is no more public than its source was; a device's own mode says nothing about its contents.
+                let mode = match source.kind {
+                    Kind::File => source.metadata.permissions().mode() & 0o666,
+                    Kind::BlockDevice => 0o600,
+                };
+                return NewFile::create(path, source.size, mode).map(Target::New);
+            }
+            Err(error) => return Err(ImageError::system("look at", path)(error)),
+            Ok(_) => {}
+        }
+        let kind = look(path)?;
+        let metadata = fs::metadata(path).map_err(ImageError::system("look at", path))?;
+        if same_store(&source.metadata, &metadata) {
+            return Err(ImageError::Same { source_path: source.path.clone(), destination: path.to_owned() });
+        }
+        if !force {
+            return Err(ImageError::Exists(path.to_owned()));
+        }
+        if kind == Kind::File {
+            return NewFile::replace(path, source.size).map(Target::New);
+        }
+        let device = Store::open_device(path)?;
+        if device.size < source.size {
+            let (has, needs) = (device.size, source.size);
+            let reason = format!("has {has} bytes, the image needs {needs}");
+            return Err(ImageError::unsuitable(path, reason));
+        }
+        Ok(Target::Device(device))
+    }
+
+    fn handle(&self) -> Result<fs::File, ImageError> {
+        match self {
+            Target::New(new) => new.handle(),
+            Target::Device(device) => duplicate(device),
+        }
+    }
+}
+
+fn duplicate(store: &Store) -> Result<fs::File, ImageError> {
+    let file = store.file.try_clone();
+    file.map_err(ImageError::system("open", &store.path))
+}
+
+async fn copy_all(
+    source: &Store,
+    target: &Target,
+    destination: &Path,
+    options: &CopyOptions,
+    progress: Rc<dyn Progress>,
+) -> Result<CopySummary, ImageError> {
+    let start = Instant::now();
+    progress.begin(source.size);
+    // A second handle for the walk shares the seek position with the first, which the ring's reads do not use.
+    let extents = Extents::new(duplicate(source)?, source.size, source.kind == Kind::File);
+    let job = Rc::new(Job {
+        pieces: RefCell::new(Pieces { extents, current: None }),
+        failed: Cell::new(false),
+        ends: Ends {
+            source: File::from_std(duplicate(source)?),
+            source_path: source.path.clone(),
+            target: File::from_std(target.handle()?),
+            target_path: destination.to_owned(),
+            // A new file is one hole to begin with; a device holds what it held.
+            write_holes: matches!(target, Target::Device(_)),
+            detect_zeroes: options.detect_zeroes,
+        },
+        progress,
+    });
+    let tasks: Vec<_> = (0..options.depth).map(|_| tokio_uring::spawn(work(Rc::clone(&job)))).collect();
+    let mut written = 0;
+    let mut first_error = None;
+    for task in tasks {
+        let done = task.await.map_err(io::Error::other);
+        let done = done.map_err(ImageError::system("finish the copy to", destination));
+        match done.and_then(|result| result) {
+            Ok(bytes) => written += bytes,
+            Err(error) => {
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    if let Some(error) = first_error {
+        return Err(error);
+    }
+    // The walk would take the missing end of a shrunken file for a hole.
+    if source.kind == Kind::File && Store::open(&source.path).map(|now| now.size).ok() != Some(source.size) {
+        let reason = "changed its size while it was copied";
+        return Err(ImageError::unsuitable(&source.path, reason));
+    }
+    job.ends.target.sync_all().await.map_err(ImageError::system("flush", destination))?;
+    Ok(CopySummary { size: source.size, written, elapsed: start.elapsed() })
+}
+
+/// What the tasks share.
+struct Job {
+    pieces: RefCell<Pieces>,
+    /// Set by the first task that fails: the others stop at their next piece.
+    failed: Cell<bool>,
+    ends: Ends,
+    progress: Rc<dyn Progress>,
+}
+
+/// One task. Returns the bytes it wrote.
+async fn work(job: Rc<Job>) -> Result<u64, ImageError> {
+    let mut transfer = Transfer::new();
+    loop {
+        let piece = job.pieces.borrow_mut().next();
+        let Some(piece) = piece.filter(|_| !job.failed.get()) else {
+            return Ok(transfer.written());
+        };
+        let done = match piece {
+            Ok(piece) => transfer.copy(&job.ends, piece).await.map(|()| piece),
+            Err(error) => Err(ImageError::system("find the holes of", &job.ends.source_path)(error)),
+        };
+        match done {
+            Ok(piece) => job.progress.advance(piece.end - piece.start),
+            Err(error) => {
+                job.failed.set(true);
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// Extents cut to what one transfer takes: data at multiples of [`CHUNK`], holes at larger steps.
+struct Pieces {
+    extents: Extents,
+    current: Option<Extent>,
+}
+
+/// A step over a hole moves no data, but progress should be seen on a large one.
+const HOLE_STEP: u64 = 1 << 30;
+
+impl Iterator for Pieces {
+    type Item = io::Result<Extent>;
+
+    fn next(&mut self) -> Option<io::Result<Extent>> {
+        let extent = match self.current.take() {
+            Some(extent) => extent,
+            None => match self.extents.next()? {
+                Ok(extent) => extent,
+                Err(error) => return Some(Err(error)),
+            },
+        };
+        let step = if extent.data { CHUNK as u64 } else { HOLE_STEP };
+        let end = (extent.start / step + 1).saturating_mul(step).min(extent.end);
+        if end < extent.end {
+            self.current = Some(Extent { start: end, ..extent });
+        }
+        Some(Ok(Extent { end, ..extent }))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! Offline jobs on raw images: make one, look at one, copy one. No service is needed and none is asked.
+//!
+//! What makes or copies runs on `tokio-uring`'s runtime, started here, so these functions block and must not be called
+//! from inside another runtime. A new image appears under its name complete or not at all: it is written beside its
+//! place and linked in at the end, and SIGINT, SIGTERM or SIGHUP end a job with everything half-done removed.
+
+#![forbid(unsafe_code)]
+
+mod copy;
+mod create;
+mod extents;
+mod info;
+mod interrupt;
+mod store;
+mod target;
+
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub use copy::{CopyOptions, CopySummary, Progress, copy};
+pub use create::create;
+pub use info::{Info, Kind, info};
+
+/// Why a job was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The system refused.
+    #[error("cannot {action} {}", path.display())]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The destination is there and may not be replaced.
+    #[error("{}: already exists", .0.display())]
+    Exists(PathBuf),
+    /// Source and destination are one.
+    #[error("{} and {} are the same", source_path.display(), destination.display())]
+    Same {
+        /// What was to be read.
+        source_path: PathBuf,
+        /// What was to be written.
+        destination: PathBuf,
+    },
+    /// A path or a value that the job cannot use.
+    #[error("{}: {reason}", path.display())]
+    Unsuitable {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A setting out of its range.
+    #[error("{0}")]
+    Setting(String),
+    /// A signal ended the job.
+    #[error("interrupted, nothing was kept")]
+    Interrupted,
+    /// A signal ended a copy to a device.
+    #[error("interrupted, {} is written in part", .0.display())]
+    InterruptedDevice(PathBuf),
+}
+
+impl ImageError {
+    /// For `map_err` on a system call about `path`.
+    fn system(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ImageError {
+        let path = path.to_owned();
+        move |source| ImageError::System { action, path, source }
+    }
+
+    fn unsuitable(path: &Path, reason: impl Into<String>) -> ImageError {
+        ImageError::Unsuitable { path: path.to_owned(), reason: reason.into() }
+    }
+}
+
+/// Runs one job on `tokio-uring`'s runtime, `path` being what it is about.
+fn run<T>(path: &Path, job: impl Future<Output = Result<T, ImageError>>) -> Result<T, ImageError> {
+    tokio_uring::Runtime::new(&tokio_uring::builder())
+        .map_err(ImageError::system("start io_uring for", path))?
+        .block_on(job)
+}
