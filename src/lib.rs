@@ -19,3 +19,5 @@ pub mod worker;
 pub mod service;
 /// Offline jobs on raw images.
 pub mod image;
+/// Arguments turned into calls of the above.
+pub mod cli;

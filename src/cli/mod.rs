@@ -1,0 +1,138 @@
+//! The command line: words to calls of the service, results to text. No decisions are made here.
+
+#![forbid(unsafe_code)]
+
+mod features;
+mod image;
+mod list;
+mod output;
+mod serve;
+mod stop;
+
+use std::error::Error;
+use std::fmt;
+use std::process::ExitCode;
+
+use clap::{ArgAction, Parser, Subcommand};
+
+/// A block device service: one storage engine behind ublk disks and vhost-user-blk sockets.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ringblk",
+    version,
+    after_help = "Exit status: 0 done, 1 failed, 2 bad usage or bad configuration."
+)]
+pub struct Cli {
+    /// Say more; twice for even more. RUST_LOG overrides this.
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(serve::Args),
+    Features(features::Args),
+    List(list::Args),
+    Stop(stop::Args),
+    #[command(subcommand)]
+    Image(image::Command),
+}
+
+impl Cli {
+    /// Does what was asked.
+    ///
+    /// # Errors
+    /// What to tell the user, and the exit status to end with.
+    pub fn run(self) -> Result<(), Failure> {
+        match self.command {
+            Command::Serve(args) => serve::run(&args),
+            Command::Features(args) => features::run(&args),
+            Command::List(args) => list::run(&args),
+            Command::Stop(args) => stop::run(&args),
+            Command::Image(command) => image::run(&command),
+        }
+    }
+
+    /// What to log where RUST_LOG says nothing: a service tells of its doings, a tool only of trouble.
+    pub fn log_filter(&self) -> &'static str {
+        let base = matches!(self.command, Command::Serve(_));
+        match u8::from(base).saturating_add(self.verbose) {
+            0 => "warn",
+            1 => "warn,ringblk=info",
+            2 => "warn,ringblk=debug",
+            _ => "info,ringblk=trace",
+        }
+    }
+}
+
+/// Why a command did not succeed.
+#[derive(Debug)]
+pub struct Failure {
+    status: u8,
+    cause: Box<dyn Error + Send + Sync>,
+}
+
+impl Failure {
+    /// What was asked for did not work.
+    fn failed(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Failure {
+        Failure { status: 1, cause: cause.into() }
+    }
+
+    /// What was asked for makes no sense.
+    fn usage(cause: impl Into<Box<dyn Error + Send + Sync>>) -> Failure {
+        Failure { status: 2, cause: cause.into() }
+    }
+
+    /// The status to end the process with.
+    pub fn exit_code(&self) -> ExitCode {
+        ExitCode::from(self.status)
+    }
+}
+
+/// The error and its causes, in one line.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.cause)?;
+        let mut cause = self.cause.source();
+        while let Some(error) = cause {
+            write!(f, ": {error}")?;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn verbosity() {
+        let filter = |line: &str| Cli::try_parse_from(line.split(' ')).unwrap().log_filter();
+        assert_eq!(filter("ringblk list"), "warn");
+        assert_eq!(filter("ringblk serve"), "warn,ringblk=info");
+        assert_eq!(filter("ringblk list -v"), "warn,ringblk=info");
+        assert_eq!(filter("ringblk serve -vv"), "info,ringblk=trace");
+    }
+
+    #[test]
+    fn causes_are_told_in_one_line() {
+        let cause = crate::image::ImageError::System {
+            action: "open",
+            path: "/a".into(),
+            source: std::io::Error::from_raw_os_error(2),
+        };
+        let failure = Failure::failed(cause);
+        assert_eq!(failure.to_string(), "cannot open /a: No such file or directory (os error 2)");
+        assert_eq!(failure.exit_code(), ExitCode::from(1));
+        assert_eq!(Failure::usage("x").exit_code(), ExitCode::from(2));
+    }
+}

@@ -1,0 +1,147 @@
+//! `ringblk serve`.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use super::{Failure, output};
+use crate::service;
+use crate::service::config::{Config, ConfigError, DEFAULT_CONTROL, Loader};
+
+const HELP: &str = "\
+Drivers (NAME=DRIVER:TARGET):
+  file:PATH    an image or a block device
+               direct=on|off, read-only=on|off, block-size=512|4096
+  memory:SIZE  lost when the service ends; block-size=512|4096
+  null:SIZE    reads zeroes, forgets writes; block-size=512|4096
+  nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+               connections=1..16, reconnect=SECONDS, read-only=on|off
+
+Options of --ublk:
+  queues=N, depth=N, zero-copy=auto|on|off, id=N, max-io=SIZE
+
+Options of --vhost-user:
+  queues=N, queue-size=N, mode=0600, owner=USER[:GROUP], read-only=on|off
+
+Sizes take K, M, G and T (binary). A comma inside a value is written \",,\".
+
+Examples:
+  ringblk serve --volume root=file:/srv/root.img --ublk root
+  ringblk serve --volume root=file:/srv/root.img,direct=on \\
+      --ublk root,queues=2 --vhost-user root=/run/ringblk/root.sock,mode=0660
+  ringblk serve --config /etc/ringblk.toml --check
+
+SIGTERM, Ctrl-C or `ringblk stop` end the service cleanly; a second signal gives
+up waiting for requests in flight.";
+
+/// Serve volumes as ublk disks and on vhost-user sockets, in the foreground.
+#[derive(Debug, clap::Args)]
+#[command(after_help = HELP)]
+pub(super) struct Args {
+    /// Read volumes and exports from a TOML file; flags add to it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Add a volume
+    #[arg(long = "volume", value_name = "NAME=DRIVER:TARGET[,key=value...]")]
+    volumes: Vec<String>,
+    /// Show a volume as a disk, /dev/ringblk/VOLUME
+    #[arg(long, value_name = "VOLUME[,key=value...]")]
+    ublk: Vec<String>,
+    /// Show a volume to a virtual machine on a Unix socket
+    #[arg(long, value_name = "VOLUME=SOCKET[,key=value...]")]
+    vhost_user: Vec<String>,
+    /// Threads that do the work [default: as many as CPUs, at most the queues]
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    #[arg(long, value_name = "SOCKET", help = format!(
+        "Where `ringblk list` and `ringblk stop` find the service [default: {DEFAULT_CONTROL}]"
+    ))]
+    control: Option<PathBuf>,
+    /// Check the configuration, print what would be served, and create nothing
+    #[arg(long)]
+    check: bool,
+}
+
+pub(super) fn run(args: &Args) -> Result<(), Failure> {
+    let config = load(args).map_err(Failure::usage)?;
+    if args.check {
+        return output::print(&config.to_string());
+    }
+    service::run(config).map_err(Failure::failed)
+}
+
+fn load(args: &Args) -> Result<Config, ConfigError> {
+    let mut loader = Loader::new();
+    if let Some(path) = &args.config {
+        loader.add_file(path)?;
+    }
+    for text in &args.volumes {
+        loader.add_volume_flag(text)?;
+    }
+    for text in &args.ublk {
+        loader.add_ublk_flag(text)?;
+    }
+    for text in &args.vhost_user {
+        loader.add_vhost_user_flag(text)?;
+    }
+    if let Some(workers) = args.workers {
+        loader.set_workers(workers);
+    }
+    if let Some(path) = &args.control {
+        loader.set_control(path.clone());
+    }
+    loader.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Only {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(line: &str) -> Args {
+        Only::try_parse_from(line.split(' ')).unwrap().args
+    }
+
+    #[test]
+    fn flags_reach_the_configuration() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("r.toml");
+        std::fs::write(&file, "workers = 1\n[volume.b]\ndriver = \"null\"\nsize = \"1G\"\n").unwrap();
+        let line = format!(
+            "serve --config {} --volume a=null:1G --ublk a --ublk b --vhost-user a=/run/a.sock --workers 3 --control /c",
+            file.display()
+        );
+        let config = load(&args(&line)).unwrap();
+        assert_eq!(config.workers, Some(3));
+        assert_eq!(config.control, std::path::Path::new("/c"));
+        assert_eq!(config.volumes.len(), 2);
+        assert_eq!((config.ublk.len(), config.vhost_user.len()), (2, 1));
+    }
+
+    #[test]
+    fn a_bad_configuration_is_bad_usage() {
+        for line in [
+            "serve",
+            "serve --check",
+            "serve --volume a",
+            "serve --ublk a",
+            "serve --volume a=null:1G --vhost-user a",
+            "serve --config /no/such/file",
+            "serve --volume a=null:1G --ublk a --workers 0",
+        ] {
+            let failure = run(&args(line)).unwrap_err();
+            assert_eq!(failure.status, 2, "{line}: {failure}");
+        }
+    }
+
+    #[test]
+    fn a_check_of_a_good_one_succeeds() {
+        run(&args("serve --volume a=null:1G --ublk a --check")).unwrap();
+    }
+}

@@ -1,0 +1,32 @@
+//! `ringblk stop`.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::Failure;
+use crate::service::client::Client;
+use crate::service::config::DEFAULT_CONTROL;
+
+/// Stop a running service cleanly, and wait until it is gone.
+///
+/// The service accepts nothing new, finishes what it has, flushes, and removes the disks and sockets it made.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The control socket of the service
+    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL)]
+    control: PathBuf,
+    /// The longest time to wait; 0 does not wait
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    timeout: u64,
+}
+
+pub(super) fn run(args: &Args) -> Result<(), Failure> {
+    let client = Client::new(&args.control);
+    client.stop().map_err(Failure::failed)?;
+    if args.timeout == 0 {
+        return Ok(());
+    }
+    client.wait_gone(Duration::from_secs(args.timeout)).map_err(Failure::failed)
+}
