@@ -28,6 +28,8 @@ impl Errno {
     pub const ECANCELED: Errno = Errno(libc::ECANCELED);
     /// The store behind the volume is gone.
     pub const ENOTCONN: Errno = Errno(libc::ENOTCONN);
+    /// The time is over.
+    pub const ETIME: Errno = Errno(libc::ETIME);
     /// No memory, or no room in a kernel table.
     pub const ENOMEM: Errno = Errno(libc::ENOMEM);
 

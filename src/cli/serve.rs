@@ -13,7 +13,7 @@ Drivers (NAME=DRIVER:TARGET):
   file:PATH    an image or a block device
                direct=on|off, read-only=on|off, block-size=512|4096
   memory:SIZE  lost when the service ends; block-size=512|4096
-  null:SIZE    reads zeroes, forgets writes; block-size=512|4096
+  null:SIZE    stores nothing, for measuring; block-size=512|4096
   nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
                connections=1..16, reconnect=SECONDS, read-only=on|off
 

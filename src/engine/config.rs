@@ -19,7 +19,7 @@ pub enum VolumeConfig {
     File(FileConfig),
     /// Bytes in this process, lost when it ends.
     Memory(MemoryConfig),
-    /// Reads zeroes and forgets writes.
+    /// Stores nothing, and reads nothing: for measuring.
     Null(NullConfig),
     /// An export of an NBD server.
     Nbd(NbdConfig),

@@ -24,6 +24,8 @@ mod uring;
 pub use self::core::{Core, Io, Park};
 pub use buffer::{Mapping, zeroes};
 pub use command::CommandRing;
+/// A time for [`Sqe::Timeout`].
+pub use io_uring::types::Timespec;
 pub use sqe::{Cqe, Kind, Sqe, Target, UserData};
 pub use task::Tasks;
 pub use uring::{Setup, Uring};

@@ -50,7 +50,7 @@ pub enum Sqe {
     /// Cancels what was submitted with `user_data`.
     Cancel { user_data: UserData },
     /// Completes with `-ETIME` after the time.
-    Timeout { timespec: *const io_uring::types::Timespec },
+    Timeout { timespec: *const super::Timespec },
     /// `IORING_OP_URING_CMD` with 16 bytes of command: ublk's fetch and commit (`linux/ublk_cmd.h`).
     Command { file: Target, op: u32, cmd: [u8; 16], addr: u64 },
 }

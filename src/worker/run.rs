@@ -6,13 +6,14 @@ use super::{Command, Reply, VringId};
 use crate::block::{Data, Errno, Flags, Op, Request};
 use crate::engine::{Attached, Volume, execute};
 use crate::frontend::{Source, ublk, vhost_user};
-use crate::ring::{Core, Cqe, Io, Kind, Ring, Setup, Sqe, Target, Tasks, Uring, UserData};
+use crate::ring::{Core, Cqe, Io, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Registered buffers a worker has room for: the tags of its zero-copy ublk queues. The kernel's limit is
 /// 16384; an entry is a pointer.
@@ -129,6 +130,10 @@ struct Loop<F, M> {
 }
 
 const MAILBOX: UserData = UserData::new(Kind::Mailbox, 0, 0);
+const NOBODY: UserData = UserData::new(Kind::Nobody, 0, 0);
+
+/// How long an ending worker waits for volumes to take their leave.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     /// One pass: completions, commands, woken slots, new requests, then one `enter`, which sleeps when the
@@ -151,11 +156,38 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             worked |= self.pump();
             worked |= self.part();
             let sleep = !worked && self.rest();
-            if let Err(error) = self.core.ring().enter(sleep) {
-                // Nothing in flight can complete any more. The process ends, and every client hears of it;
-                // silence would leave them waiting.
-                log::error!("io_uring_enter: {error}: giving up");
-                std::process::abort();
+            self.enter(sleep);
+        }
+        self.say_goodbye(cqes);
+    }
+
+    fn enter(&self, wait: bool) {
+        if let Err(error) = self.core.ring().enter(wait) {
+            // Nothing in flight can complete any more. The process ends, and every client hears of it;
+            // silence would leave them waiting.
+            log::error!("io_uring_enter: {error}: giving up");
+            std::process::abort();
+        }
+    }
+
+    /// Lets go of every volume, and gives what they have left to say (an NBD disconnect) a moment.
+    fn say_goodbye(mut self, mut cqes: Vec<Cqe>) {
+        let moment = Timespec::from(GOODBYE);
+        self.core.ring().push(&Sqe::Timeout { timespec: &raw const moment }, NOBODY);
+        for at in 0..self.places.len() {
+            self.remove(at as u32);
+        }
+        let mut over = false;
+        while !over && self.core.in_flight() > 0 {
+            self.tasks.run_ready();
+            self.enter(self.core.in_flight() > 0);
+            self.core.ring().reap(&mut cqes);
+            for cqe in cqes.drain(..) {
+                match cqe.user_data.kind() {
+                    Some(Kind::Slot) => self.tasks.complete(&cqe),
+                    Some(Kind::Nobody) => over |= cqe.outcome() == Err(Errno::ETIME),
+                    _ => {}
+                }
             }
         }
     }

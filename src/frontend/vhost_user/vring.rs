@@ -436,6 +436,7 @@ impl<R: Ring> Source<R> for Vring {
                     data: Data::None,
                 }
             }
+            // GET_ID never comes here: `accept` answered it.
             Parsed::Flush | Parsed::GetId(_) => {
                 Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data: Data::None }
             }
