@@ -53,6 +53,11 @@ pub(super) struct Args {
     /// Threads that do the work [default: as many as CPUs, at most the queues]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
+    #[arg(long, value_name = "MICROSECONDS", help = format!(
+        "How long a worker may look for more requests of a guest before it sleeps, 0 for not at all [default: {}]",
+        Config::DEFAULT_POLL_US
+    ))]
+    poll_us: Option<u32>,
     #[arg(long, value_name = "SOCKET", help = format!(
         "Where `ringblk list` and `ringblk stop` find the service [default: {DEFAULT_CONTROL}]"
     ))]
@@ -83,6 +88,9 @@ fn load(args: &Args) -> Result<Config, ConfigError> {
     }
     for text in &args.vhost_user {
         loader.add_vhost_user_flag(text)?;
+    }
+    if let Some(poll_us) = args.poll_us {
+        loader.set_poll_us(poll_us);
     }
     if let Some(workers) = args.workers {
         loader.set_workers(workers);

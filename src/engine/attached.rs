@@ -38,6 +38,16 @@ impl<R: Ring> Attached<R> {
     }
 }
 
+impl<R: Ring> Attached<R> {
+    /// Fails the requests that wait for somebody else, a server that does not answer. Those that the kernel
+    /// has it completes itself. For a service that ends and was told to wait no longer.
+    pub fn abandon(&self) {
+        if let Ops::Nbd(nbd) = &self.ops {
+            nbd.abandon();
+        }
+    }
+}
+
 /// The same call on whichever kind it is.
 macro_rules! each {
     ($self:expr, $volume:ident => $call:expr) => {

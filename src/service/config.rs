@@ -30,6 +30,8 @@ pub const DEFAULT_CONTROL: &str = "/run/ringblk/control.sock";
 pub struct Config {
     /// Worker threads, 1 to [`Config::MAX_WORKERS`]; `None`: as many as CPUs, at most the queues.
     pub workers: Option<usize>,
+    /// Microseconds that a worker may look for requests before it sleeps, 0 to [`Config::MAX_POLL_US`].
+    pub poll_us: u32,
     /// The control socket.
     pub control: PathBuf,
     /// Volumes by name.
@@ -41,6 +43,10 @@ pub struct Config {
 }
 
 impl Config {
+    /// Looking longer than this would only burn the CPU.
+    pub const MAX_POLL_US: u32 = 10_000;
+    /// A cross-CPU wake-up and its answer, with room: what looking is there to save.
+    pub const DEFAULT_POLL_US: u32 = 50;
     /// More workers than this is a slip of the finger.
     pub const MAX_WORKERS: usize = 1024;
     /// The longest name of a volume.
@@ -67,6 +73,7 @@ impl ConfigError {
 #[derive(Debug, Default)]
 pub struct Loader {
     workers: Option<Item<usize>>,
+    poll_us: Option<Item<u32>>,
     control: Option<Item<PathBuf>>,
     volumes: BTreeMap<String, Item<VolumeConfig>>,
     ublk: Vec<Item<UblkConfig>>,
@@ -94,6 +101,7 @@ impl Loader {
         let found = file::parse(path, text)?;
         // What was said before stays: flags win, whichever comes first.
         self.workers = self.workers.take().or(found.workers);
+        self.poll_us = self.poll_us.take().or(found.poll_us);
         self.control = self.control.take().or(found.control);
         for (name, volume) in found.volumes {
             self.add_volume(name, volume)?;
@@ -135,6 +143,12 @@ impl Loader {
         Ok(())
     }
 
+    /// Sets how long a worker looks for requests, over what a file said.
+    pub fn set_poll_us(&mut self, poll_us: u32) {
+        let origin = Origin::flag("--poll-us", &poll_us.to_string());
+        self.poll_us = Some(Item::new(poll_us, origin));
+    }
+
     /// Sets the number of workers, over what a file said.
     pub fn set_workers(&mut self, workers: usize) {
         let origin = Origin::flag("--workers", &workers.to_string());
@@ -155,6 +169,7 @@ impl Loader {
         check::check(&self)?;
         Ok(Config {
             workers: self.workers.map(|item| item.value),
+            poll_us: self.poll_us.map_or(Config::DEFAULT_POLL_US, |item| item.value),
             control: self.control.map_or_else(|| DEFAULT_CONTROL.into(), |item| item.value),
             volumes: self.volumes.into_iter().map(|(name, item)| (name, item.value)).collect(),
             ublk: self.ublk.into_iter().map(|item| item.value).collect(),
@@ -289,8 +304,9 @@ queue-size = 1024
         loader.add_ublk_flag("extra").unwrap();
         loader.add_text(Path::new("r.toml"), FILE).unwrap();
         loader.set_workers(5);
+        loader.set_poll_us(0);
         let config = loader.finish().unwrap();
-        assert_eq!(config.workers, Some(5));
+        assert_eq!((config.workers, config.poll_us), (Some(5), 0));
         assert_eq!(config.control, Path::new("/run/flag.sock"));
         assert_eq!(config.volumes.len(), 4);
         assert_eq!(config.ublk.len(), 2);
@@ -310,7 +326,7 @@ queue-size = 1024
         loader.add_volume_flag("a=null:1G").unwrap();
         loader.add_ublk_flag("a").unwrap();
         let config = loader.finish().unwrap();
-        assert_eq!(config.workers, None);
+        assert_eq!((config.workers, config.poll_us), (None, Config::DEFAULT_POLL_US));
         assert_eq!(config.control, Path::new(DEFAULT_CONTROL));
     }
 

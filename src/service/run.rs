@@ -54,7 +54,7 @@ pub enum Error {
     #[error("the control API cannot be served")]
     Control(#[source] io::Error),
     /// A clean stop that was given up.
-    #[error("stopped without waiting for: {0}")]
+    #[error("abandoned with requests in flight: {0}")]
     Abandoned(String),
     /// Writes that were acknowledged but not flushed may be lost.
     #[error("volume {name} could not be flushed")]
@@ -144,9 +144,10 @@ impl Service {
         }
 
         let count = worker_count(config);
+        let patience = Duration::from_micros(config.poll_us.into());
         let mut workers = Vec::new();
         for number in 0..count {
-            workers.push(Worker::start(number).map_err(|source| Error::Worker { number, source })?);
+            workers.push(Worker::start(number, patience).map_err(|source| Error::Worker { number, source })?);
         }
         let shared = Shared {
             exports: Mutex::default(),
@@ -188,15 +189,22 @@ impl Service {
         }
         shared.stopping.store(true, Ordering::Relaxed);
         log::info!("stopping: waiting for requests in flight");
-        let (done, finished) = oneshot::channel();
+        let (done, mut finished) = oneshot::channel();
         let stopper = shared.clone();
         thread::Builder::new()
             .name("ringblk-stop".into())
             .spawn(move || done.send(stopper.take_down()))
             .map_err(Error::Control)?;
         let result = tokio::select! {
-            result = finished => result.unwrap_or(Ok(())),
-            () = signals.next() => Err(Error::Abandoned(shared.left())),
+            result = &mut finished => result.unwrap_or(Ok(())),
+            () = signals.next() => {
+                let left = shared.left();
+                log::warn!("giving up on what is in flight: {left}");
+                lock(&shared.workers).iter().for_each(|worker| worker.link().abandon());
+                // A ublk device keeps the process until its requests are answered, if only with an error.
+                let _ = tokio::time::timeout(ABANDON_LIMIT, finished).await;
+                Err(Error::Abandoned(left))
+            }
         };
         drop(gone);
         match answering.await {
@@ -279,6 +287,9 @@ impl Shared {
         lock(&self.leaving).iter().cloned().chain(waiting).collect::<Vec<_>>().join(", ")
     }
 }
+
+/// How long requests that were given up may take to fail.
+const ABANDON_LIMIT: Duration = Duration::from_secs(5);
 
 /// No export's stop takes longer than this; one that does is reported and left.
 const STOP_LIMIT: Duration = Duration::from_secs(120);

@@ -7,6 +7,7 @@
 
 mod affinity;
 mod mailbox;
+mod patience;
 mod run;
 
 use crate::block::Errno;
@@ -17,6 +18,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 /// A running worker. Dropping the handle asks it to end, and waits for it.
 pub struct Worker {
@@ -30,7 +32,7 @@ pub struct Link {
     mailbox: Arc<Mailbox>,
 }
 
-/// What a worker is told. Every command but [`Quit`](Command::Quit) is answered, once.
+/// What a worker is told. Every command but the last two is answered, once.
 enum Command {
     AddUblk { setup: ublk::QueueSetup, volume: Arc<Volume>, ready: Reply<io::Result<()>>, ended: Reply<()> },
     StartVring { setup: vhost_user::VringSetup, volume: Arc<Volume>, reply: Reply<io::Result<VringId>> },
@@ -38,6 +40,7 @@ enum Command {
     EnableVring { id: VringId, enabled: bool, reply: Reply<()> },
     CallVring { id: VringId, call: Option<vhost_user::CallFd>, reply: Reply<()> },
     Flush { volume: Arc<Volume>, reply: Reply<Result<(), Errno>> },
+    Abandon,
     Quit,
 }
 
@@ -65,17 +68,18 @@ fn gone() -> io::Error {
 }
 
 impl Worker {
-    /// Starts worker `number`. It waits for commands and uses no CPU.
+    /// Starts worker `number`. It waits for commands and uses no CPU. After requests it looks for more of them
+    /// for `patience` at most before it sleeps.
     ///
     /// # Errors
     /// When the kernel refuses the thread or its ring.
-    pub fn start(number: usize) -> io::Result<Worker> {
+    pub fn start(number: usize, patience: Duration) -> io::Result<Worker> {
         let mailbox = Arc::new(Mailbox::new()?);
         let inside = mailbox.clone();
         let (ready, made) = Reply::pair();
         let thread = thread::Builder::new().name(format!("ringblk-{number}")).spawn(move || {
             // The ring is made here because it belongs to the thread that makes it.
-            match run::Run::new(&inside) {
+            match run::Run::new(&inside, patience) {
                 Ok(run) => {
                     ready.send(Ok(()));
                     run.until_quit();
@@ -153,6 +157,11 @@ impl Link {
         let (reply, answer) = Reply::pair();
         self.mailbox.post(Command::Flush { volume, reply });
         answer
+    }
+
+    /// Fails what waits for somebody other than the kernel: see [`Attached::abandon`](crate::engine::Attached).
+    pub fn abandon(&self) {
+        self.mailbox.post(Command::Abandon);
     }
 
     fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> io::Result<T> {

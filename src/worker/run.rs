@@ -2,6 +2,7 @@
 
 use super::affinity::Affinity;
 use super::mailbox::Mailbox;
+use super::patience::Patience;
 use super::{Command, Reply, VringId};
 use crate::block::{Data, Errno, Flags, Op, Request};
 use crate::engine::{Attached, Volume, execute};
@@ -13,7 +14,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Registered buffers a worker has room for: the tags of its zero-copy ublk queues. The kernel's limit is
 /// 16384; an entry is a pointer.
@@ -75,18 +76,19 @@ struct Place {
 pub(super) struct Run {
     core: Rc<Core<Uring>>,
     mailbox: Arc<Mailbox>,
+    patience: Duration,
 }
 
 impl Run {
     /// Makes the calling thread a worker's.
-    pub fn new(mailbox: &Arc<Mailbox>) -> io::Result<Run> {
+    pub fn new(mailbox: &Arc<Mailbox>, patience: Duration) -> io::Result<Run> {
         let ring = Uring::new(Setup { buffers: BUFFERS, ..Setup::default() })?;
         // The disks we serve may be where the kernel writes to when memory is short; a thread that it waits
         // for must not itself wait for that. Needs CAP_SYS_RESOURCE; without it we serve all the same.
         if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
             log::debug!("PR_SET_IO_FLUSHER: {error}");
         }
-        Ok(Run { core: Core::new(ring), mailbox: mailbox.clone() })
+        Ok(Run { core: Core::new(ring), mailbox: mailbox.clone(), patience })
     }
 
     /// Serves until told to quit.
@@ -103,6 +105,7 @@ impl Run {
             stopping: Vec::new(),
             deserted: Rc::default(),
             kicks: 0,
+            patience: Patience::up_to(self.patience),
             quit: false,
         }
         .run();
@@ -117,6 +120,7 @@ struct Loop<F, M> {
     make: M,
     places: Vec<Option<Place>>,
     affinity: Affinity,
+    patience: Patience,
     /// Volumes in use here: the queues of one share what it keeps for a worker.
     attached: Vec<(std::sync::Weak<Volume>, Weak<Attached<Uring>>)>,
     /// Vrings to look at in each pass: kicked, or with requests in flight. Idle ones cost nothing.
@@ -155,8 +159,18 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             worked |= self.tasks.run_ready();
             worked |= self.pump();
             worked |= self.part();
-            let sleep = !worked && self.rest();
-            self.enter(sleep);
+            if worked {
+                self.patience.worked();
+                self.enter(false);
+            } else if self.waits_for_guests() && self.patience.look_again() {
+                // Runs what the kernel has deferred, if it says that there is something.
+                self.enter(false);
+                std::hint::spin_loop();
+            } else if self.rest() {
+                let asleep = Instant::now();
+                self.enter(true);
+                self.patience.slept(asleep.elapsed());
+            }
         }
         self.say_goodbye(cqes);
     }
@@ -229,6 +243,9 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     reply.send(());
                 }
                 Command::Flush { volume, reply } => self.flush(&volume, reply),
+                Command::Abandon => {
+                    self.attached.iter().filter_map(|(_, of)| of.upgrade()).for_each(|of| of.abandon());
+                }
                 Command::Quit => self.quit = true,
             }
         }
@@ -405,6 +422,13 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         }
         self.suit_queues();
         Some(place)
+    }
+
+    /// Whether only guests can bring work soon: looking for it instead of sleeping may pay. While the store has
+    /// requests it would only take the CPU from it.
+    fn waits_for_guests(&self) -> bool {
+        let at_rest = |at: &u32| self.vring(*at).is_some_and(|vring| vring.in_flight() == 0);
+        !self.active.is_empty() && self.active.iter().all(at_rest)
     }
 
     /// Asks every active vring for a kick, and looks once more. Whether the worker may sleep.

@@ -115,7 +115,6 @@ start_many() {
 null_reads() {
     fio_run /dev/ringblk/null --rw=randrw --bsrange=512-256k --iodepth=16 --size=$((16 * MiB))
     at_least "bytes read and written" "$(jq '.jobs[0].read.io_bytes + .jobs[0].write.io_bytes' <<<"$FIO")" $((16 * MiB))
-    cmp <(zeroes "$MiB") <(region /dev/ringblk/null 0 "$MiB")
 }
 
 read_only() {

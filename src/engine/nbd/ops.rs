@@ -30,6 +30,11 @@ impl<R: Ring> NbdOps<R> {
         NbdOps { remote, pool, known_losses }
     }
 
+    /// Ends its connections, and with them every request, with an error.
+    pub fn abandon(&self) {
+        self.pool.abandon();
+    }
+
     /// Has one request carried out, over as many connections as it takes.
     async fn perform(&self, io: &Io<R>, request: &Request, data: &[Iovec], skip: usize) -> Result<(), Errno> {
         let mut lost = None;

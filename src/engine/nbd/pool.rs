@@ -132,6 +132,17 @@ impl<R: Ring> Pool<R> {
         self.wake_waiting();
     }
 
+    /// Ends the connections under their requests, which fail.
+    pub fn abandon(&self) {
+        self.closing.set(true);
+        for place in &self.connections {
+            place.connection.close();
+            place.connection.lose("given up");
+            let _ = place.bell.write(1);
+        }
+        self.wake_waiting();
+    }
+
     /// A connection to send something over, that may wait for one to be made.
     ///
     /// # Errors
@@ -248,6 +259,10 @@ impl<R: Ring> Pool<R> {
     pub fn again(&self, first: &mut Option<Instant>) -> Result<(), Errno> {
         let first = *first.get_or_insert_with(Instant::now);
         let limit = self.remote.reconnect;
-        if limit.is_zero() || first.elapsed() >= limit { Err(Errno::EIO) } else { Ok(()) }
+        if self.closing.get() || limit.is_zero() || first.elapsed() >= limit {
+            Err(Errno::EIO)
+        } else {
+            Ok(())
+        }
     }
 }

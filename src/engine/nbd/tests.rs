@@ -446,3 +446,25 @@ fn a_request_that_is_abandoned_takes_only_its_connection_with_it() {
     }
     bench.finish(ops);
 }
+
+#[test]
+fn giving_up_fails_what_a_silent_server_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 60).0);
+    bench.read(&ops, 0, 512).unwrap();
+    server.fault(Fault::Hang);
+    let (user, said) = (ops.clone(), Rc::new(Cell::new(None)));
+    let told = said.clone();
+    bench.start(|io| async move {
+        told.set(Some(read(&user, &io, 0, 512, 1).await.map(drop)));
+    });
+    bench.rest(Duration::from_millis(50));
+    assert_eq!(said.get(), None);
+    ops.abandon();
+    bench.rest(Duration::from_millis(50));
+    assert_eq!(said.get(), Some(Err(Errno::EIO)));
+    assert_eq!(bench.read(&ops, 0, 512), Err(Errno::ENOTCONN));
+    bench.finish(ops);
+}

@@ -25,6 +25,12 @@ pub(super) fn check(loader: &Loader) -> Result<(), ConfigError> {
 }
 
 fn check_values(loader: &Loader) -> Result<(), ConfigError> {
+    if let Some(Item { value, origin }) = &loader.poll_us
+        && *value > Config::MAX_POLL_US
+    {
+        let most = Config::MAX_POLL_US;
+        return Err(origin.key_error("poll-us", format!("must be at most {most}, not {value}")));
+    }
     if let Some(Item { value, origin }) = &loader.workers
         && !(1..=Config::MAX_WORKERS).contains(value)
     {
@@ -195,6 +201,7 @@ mod tests {
                 "vhost-user" => loader.add_vhost_user_flag(text).unwrap(),
                 "control" => loader.set_control(text.into()),
                 "workers" => loader.set_workers(text.parse().unwrap()),
+                "poll-us" => loader.set_poll_us(text.parse().unwrap()),
                 other => panic!("{other}"),
             }
         }
@@ -215,6 +222,7 @@ mod tests {
         for workers in ["0", "1025"] {
             refused(&[A, UBLK_A, ("workers", workers)], "--workers", "1024");
         }
+        refused(&[A, UBLK_A, ("poll-us", "10001")], "--poll-us", "10000");
         refused(&[A, UBLK_A, ("control", "")], "--control", "path");
         refused(&[A, UBLK_A, ("control", &"x".repeat(108))], "--control", "107");
         refused(&[("volume", "a=null:1000"), UBLK_A], "--volume a=null:1000", "size");

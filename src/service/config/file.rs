@@ -30,6 +30,7 @@ const MAX_BYTES: u64 = 1 << 20;
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub workers: Option<Item<usize>>,
+    pub poll_us: Option<Item<u32>>,
     pub control: Option<Item<PathBuf>>,
     pub volumes: Vec<(String, Item<VolumeConfig>)>,
     pub ublk: Vec<Item<UblkConfig>>,
@@ -63,13 +64,14 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Found, ConfigError> {
         let at = key.span().start;
         match key.get_ref().as_ref() {
             "workers" => found.workers = Some(document.scalar(at, value)?),
+            "poll-us" => found.poll_us = Some(document.scalar(at, value)?),
             "control" => found.control = Some(document.scalar(at, value)?),
             "volume" => found.volumes = document.volumes(at, value)?,
             "ublk" => found.ublk = document.exports("ublk", at, value)?,
             "vhost-user" => found.vhost_user = document.exports("vhost-user", at, value)?,
             other => {
                 let reason = format!(
-                    "unknown key \"{other}\", there are: workers, control, [volume.NAME], [[ublk]], [[vhost-user]]"
+                    "unknown key \"{other}\", there are: workers, poll-us, control, [volume.NAME], [[ublk]], [[vhost-user]]"
                 );
                 return Err(document.error_at(at, reason));
             }

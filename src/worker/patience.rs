@@ -1,0 +1,93 @@
+//! How long a worker looks for more before it sleeps.
+//!
+//! A guest that has just had an answer often has the next request ready within microseconds, and a wake-up
+//! through an eventfd costs tens of them on both sides. So after work a worker looks at its rings for a while
+//! first. The while tunes itself, as the kernel's halt polling does: it grows when sleeps turn out short, which
+//! looking would have saved, and shrinks to nothing when they are long. So a worker without requests, or with
+//! one now and then, does not look at all.
+
+use std::time::{Duration, Instant};
+
+/// The first while, and the least.
+const LEAST: Duration = Duration::from_micros(4);
+
+/// The self-tuning budget of one worker.
+pub(super) struct Patience {
+    most: Duration,
+    budget: Duration,
+    /// Since when there has been nothing to do.
+    idle_since: Option<Instant>,
+}
+
+impl Patience {
+    /// At most `most` at a time; zero never looks.
+    pub fn up_to(most: Duration) -> Patience {
+        Patience { most, budget: Duration::ZERO, idle_since: None }
+    }
+
+    /// There was something to do.
+    pub fn worked(&mut self) {
+        self.idle_since = None;
+    }
+
+    /// There was nothing to do: whether to look once more. Costs a reading of the clock (some 20 ns), and
+    /// nothing while the budget is zero.
+    pub fn look_again(&mut self) -> bool {
+        if self.budget.is_zero() {
+            return false;
+        }
+        let now = Instant::now();
+        now.duration_since(*self.idle_since.get_or_insert(now)) < self.budget
+    }
+
+    /// The worker slept for `time`.
+    pub fn slept(&mut self, time: Duration) {
+        self.idle_since = None;
+        self.budget = if time < self.most {
+            (self.budget * 2).clamp(LEAST.min(self.most), self.most)
+        } else if self.budget <= LEAST {
+            Duration::ZERO
+        } else {
+            self.budget / 2
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOST: Duration = Duration::from_micros(50);
+
+    #[test]
+    fn short_sleeps_teach_patience_and_long_ones_unteach_it() {
+        let mut patience = Patience::up_to(MOST);
+        assert!(!patience.look_again());
+        for _ in 0..10 {
+            patience.slept(Duration::from_micros(20));
+            assert!(patience.budget <= MOST);
+        }
+        assert_eq!(patience.budget, MOST);
+        assert!(patience.look_again());
+        for _ in 0..10 {
+            patience.slept(Duration::from_secs(1));
+        }
+        assert!(!patience.look_again());
+    }
+
+    #[test]
+    fn looking_ends() {
+        let mut patience = Patience::up_to(MOST);
+        patience.slept(Duration::ZERO);
+        assert!(patience.look_again());
+        std::thread::sleep(MOST);
+        assert!(!patience.look_again());
+    }
+
+    #[test]
+    fn none_is_none() {
+        let mut patience = Patience::up_to(Duration::ZERO);
+        patience.slept(Duration::ZERO);
+        assert!(!patience.look_again());
+    }
+}
