@@ -22,6 +22,8 @@ impl Errno {
     pub const ENOSPC: Errno = Errno(libc::ENOSPC);
     /// Try again: the kernel had no room for the request just now.
     pub const EAGAIN: Errno = Errno(libc::EAGAIN);
+    /// Someone else is using it just now.
+    pub const EBUSY: Errno = Errno(libc::EBUSY);
     /// A signal came first.
     pub const EINTR: Errno = Errno(libc::EINTR);
     /// The request was cancelled before it began.
