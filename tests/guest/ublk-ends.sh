@@ -79,7 +79,12 @@ nbd_server_lost() {
     kill -KILL "$(</run/slow.pid)"
     fails_within 20 dd if=/dev/ringblk/slow of=/dev/null bs=4k count=1 iflag=direct
     service_json >/dev/null
-    service_stop /dev/ringblk/slow
+    # Its last flush cannot be made either, and it says so.
+    kill -TERM "$(service_pid)"
+    wait_for 20 service_ended
+    equal "exit status" "$(<"$SERVICE.status")" 1
+    grep -q 'volume slow could not be flushed' "$SERVICE.log" || fail "it did not say that the flush failed"
+    absent /dev/ringblk/slow
 }
 
 nbd_reconnect() {

@@ -1,0 +1,47 @@
+//! What the native tests stand on: the real service, and both kinds of VMM.
+//!
+//! [`service`] runs the binary. [`client`] is a VMM by the virtio-driver crate: a well-behaved one. [`vmm`] shakes
+//! hands by the vhost crate and drives [`ring`]s of its own in its own [`memory`], laid out as it likes. [`wire`]
+//! speaks bytes. [`model`] knows what must be read back, whichever of them asks.
+
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
+pub mod client;
+pub mod memory;
+pub mod model;
+pub mod queue;
+pub mod ring;
+pub mod service;
+pub mod vmm;
+pub mod wire;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+/// Nothing here takes longer, on a machine however busy, unless it hangs.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Sleeps until `fd` is readable. False when it is not within `limit`.
+pub fn readable(fd: BorrowedFd<'_>, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.as_millis() as i32 + 1).unwrap();
+        match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
+            Ok(0) if !left.is_zero() => {}
+            Err(nix::errno::Errno::EINTR) => {}
+            Ok(count) => return count > 0,
+            Err(error) => panic!("poll: {error}"),
+        }
+    }
+}
+
+/// Waits until `done`, or fails saying `what` did not happen.
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,277 @@
+//! What needs more than the service and a directory: block devices, a file system that tells what it has written, and a
+//! VMM in a process of its own. Where one is missing, the test is listed as ignored, with the reason on standard error.
+
+mod common;
+
+use common::client::Client;
+use common::eventually;
+use common::memory::GuestMemory;
+use common::model::{Model, Op, Queue};
+use common::queue::{Layout, RawQueue};
+use common::service::{Service, Setup};
+use common::vmm::{BASE, Vmm, everyday};
+use libtest_mimic::{Arguments, Failed, Trial};
+use nix::unistd::Uid;
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
+
+const MIB: u64 = 1 << 20;
+const OK: u8 = 0;
+/// Names the socket in the environment of a VMM in a process of its own.
+const VMM: &str = "RINGBLK_TEST_VMM";
+
+fn main() -> ExitCode {
+    if let Some(socket) = std::env::var_os(VMM) {
+        work_until_killed(Path::new(&socket));
+    }
+    let trials = vec![
+        trial("a_volume_on_zram", zram(), |device| on_a_block_device(&device.path)),
+        trial("a_volume_on_a_loop_device", loop_device(512), |device| on_a_block_device(&device.path)),
+        trial("a_volume_on_blocks_of_4096", loop_device(4096), |device| on_a_block_device(&device.path)),
+        trial("without_a_cache_writes_are_on_disk", delayed_allocation(), |()| write_through()),
+        trial("a_killed_vmm_harms_nobody", Ok(()), |()| killed_vmm()),
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+/// A test of what `needed` is, or one that is reported as ignored.
+fn trial<T: Send + 'static>(
+    name: &str,
+    needed: Result<T, String>,
+    run: impl FnOnce(T) + Send + 'static,
+) -> Trial {
+    match needed {
+        Ok(needed) => Trial::test(name, move || {
+            run(needed);
+            Ok(())
+        }),
+        Err(reason) => {
+            eprintln!("SKIP {name}: {reason}");
+            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
+            Trial::test(name, failed).with_ignored_flag(true)
+        }
+    }
+}
+
+/// A block device that is ours until this is dropped.
+struct Device {
+    path: PathBuf,
+    release: Box<dyn FnMut() + Send>,
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        (self.release)();
+    }
+}
+
+fn root() -> Result<(), String> {
+    if Uid::effective().is_root() { Ok(()) } else { Err("only root may set up a device".into()) }
+}
+
+/// `/dev/zram0`, if it has no size: then nobody uses it.
+fn zram() -> Result<Device, String> {
+    root()?;
+    let path = PathBuf::from("/dev/zram0");
+    let size = Path::new("/sys/block/zram0/disksize");
+    let found = fs::read_to_string(size).map_err(|error| format!("{}: {error}", size.display()))?;
+    if found.trim() != "0" {
+        return Err(format!("{} is in use", path.display()));
+    }
+    fs::write(size, (64 * MIB).to_string()).map_err(|error| format!("{}: {error}", size.display()))?;
+    // It counts as busy until who else opened it, udev for one, has closed it.
+    let reset = || eventually("zram is reset", || fs::write("/sys/block/zram0/reset", "1").is_ok());
+    Ok(Device { path, release: Box::new(reset) })
+}
+
+fn losetup<const N: usize>(args: [&str; N]) -> Result<String, String> {
+    let output = Command::new("losetup").args(args).output().map_err(|error| format!("losetup: {error}"))?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    } else {
+        Err(format!("losetup: {}", String::from_utf8_lossy(&output.stderr).trim()))
+    }
+}
+
+/// A loop device that is free, on a file of ours.
+fn loop_device(block: u32) -> Result<Device, String> {
+    root()?;
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let image = dir.join(format!("loop-{}-{block}.img", std::process::id()));
+    File::create(&image).and_then(|file| file.set_len(64 * MIB)).map_err(|error| error.to_string())?;
+    let (block, image_text) = (block.to_string(), image.display().to_string());
+    let path = losetup(["--find", "--show", "--sector-size", &block, &image_text]);
+    let path = path.inspect_err(|_| drop(fs::remove_file(&image)))?;
+    let detach = path.clone();
+    let release = move || {
+        losetup(["--detach", &detach]).unwrap();
+        fs::remove_file(&image).unwrap();
+    };
+    Ok(Device { path: path.into(), release: Box::new(release) })
+}
+
+/// Everything that a file can do, in both ways to reach it.
+fn on_a_block_device(path: &Path) {
+    let sysfs = Path::new("/sys/block").join(path.file_name().unwrap());
+    let queue = |name: &str| fs::read_to_string(sysfs.join("queue").join(name)).unwrap().trim().to_owned();
+    let bytes = 512 * fs::read_to_string(sysfs.join("size")).unwrap().trim().parse::<u64>().unwrap();
+    for options in ["", ",direct=on"] {
+        let setup = Setup::new().volume("disk", &format!("file:{}{options}", path.display()));
+        let service = setup.door("disk", "a", "queues=2").start();
+        let client = Client::connect(&service.path("a"), true);
+        let config = client.config();
+        assert_eq!(u64::from(config.capacity) * 512, bytes);
+        let block = u64::from(u32::from(config.blk_size));
+        assert_eq!(block.to_string(), queue("logical_block_size"));
+        let offered = u32::from(config.max_discard_sectors) > 0;
+        assert_eq!(offered, queue("discard_max_bytes") != "0", "discard is offered where the device has it");
+        let mut queues = client.queues(2, 64, 16);
+        for (index, queue) in queues.iter_mut().enumerate() {
+            let (first, sectors) = (index as u64 * 16384, 16384);
+            for at in (first..first + sectors).step_by(4096) {
+                queue.submit(0, Op::WriteZeroes { sector: at, sectors: 4096, unmap: at % 8192 == 0 });
+                queue.kick();
+                assert_eq!(queue.wait(), [(0, OK)]);
+            }
+            let mut model = Model::new(index as u64, first, sectors).blocks(block);
+            model.exercise(queue, 500);
+            model.verify(queue);
+            queue.submit(0, Op::Flush);
+            queue.kick();
+            assert_eq!(queue.wait(), [(0, OK)]);
+            // As the kernel sees it, past every cache.
+            model.verify_image(&read_direct(path, 32768 * 512));
+        }
+    }
+}
+
+fn read_direct(path: &Path, len: usize) -> Vec<u8> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
+    let memory = GuestMemory::new(0, len as u64);
+    // SAFETY: `len` bytes of a mapping that lives on, aligned to a page.
+    let got = unsafe { libc::pread(file.as_raw_fd(), memory.ptr(0, len).cast(), len, 0) };
+    assert_eq!(got, len as isize);
+    memory.get(0, len)
+}
+
+/// Whether some of the file is in memory only: an extent for which the file system has chosen no place yet.
+fn has_unwritten_data(path: &Path) -> bool {
+    // `struct fiemap` with room for 64 `struct fiemap_extent`, and FS_IOC_FIEMAP, of linux/fiemap.h.
+    const FS_IOC_FIEMAP: libc::c_ulong = 0xc020_660b;
+    const DELALLOC: u32 = 4;
+    let mut map = vec![0u64; 4 + 64 * 7];
+    map[1] = u64::MAX;
+    map[3] = 64;
+    let file = File::open(path).unwrap();
+    // SAFETY: the buffer is as long as it says, and outlives the call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FIEMAP, map.as_mut_ptr()) };
+    assert_eq!(result, 0, "FIEMAP: {}", std::io::Error::last_os_error());
+    let extents = (map[2] >> 32) as usize;
+    map[4..].chunks(7).take(extents).any(|extent| extent[5] as u32 & DELALLOC != 0)
+}
+
+/// Whether that can be seen here.
+fn delayed_allocation() -> Result<(), String> {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("delalloc-{}", std::process::id()));
+    fs::write(&path, [1; 8192]).map_err(|error| error.to_string())?;
+    let seen = std::panic::catch_unwind(|| has_unwritten_data(&path)).unwrap_or(false);
+    fs::remove_file(&path).map_err(|error| error.to_string())?;
+    if seen { Ok(()) } else { Err("the file system does not tell what is only in memory".into()) }
+}
+
+fn image_service() -> (Service, PathBuf) {
+    let setup = Setup::new();
+    let image = setup.image(8 * MIB);
+    let setup = setup.volume("root", &format!("file:{}", image.display()));
+    (setup.door("root", "a", "").door("root", "b", "").start(), image)
+}
+
+/// A driver that has no cache, or turned it off, has every write on disk when it completes.
+fn write_through() {
+    let (service, image) = image_service();
+    let mut sector = 0;
+    let mut write = |queue: &mut RawQueue| {
+        sector += 1024;
+        assert_eq!(queue.write(sector, &[5; 65536]), OK);
+        let unwritten = has_unwritten_data(&image);
+        assert_eq!(queue.one(Op::Flush, &[]).0, OK);
+        assert!(!has_unwritten_data(&image), "a flush writes everything");
+        unwritten
+    };
+    let connect = |mask| {
+        let mut vmm = Vmm::connect_with(&service.path("a"), mask, GuestMemory::new(BASE, 2 * MIB));
+        let queue = vmm.queue(0, 16, Layout::Plain, 1);
+        (vmm, queue)
+    };
+
+    let (mut vmm, mut queue) = connect(u64::MAX);
+    assert!(write(&mut queue), "with a cache, a write stays in memory: the test shows nothing otherwise");
+    vmm.set_config(32, &[0]);
+    assert!(!write(&mut queue), "the cache was turned off");
+    vmm.set_config(32, &[1]);
+    assert!(write(&mut queue), "and on");
+    // Turning it off brings what it holds to the disk.
+    assert_eq!(queue.write(0, &[6; 65536]), OK);
+    assert!(has_unwritten_data(&image));
+    vmm.set_config(32, &[0]);
+    assert!(!has_unwritten_data(&image));
+    vmm.set_config(32, &[1]);
+    drop(vmm);
+
+    let (vmm, mut queue) = connect(1 << 32);
+    assert_eq!(vmm.features & 1 << VIRTIO_BLK_F_FLUSH, 0);
+    assert!(!write(&mut queue), "a driver without FLUSH has no cache");
+    drop(vmm);
+    // One with FLUSH and without CONFIG_WCE has one.
+    let (_vmm, mut queue) = connect(1 << 32 | 1 << VIRTIO_BLK_F_FLUSH);
+    assert!(write(&mut queue));
+}
+
+/// The other process: works without end, and says so once it does.
+fn work_until_killed(socket: &Path) -> ! {
+    let mut vmm = Vmm::connect(socket);
+    let mut queue = vmm.queue(0, 64, Layout::Plain, 16);
+    println!("working");
+    for round in 0u64.. {
+        for slot in 0..16 {
+            let (sector, sectors) = ((round * 16 + slot) % 128 * 128, 128);
+            match slot % 3 {
+                0 => queue.submit(slot as usize, Op::Read { sector, sectors }),
+                1 => queue.submit(slot as usize, Op::Write { sector, sectors }),
+                _ => queue.submit(slot as usize, Op::Flush),
+            }
+        }
+        queue.kick();
+        let mut left = 16;
+        while left > 0 {
+            left -= queue.wait().len();
+        }
+    }
+    unreachable!("2^64 rounds")
+}
+
+fn killed_vmm() {
+    let (service, _) = image_service();
+    let (_vmm, mut witness) = everyday(&service.path("b"));
+    for round in 0..10 {
+        let program = std::env::current_exe().unwrap();
+        let mut command = Command::new(program);
+        command.env(VMM, service.path("a")).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "working\n");
+        std::thread::sleep(std::time::Duration::from_millis(3 * round));
+        // SIGKILL: with its requests in flight, and nobody to say goodbye.
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(witness.write(16383, &[1; 512]), OK);
+        let (_vmm, mut queue) = everyday(&service.path("a"));
+        assert_eq!(queue.read(16383, 1), (OK, vec![1; 512]));
+    }
+}
