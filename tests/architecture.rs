@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 const ORDER: [&str; 8] = ["block", "ring", "engine", "frontend", "worker", "service", "image", "cli"];
 
 /// Files that may contain `unsafe`, with the reason.
-const UNSAFE: [(&str, &str); 7] = [
+const UNSAFE: [(&str, &str); 8] = [
     ("block/iovec.rs", "making a range of memory is a promise"),
     ("ring/", "what the kernel is given must stay valid"),
     ("frontend/ublk/queue.rs", "the kernel's descriptors are mapped memory"),
     ("frontend/ublk/descriptor.rs", "as above"),
     ("frontend/vhost_user/memory.rs", "guest memory is mapped memory"),
+    ("frontend/vhost_user/areas.rs", "as above"),
     ("frontend/vhost_user/vring.rs", "as above"),
     ("frontend/vhost_user/vring/", "its tests play the guest"),
 ];

@@ -9,6 +9,7 @@ mod affinity;
 mod mailbox;
 mod patience;
 mod run;
+mod slot;
 
 use crate::block::Errno;
 use crate::engine::Volume;

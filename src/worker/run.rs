@@ -3,11 +3,12 @@
 use super::affinity::Affinity;
 use super::mailbox::Mailbox;
 use super::patience::Patience;
+use super::slot::{Queue, Seat, sit};
 use super::{Command, Reply, VringId};
 use crate::block::{Data, Errno, Flags, Op, Request};
 use crate::engine::{Attached, Volume, execute};
-use crate::frontend::{Source, ublk, vhost_user};
-use crate::ring::{Core, Cqe, Io, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData};
+use crate::frontend::{ublk, vhost_user};
+use crate::ring::{Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
@@ -19,47 +20,6 @@ use std::time::{Duration, Instant};
 /// Registered buffers a worker has room for: the tags of its zero-copy ublk queues. The kernel's limit is
 /// 16384; an entry is a pointer.
 const BUFFERS: u32 = 4096;
-
-/// A queue of either door.
-#[derive(Clone)]
-enum Queue {
-    Ublk(Rc<ublk::Queue>),
-    Vring(Rc<vhost_user::Vring>),
-}
-
-/// What a slot's future is made from.
-struct Seat {
-    io: Io<Uring>,
-    queue: Queue,
-    volume: Rc<Attached<Uring>>,
-    tag: u16,
-    place: u32,
-    /// Slots of this queue that have not ended.
-    alive: Rc<Cell<usize>>,
-    /// Places whose last slot ended.
-    deserted: Rc<RefCell<Vec<u32>>>,
-}
-
-/// A slot's life. Everything that happens to a request happens on its way through here.
-async fn serve<S: Source<Uring>>(io: &Io<Uring>, source: &S, volume: &Attached<Uring>, tag: u16) {
-    let mut state = S::State::default();
-    while let Some(mut request) = source.next(io, tag, &mut state).await {
-        let result = execute(volume, io, &mut request).await;
-        source.complete(tag, &mut state, result);
-    }
-}
-
-/// The one future type of all slots: the door is a match, not a pointer.
-async fn sit(seat: Seat) {
-    match &seat.queue {
-        Queue::Ublk(queue) => serve(&seat.io, &**queue, &seat.volume, seat.tag).await,
-        Queue::Vring(vring) => serve(&seat.io, &**vring, &seat.volume, seat.tag).await,
-    }
-    seat.alive.set(seat.alive.get() - 1);
-    if seat.alive.get() == 0 {
-        seat.deserted.borrow_mut().push(seat.place);
-    }
-}
 
 /// A queue's place in the worker.
 struct Place {

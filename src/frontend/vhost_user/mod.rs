@@ -8,6 +8,7 @@
 //!
 //! Not here yet: in-flight tracking and the gate in front of the crate that it needs, the resize notice.
 
+mod areas;
 mod config;
 mod device;
 mod memory;

@@ -7,6 +7,7 @@
 //! A guest that breaks the rings (an index that jumps, a head twice in flight) breaks its own vring, which
 //! then takes nothing more; what is in flight still completes.
 
+use super::areas::{Avail, Used};
 use super::device::Device;
 use super::memory::{Memory, Table, scatter};
 use super::notify::CallFd;
@@ -20,7 +21,7 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 use std::task::Poll;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
@@ -86,81 +87,6 @@ pub struct Vring {
     kicks_wanted: Cell<bool>,
 }
 
-/// The driver area: flags, idx, ring\[size\], used_event; 16 bits each.
-struct Avail {
-    base: *const AtomicU16,
-    size: u16,
-}
-
-/// The device area: flags and idx of 16 bits, ring\[size\] of two 32-bit words, avail_event of 16 bits.
-struct Used {
-    base: *mut u8,
-    size: u16,
-}
-
-impl Avail {
-    fn word(&self, at: usize) -> &AtomicU16 {
-        assert!(at < self.size as usize + 3);
-        // SAFETY: `Vring::new` resolved `size + 3` words; an atomic may change behind our back.
-        unsafe { &*self.base.add(at) }
-    }
-
-    fn flags(&self) -> u16 {
-        u16::from_le(self.word(0).load(Ordering::Relaxed))
-    }
-
-    /// Everything the driver wrote before it moved the index is visible after this.
-    fn idx(&self) -> u16 {
-        u16::from_le(self.word(1).load(Ordering::Acquire))
-    }
-
-    fn head(&self, at: u16) -> u16 {
-        u16::from_le(self.word(2 + (at & (self.size - 1)) as usize).load(Ordering::Relaxed))
-    }
-
-    fn used_event(&self) -> u16 {
-        u16::from_le(self.word(2 + self.size as usize).load(Ordering::Relaxed))
-    }
-}
-
-impl Used {
-    const fn len(size: u16) -> u64 {
-        6 + 8 * size as u64
-    }
-
-    fn half(&self, at: usize) -> &AtomicU16 {
-        assert!(at as u64 + 2 <= Used::len(self.size));
-        // SAFETY: `Vring::new` resolved the area, aligned to 4, and every `at` is even.
-        unsafe { &*self.base.add(at).cast::<AtomicU16>() }
-    }
-
-    fn set_flags(&self, flags: u16) {
-        self.half(0).store(flags.to_le(), Ordering::Relaxed);
-    }
-
-    fn idx(&self) -> u16 {
-        u16::from_le(self.half(2).load(Ordering::Relaxed))
-    }
-
-    /// Everything written before is visible to a driver that sees the index.
-    fn set_idx(&self, idx: u16) {
-        self.half(2).store(idx.to_le(), Ordering::Release);
-    }
-
-    fn set(&self, at: u16, head: u16, written: u32) {
-        let at = 4 + 8 * (at & (self.size - 1)) as usize;
-        // SAFETY: inside the area, aligned to 4; the driver does not look before the index moves.
-        unsafe {
-            self.base.add(at).cast::<u32>().write_volatile(u32::from(head).to_le());
-            self.base.add(at + 4).cast::<u32>().write_volatile(written.to_le());
-        }
-    }
-
-    fn set_avail_event(&self, idx: u16) {
-        self.half(4 + 8 * self.size as usize).store(idx.to_le(), Ordering::Relaxed);
-    }
-}
-
 impl Vring {
     /// Resolves the rings.
     ///
@@ -176,21 +102,19 @@ impl Vring {
             return refuse(&format!("size {size} is not a power of two up to 32768"));
         }
         // Lengths and alignments: virtio 1.3 section 2.7.
-        let words = u64::from(size) + 3;
         if memory.resolve(setup.desc_table, 16 * u64::from(size), 16).is_none() {
             return refuse("its descriptor table is not in the guest's memory");
         }
-        let Some(avail) = memory.resolve(setup.avail_ring, 2 * words, 2) else {
+        let Some(avail) = Avail::resolve(memory, setup.avail_ring, size) else {
             return refuse("its avail ring is not in the guest's memory");
         };
-        let Some(used) = memory.resolve(setup.used_ring, Used::len(size), 4) else {
+        let Some(used) = Used::resolve(memory, setup.used_ring, size) else {
             return refuse("its used ring is not in the guest's memory");
         };
-        let used = Used { base: used, size };
         let next_used = used.idx();
         Ok(Vring {
             table: memory.table(setup.desc_table, size),
-            avail: Avail { base: avail.cast_const().cast(), size },
+            avail,
             used,
             next_avail: Cell::new(setup.next_avail),
             seen_avail: Cell::new(setup.next_avail),
@@ -369,8 +293,8 @@ impl Vring {
         self.free.borrow_mut().push(tag);
     }
 
-    /// Parses the chain at `head`. `None` for one that is answered without a volume.
-    fn accept(&self, tag: u16, head: u16, state: &mut TagState) -> Option<()> {
+    /// Parses the chain at `head`, and ends one that needs no volume.
+    fn accept(&self, tag: u16, head: u16, state: &mut TagState) {
         let indirect = super::config::indirect(self.setup.features);
         let chain = parse(&self.setup.memory, self.table, head, indirect, &mut state.scratch);
         state.head = head;
@@ -379,16 +303,11 @@ impl Vring {
             Ok(Parsed::GetId(data)) => {
                 let written = scatter(self.setup.device.id(), &state.scratch.iovecs[data]);
                 self.finish(tag, state, Status::Ok, written as u32);
-                None
             }
-            Ok(parsed) => {
-                state.parsed = Some(parsed);
-                Some(())
-            }
+            Ok(parsed) => state.parsed = Some(parsed),
             Err(status) => {
                 log::debug!("{}: vring {}: {status:?}", self.setup.device.name(), self.setup.index);
                 self.finish(tag, state, status, 0);
-                None
             }
         }
     }

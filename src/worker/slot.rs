@@ -1,0 +1,48 @@
+//! A slot: one request after the other, for as long as its queue lives. Here a door meets a volume.
+
+use crate::engine::{Attached, execute};
+use crate::frontend::{Source, ublk, vhost_user};
+use crate::ring::{Io, Uring};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+/// A queue of either door.
+#[derive(Clone)]
+pub(super) enum Queue {
+    Ublk(Rc<ublk::Queue>),
+    Vring(Rc<vhost_user::Vring>),
+}
+
+/// What a slot's future is made from.
+pub(super) struct Seat {
+    pub io: Io<Uring>,
+    pub queue: Queue,
+    pub volume: Rc<Attached<Uring>>,
+    pub tag: u16,
+    pub place: u32,
+    /// Slots of this queue that have not ended.
+    pub alive: Rc<Cell<usize>>,
+    /// Places whose last slot ended.
+    pub deserted: Rc<RefCell<Vec<u32>>>,
+}
+
+/// A slot's life. Everything that happens to a request happens on its way through here.
+async fn serve<S: Source<Uring>>(io: &Io<Uring>, source: &S, volume: &Attached<Uring>, tag: u16) {
+    let mut state = S::State::default();
+    while let Some(mut request) = source.next(io, tag, &mut state).await {
+        let result = execute(volume, io, &mut request).await;
+        source.complete(tag, &mut state, result);
+    }
+}
+
+/// The one future type of all slots: the door is a match, not a pointer.
+pub(super) async fn sit(seat: Seat) {
+    match &seat.queue {
+        Queue::Ublk(queue) => serve(&seat.io, &**queue, &seat.volume, seat.tag).await,
+        Queue::Vring(vring) => serve(&seat.io, &**vring, &seat.volume, seat.tag).await,
+    }
+    seat.alive.set(seat.alive.get() - 1);
+    if seat.alive.get() == 0 {
+        seat.deserted.borrow_mut().push(seat.place);
+    }
+}
