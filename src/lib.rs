@@ -5,19 +5,19 @@
 
 #![warn(unsafe_op_in_unsafe_fn)]
 
-/// Requests, geometry, errors: the words every layer uses. No I/O.
+// Requests, geometry, errors: the words every layer uses. No I/O.
 pub mod block;
-/// The only owner of io_uring: operations, slots, the futures that wait for them.
+// The only owner of io_uring: operations, slots, the futures that wait for them.
 pub mod ring;
-/// Volumes: file, memory, null, nbd.
+// Volumes: file, memory, null, nbd.
 pub mod engine;
-/// The two doors: protocols turned into requests.
+// The two doors: protocols turned into requests.
 pub mod frontend;
-/// One thread, one ring, any mix of queues.
+// One thread, one ring, any mix of queues.
 pub mod worker;
-/// What runs around the workers: configuration, exports, the control API.
+// What runs around the workers: configuration, exports, the control API.
 pub mod service;
-/// Offline jobs on raw images.
+// Offline jobs on raw images.
 pub mod image;
-/// Arguments turned into calls of the above.
+// Arguments turned into calls of the above.
 pub mod cli;

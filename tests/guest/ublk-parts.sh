@@ -151,6 +151,28 @@ many_volumes() {
     check "$p/no-disk-left" fails ls -d /sys/block/ublkb*
 }
 
+# One volume behind both doors at once: what goes in through one comes out
+# through the other.
+both_doors() {
+    local sum
+    truncate -s $small /tmp/both.img
+    service_start --volume both=file:/tmp/both.img --ublk both,queues=2 --vhost-user both=/run/both.sock,queues=2
+    up both
+    head -c $small /dev/urandom | dd of=/dev/ringblk/both bs=1M oflag=direct iflag=fullblock conv=fsync status=none
+    sum=$(sha256sum </tmp/both.img)
+    # In through vhost-user: the load generator fills what it writes with one byte.
+    load --socket /run/both.sock --cpu -1 --rw write --bs 64K --depth 8 --queues 2 --span 8M --ramp 0 --count 512
+    fails test "$sum" = "$(sha256sum </tmp/both.img)"
+    cmp /tmp/both.img <(region /dev/ringblk/both 0 $small)
+    # And both at work together, on parts of their own.
+    load --socket /run/both.sock --cpu -1 --rw randwrite --depth 32 --span 8M --runtime 5 &
+    fio_run /dev/ringblk/both --rw=randwrite --bs=4k --iodepth=32 --offset=16m --size=16m --verify=crc32c --verify_fatal=1
+    at_least "bytes verified" "$(jq '.jobs[0].read.io_bytes' <<<"$FIO")" $((16 * MiB))
+    wait $!
+    disk_same_as /dev/ringblk/both /tmp/both.img
+    service_stop /dev/ringblk/both /run/both.sock
+}
+
 filled_by_vhost_user() {
     service_start --volume x=file:/dev/vda --ublk x
     up x

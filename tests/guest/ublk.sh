@@ -26,6 +26,7 @@ else
 fi
 
 many_volumes "$prefix"
+check "$prefix/both-doors" both_doors
 check "$prefix/filled-by-vhost-user" filled_by_vhost_user
 check "$prefix/fill-for-vhost-user" fill_for_vhost_user
 check "$prefix/stop-under-load" stop_under_load
