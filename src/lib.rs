@@ -4,6 +4,8 @@
 //! each other and meet in `worker` alone. `tests/architecture.rs` holds us to it, and to where `unsafe` may be.
 
 #![warn(unsafe_op_in_unsafe_fn)]
+// The documentation is for people who have the source before them.
+#![allow(rustdoc::private_intra_doc_links)]
 
 // Requests, geometry, errors: the words every layer uses. No I/O.
 pub mod block;

@@ -5,7 +5,7 @@ use crate::ring::{Io, Ring};
 
 /// The operations of a volume as one worker uses it.
 ///
-/// [`execute`](super::execute) has checked every argument: ranges lie inside the volume on logical blocks,
+/// [`execute`](super::execute()) has checked every argument: ranges lie inside the volume on logical blocks,
 /// `data` holds exactly `len` bytes, a read-only volume sees no write. An operation is complete or failed
 /// when it returns: none of them is ever short.
 ///

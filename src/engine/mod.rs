@@ -1,7 +1,7 @@
 //! Volumes: what is stored, and where.
 //!
 //! A [`Volume`] is opened once and shared by all workers; each worker [attaches](Volume::attach) to it and
-//! serves requests through its own ring with [`execute`], the one checkpoint that every request passes.
+//! serves requests through its own ring with [`execute()`], the one checkpoint that every request passes.
 //! Volumes know nothing of the frontends.
 //!
 //! A new kind of volume is a file here, an arm of [`Volume`] and of [`Attached`], and its own options in
