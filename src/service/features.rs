@@ -188,7 +188,7 @@ impl fmt::Display for Features {
                 }
             }
         }
-        write!(f, "\n* there and used   + there, not used   - not there")
+        writeln!(f, "\n* there and used   + there, not used   - not there")
     }
 }
 
