@@ -39,13 +39,7 @@ mod protocol;
 mod tasks;
 
 #[cfg(test)]
-mod bench;
-#[cfg(test)]
-mod server;
-#[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod world;
 
 pub(super) use ops::NbdOps;
 

@@ -1,15 +1,19 @@
-//! The whole client, over a real ring, against the server of [`server`](super::server).
+//! The whole client, over a real ring, against the server of [`server`].
 
 #![forbid(unsafe_code)]
 
-use super::bench::*;
+mod bench;
+mod server;
+mod world;
+
 use super::handshake::Blocks;
 use super::protocol::*;
-use super::server::{ALL_FLAGS, Fault, Manners, Server};
 use super::{Error, NbdVolume};
 use crate::block::{Errno, Geometry};
 use crate::engine::backend::Backend;
 use crate::engine::config::NbdConfig;
+use bench::*;
+use server::{ALL_FLAGS, Fault, Manners, Server};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::atomic::Ordering::SeqCst;

@@ -2,8 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::handshake::Blocks;
-use super::protocol::*;
+use crate::engine::nbd::handshake::Blocks;
+use crate::engine::nbd::protocol::*;
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -3,10 +3,10 @@
 #![forbid(unsafe_code)]
 
 use super::bench::*;
-use super::protocol::*;
-use super::{Error, NbdVolume};
 use crate::block::{Errno, Geometry};
 use crate::engine::config::NbdConfig;
+use crate::engine::nbd::protocol::*;
+use crate::engine::nbd::{Error, NbdVolume};
 use std::path::Path;
 use std::process::{Child, Command as Process, Stdio};
 use std::time::Duration;

@@ -3,10 +3,10 @@
 #![forbid(unsafe_code)]
 
 use super::server::Random;
-use super::{NbdOps, NbdVolume};
 use crate::block::{Data, Errno, Iovec};
 use crate::engine::backend::Backend;
 use crate::engine::config::NbdConfig;
+use crate::engine::nbd::{NbdOps, NbdVolume};
 use crate::ring::{Core, Io, Mapping, Ring, Setup, Tasks, Uring};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
