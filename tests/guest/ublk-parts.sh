@@ -161,11 +161,11 @@ both_doors() {
     head -c $small /dev/urandom | dd of=/dev/ringblk/both bs=1M oflag=direct iflag=fullblock conv=fsync status=none
     sum=$(sha256sum </tmp/both.img)
     # In through vhost-user: the load generator fills what it writes with one byte.
-    load --socket /run/both.sock --cpu -1 --rw write --bs 64K --depth 8 --queues 2 --span 8M --ramp 0 --count 512
+    /opt/load --socket /run/both.sock --cpu -1 --rw write --bs 64K --depth 8 --queues 2 --span 8M --ramp 0 --count 512
     fails test "$sum" = "$(sha256sum </tmp/both.img)"
     cmp /tmp/both.img <(region /dev/ringblk/both 0 $small)
     # And both at work together, on parts of their own.
-    load --socket /run/both.sock --cpu -1 --rw randwrite --depth 32 --span 8M --runtime 5 &
+    /opt/load --socket /run/both.sock --cpu -1 --rw randwrite --depth 32 --span 8M --runtime 5 &
     fio_run /dev/ringblk/both --rw=randwrite --bs=4k --iodepth=32 --offset=16m --size=16m --verify=crc32c --verify_fatal=1
     at_least "bytes verified" "$(jq '.jobs[0].read.io_bytes' <<<"$FIO")" $((16 * MiB))
     wait $!
