@@ -26,8 +26,6 @@ impl Errno {
     pub const EBUSY: Errno = Errno(libc::EBUSY);
     /// A signal came first.
     pub const EINTR: Errno = Errno(libc::EINTR);
-    /// The request was cancelled before it began.
-    pub const ECANCELED: Errno = Errno(libc::ECANCELED);
     /// The store behind the volume is gone.
     pub const ENOTCONN: Errno = Errno(libc::ENOTCONN);
     /// The time is over.

@@ -5,7 +5,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 
 /// Sizes of a worker's ring.
 #[derive(Clone, Copy, Debug)]
@@ -174,12 +174,6 @@ impl Ring for Uring {
     }
 }
 
-impl AsRawFd for Uring {
-    fn as_raw_fd(&self) -> RawFd {
-        self.ring.borrow().as_raw_fd()
-    }
-}
-
 /// Builds an opcode for whichever kind of file it is.
 macro_rules! on {
     ($file:expr, |$fd:ident| $build:expr) => {
@@ -258,6 +252,7 @@ mod tests {
     use super::*;
     use crate::ring::Kind;
     use std::io::Write;
+    use std::os::fd::AsRawFd;
 
     #[test]
     fn what_does_not_fit_waits_its_turn() {

@@ -11,7 +11,7 @@ use super::connect::Connected;
 use super::connection::Connection;
 use super::dial::{self, Dial, Event};
 use crate::block::Errno;
-use crate::ring::{Core, Io, Ring, Sqe, Target};
+use crate::ring::{Core, Io, Ring, Sqe, Target, Timespec};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -223,7 +223,7 @@ impl<R: Ring> Pool<R> {
                 Err(error) => {
                     log::error!("{:?}: no thread to connect: {error}", self.remote.address);
                     self.give_up_waiting(connection);
-                    let timespec = io_uring::types::Timespec::from(NO_THREAD_PAUSE);
+                    let timespec = Timespec::from(NO_THREAD_PAUSE);
                     io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
                     if self.closing.get() {
                         return None;
