@@ -17,12 +17,14 @@ pub(super) struct Patience {
     budget: Duration,
     /// Since when there has been nothing to do.
     idle_since: Option<Instant>,
+    /// Since when it has slept, if a guest could have been expected to bring work.
+    asleep_since: Option<Instant>,
 }
 
 impl Patience {
     /// At most `most` at a time; zero never looks.
     pub fn up_to(most: Duration) -> Patience {
-        Patience { most, budget: Duration::ZERO, idle_since: None }
+        Patience { most, budget: Duration::ZERO, idle_since: None, asleep_since: None }
     }
 
     /// There was something to do.
@@ -40,9 +42,21 @@ impl Patience {
         now.duration_since(*self.idle_since.get_or_insert(now)) < self.budget
     }
 
-    /// The worker slept for `time`.
-    pub fn slept(&mut self, time: Duration) {
+    /// The worker goes to sleep, and a guest may bring work soon.
+    pub fn sleeps(&mut self, expecting: bool) {
         self.idle_since = None;
+        self.asleep_since = expecting.then(Instant::now);
+    }
+
+    /// A guest brought work to a worker that did not look.
+    pub fn kicked(&mut self) {
+        if let Some(since) = self.asleep_since.take() {
+            self.learn(since.elapsed());
+        }
+    }
+
+    /// A guest brought work after so long.
+    fn learn(&mut self, time: Duration) {
         self.budget = if time < self.most {
             (self.budget * 2).clamp(LEAST.min(self.most), self.most)
         } else if self.budget <= LEAST {
@@ -64,21 +78,35 @@ mod tests {
         let mut patience = Patience::up_to(MOST);
         assert!(!patience.look_again());
         for _ in 0..10 {
-            patience.slept(Duration::from_micros(20));
+            patience.learn(Duration::from_micros(20));
             assert!(patience.budget <= MOST);
         }
         assert_eq!(patience.budget, MOST);
         assert!(patience.look_again());
         for _ in 0..10 {
-            patience.slept(Duration::from_secs(1));
+            patience.learn(Duration::from_secs(1));
         }
         assert!(!patience.look_again());
     }
 
     #[test]
+    fn only_a_guest_that_was_expected_teaches() {
+        let mut patience = Patience::up_to(Duration::from_secs(3600));
+        patience.sleeps(false);
+        patience.kicked();
+        assert!(!patience.look_again());
+        patience.sleeps(true);
+        patience.kicked();
+        assert!(patience.look_again());
+        let budget = patience.budget;
+        patience.kicked();
+        assert_eq!(patience.budget, budget, "one sleep, one lesson");
+    }
+
+    #[test]
     fn looking_ends() {
         let mut patience = Patience::up_to(MOST);
-        patience.slept(Duration::ZERO);
+        patience.learn(Duration::ZERO);
         assert!(patience.look_again());
         std::thread::sleep(MOST);
         assert!(!patience.look_again());
@@ -87,7 +115,7 @@ mod tests {
     #[test]
     fn none_is_none() {
         let mut patience = Patience::up_to(Duration::ZERO);
-        patience.slept(Duration::ZERO);
+        patience.learn(Duration::ZERO);
         assert!(!patience.look_again());
     }
 }

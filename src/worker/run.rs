@@ -15,7 +15,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Registered buffers a worker has room for: the tags of its zero-copy ublk queues. The kernel's limit is
 /// 16384; an entry is a pointer.
@@ -122,14 +122,16 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             if worked {
                 self.patience.worked();
                 self.enter(false);
-            } else if self.waits_for_guests() && self.patience.look_again() {
+                continue;
+            }
+            let expects_more = self.expects_more();
+            if expects_more && self.patience.look_again() {
                 // Runs what the kernel has deferred, if it says that there is something.
                 self.enter(false);
                 std::hint::spin_loop();
             } else if self.rest() {
-                let asleep = Instant::now();
+                self.patience.sleeps(expects_more);
                 self.enter(true);
-                self.patience.slept(asleep.elapsed());
             }
         }
         self.say_goodbye(cqes);
@@ -318,6 +320,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         if !cqe.more {
             vring.arm_kick(self.core.ring(), cqe.user_data);
         }
+        self.patience.kicked();
         self.activate(place);
     }
 
@@ -327,15 +330,17 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         }
     }
 
-    /// Looks at every active vring: publishes what completed, starts what is new. Whether there was any.
+    /// Looks at every active vring: publishes what completed, takes what is new, so much of each that all get on. Whether
+    /// there was any.
     fn pump(&mut self) -> bool {
         let mut worked = false;
         for index in 0..self.active.len() {
             let at = self.active[index];
             let Some(vring) = self.vring(at).cloned() else { continue };
-            worked |= vring.publish();
-            for _ in 0..vring.size() {
-                let Some(tag) = vring.take() else { break };
+            let news = vring.publish();
+            vring.tell(news);
+            worked |= news;
+            while let Some(tag) = vring.take() {
                 worked = true;
                 let slot = self.places[at as usize].as_ref().and_then(|place| place.slots.get(tag as usize));
                 match slot {
@@ -343,8 +348,6 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     None => self.add_slot(at, tag),
                 }
             }
-            // What completed at once (memory, errors) need not wait for the next pass.
-            vring.publish();
         }
         worked
     }
@@ -364,6 +367,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             let (at, reply) = self.stopping.swap_remove(index);
             let next = self.vring(at).map(|vring| {
                 vring.publish();
+                vring.tell(false);
                 vring.disarm_kick(self.core.ring());
                 vring.next_avail()
             });
@@ -384,11 +388,9 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         Some(place)
     }
 
-    /// Whether only guests can bring work soon: looking for it instead of sleeping may pay. While the store has
-    /// requests it would only take the CPU from it.
-    fn waits_for_guests(&self) -> bool {
-        let at_rest = |at: &u32| self.vring(*at).is_some_and(|vring| vring.in_flight() == 0);
-        !self.active.is_empty() && self.active.iter().all(at_rest)
+    /// Whether a guest may bring work soon: looking for it instead of sleeping may pay.
+    fn expects_more(&self) -> bool {
+        self.active.iter().any(|at| self.vring(*at).is_some_and(|vring| vring.expects_more()))
     }
 
     /// Asks every active vring for a kick, and looks once more. Whether the worker may sleep.

@@ -243,6 +243,64 @@ fn calls_are_made_when_they_are_wanted() {
 }
 
 #[test]
+fn a_pass_takes_part_of_what_waits() {
+    let taken = |waiting: usize, sectors: u64| {
+        let (mut driver, worker) = pair(64, true);
+        for _ in 0..waiting {
+            driver.add(IN, 0, &[], (sectors * SECTOR) as usize, false).unwrap();
+        }
+        std::iter::from_fn(|| {
+            worker.vring.publish();
+            let mut tags = 0;
+            while let Some(tag) = worker.vring.take() {
+                worker.vring.accept(
+                    tag,
+                    worker.vring.fresh[tag as usize].take().unwrap(),
+                    &mut TagState::default(),
+                );
+                tags += 1;
+            }
+            (tags > 0).then_some(tags)
+        })
+        .collect::<Vec<_>>()
+    };
+    assert_eq!(taken(3, 1), [3]);
+    assert_eq!(taken(10, 1), [5, 4, 1]);
+    assert_eq!(taken(20, 1), [8, 6, 4, 2]);
+    assert_eq!(taken(12, 1), [6, 4, 2]);
+    assert_eq!(taken(12, 32), [4, 4, 4], "64 KiB");
+}
+
+#[test]
+fn a_call_waits_until_half_is_done_or_nothing_comes() {
+    let (mut driver, worker) = pair(16, true);
+    driver.want_call(Some(driver.seen));
+    flushes(&mut driver, 8);
+    let mut state = TagState::default();
+    let mut done = |count: usize| {
+        for _ in 0..count {
+            let tag = worker.vring.take().unwrap();
+            worker.vring.accept(tag, worker.vring.fresh[tag as usize].take().unwrap(), &mut state);
+            Source::<crate::ring::double::Double>::complete(&*worker.vring, tag, &mut state, Ok(()));
+        }
+    };
+    let told = |driver: &Driver| {
+        let news = worker.vring.publish();
+        worker.vring.tell(news);
+        driver.call.take()
+    };
+    done(1);
+    assert!(!told(&driver), "one of eight");
+    done(3);
+    assert!(told(&driver), "four of eight");
+    driver.want_call(Some(worker.vring.published.get()));
+    done(1);
+    assert!(!told(&driver), "one of four");
+    assert!(told(&driver), "and nothing more came");
+    assert_eq!(driver.harvest().len(), 5);
+}
+
+#[test]
 fn kicks_are_asked_for_only_before_sleep() {
     for event_idx in [false, true] {
         for start in [0, u16::MAX - 1] {

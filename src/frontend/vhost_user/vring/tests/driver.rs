@@ -336,7 +336,9 @@ impl Worker {
         for cqe in &cqes {
             self.tasks.complete(cqe);
         }
-        let mut worked = !cqes.is_empty() | self.vring.publish();
+        let news = self.vring.publish();
+        self.vring.tell(news);
+        let mut worked = !cqes.is_empty() | news;
         while let Some(tag) = self.vring.take() {
             worked = true;
             match self.slots.get(tag as usize) {
@@ -348,7 +350,6 @@ impl Worker {
                 }
             }
         }
-        self.vring.publish();
         self.core.ring().enter(false).unwrap();
         worked
     }
