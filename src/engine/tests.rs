@@ -281,6 +281,26 @@ fn a_request_costs_one_submission() {
     assert_eq!(core.ring().count(|_| true), 4);
 }
 
+/// Where the kernel would only hand a write to a thread of its own; but not one that waits for the disk.
+#[test]
+fn a_write_that_cannot_be_tried_is_carried_out_here() {
+    let (core, volume) = small(Faults { no_nowait: true, short: 50, ..Faults::default() });
+    let memory = Mapping::anonymous(8192).unwrap();
+    let bytes = Random(7).bytes(8192);
+    put(&memory, 0, &bytes);
+    for _ in 0..10 {
+        assert_eq!(once(&core, &volume, transfer(Op::Write, 1, &memory)), Ok(()));
+    }
+    assert_eq!(core.ring().count(|_| true), 0);
+    assert_eq!(core.ring().contents().unwrap()[512..512 + 8192], bytes);
+    assert_ne!(core.ring().stable().unwrap()[512..512 + 8192], bytes);
+    let fua = Flags { fua: true, unmap: false };
+    let durable = Request { flags: fua, ..transfer(Op::Write, 1, &memory) };
+    assert_eq!(once(&core, &volume, durable), Ok(()));
+    assert!(core.ring().count(is_write) > 0);
+    assert_eq!(core.ring().stable().unwrap()[512..512 + 8192], bytes);
+}
+
 /// Direct I/O goes straight to memory that the store can take, and through a buffer otherwise.
 #[test]
 fn direct_io_bounces_only_what_it_must() {

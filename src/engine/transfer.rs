@@ -14,6 +14,15 @@ pub(super) enum Direction {
     Write { rw_flags: i32 },
 }
 
+/// Who carries it out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum By {
+    /// The kernel, asked through the ring.
+    Ring,
+    /// This thread ([`Ring::carry_out`]).
+    Us,
+}
+
 /// The most the kernel moves in one call (`MAX_RW_COUNT` of `linux/fs.h`, for 4 KiB pages).
 const MAX_RW: u64 = 0x7fff_f000;
 
@@ -31,6 +40,7 @@ const MAX_RETRIES: u32 = 1000;
 /// whatever the kernel says.
 pub(super) async fn exactly<R: Ring>(
     io: &Io<R>,
+    by: By,
     file: Target,
     direction: Direction,
     data: &mut Data<'_>,
@@ -45,7 +55,11 @@ pub(super) async fn exactly<R: Ring>(
             Data::Registered { index } => fixed(file, direction, *index, done, len, offset),
             Data::Iovecs(iovecs) => vector(file, direction, iovecs, offset + done),
         };
-        match Errno::split(io.submit(&sqe).await) {
+        let result = match by {
+            By::Ring => io.submit(&sqe).await,
+            By::Us => io.carry_out(&sqe),
+        };
+        match Errno::split(result) {
             Ok(0) => return Err(if direction == Direction::Read { Errno::EIO } else { Errno::ENOSPC }),
             Ok(count) => {
                 retries = 0;
@@ -72,7 +86,7 @@ fn fixed(file: Target, direction: Direction, index: u16, skip: u64, len: u64, of
 }
 
 /// One range goes without a vector, which the kernel would have to copy and check.
-fn vector(file: Target, direction: Direction, iovecs: &[Iovec], offset: u64) -> Sqe {
+pub(super) fn vector(file: Target, direction: Direction, iovecs: &[Iovec], offset: u64) -> Sqe {
     match (direction, iovecs) {
         (Direction::Read, [one]) => {
             Sqe::Read { file, addr: one.base(), len: (one.len() as u64).min(MAX_RW) as u32, offset }

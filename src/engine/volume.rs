@@ -134,6 +134,11 @@ impl Volume {
         matches!(self.store, Store::File(_))
     }
 
+    /// Whether zero copy is also the faster way: not where the worker could carry reads out itself.
+    pub fn prefers_registered(&self) -> bool {
+        matches!(&self.store, Store::File(file) if !file.reads_wait())
+    }
+
     /// Lends it to the worker `core` belongs to, for an export that is `read_only` or not.
     pub fn attach<R: Ring>(&self, core: &Rc<Core<R>>, read_only: bool) -> Attached<R> {
         let ops = match &self.store {

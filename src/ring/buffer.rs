@@ -31,6 +31,18 @@ impl Mapping {
         Mapping::map(len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
     }
 
+    /// As [`anonymous`](Self::anonymous), but in pages of the smallest size, for a mapping of which few bytes here and
+    /// there are touched: elsewhere the kernel may make 2 MiB resident, and clear them, at a touch.
+    ///
+    /// # Errors
+    /// The kernel's, `ENOMEM` mostly.
+    pub fn sparse(len: usize) -> io::Result<Mapping> {
+        let mapping = Mapping::anonymous(len)?;
+        // SAFETY: the mapping's own range; the advice changes no byte of it. A kernel without huge pages refuses it.
+        unsafe { libc::madvise(mapping.base.as_ptr().cast(), len, libc::MADV_NOHUGEPAGE) };
+        Ok(mapping)
+    }
+
     /// Maps `len` bytes of `fd` from `offset`, shared and read-only.
     ///
     /// # Errors

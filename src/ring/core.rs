@@ -85,6 +85,11 @@ impl<R: Ring> Core<R> {
         self.spawned.borrow_mut().pop()
     }
 
+    /// Whether nothing waits to be polled.
+    pub fn is_quiet(&self) -> bool {
+        self.ready.borrow().is_empty() && self.spawned.borrow().is_empty()
+    }
+
     pub(super) fn next_ready(&self) -> Option<u32> {
         self.ready.borrow_mut().pop_front()
     }
@@ -164,6 +169,11 @@ impl<R: Ring> Io<R> {
         self.core.in_flight.set(self.core.in_flight.get() + 1);
         self.core.ring.push(sqe, UserData::new(Kind::Slot, slot.generation, self.slot));
         Submitted { io: self }
+    }
+
+    /// See [`Ring::carry_out`].
+    pub fn carry_out(&self, sqe: &Sqe) -> i32 {
+        self.core.ring.carry_out(sqe)
     }
 
     /// Waits for [`Core::wake`]; returns at once if it came since the last park.

@@ -15,7 +15,7 @@
 
 use super::{Cqe, Kind, Mapping, Ring, Sqe, Target, UserData};
 use crate::block::Iovec;
-use libc::{EAGAIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC};
+use libc::{EAGAIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
 use libc::{EBADF, ECANCELED, EFAULT, EINTR, EINVAL, EIO, ENOENT, ENOSPC, EOPNOTSUPP, ETIME};
 use std::cell::RefCell;
 use std::io;
@@ -49,6 +49,8 @@ pub struct Faults {
     pub no_zero_range: bool,
     /// `EOPNOTSUPP` for a block device's discard.
     pub no_discard: bool,
+    /// `EOPNOTSUPP` for a write that must not wait.
+    pub no_nowait: bool,
     /// As a file opened with O_DIRECT: what addresses, and what lengths and offsets must be multiples of,
     /// or `EINVAL`.
     pub direct: Option<(usize, usize)>,
@@ -191,6 +193,10 @@ impl Ring for Double {
         }
     }
 
+    fn carry_out(&self, sqe: &Sqe) -> i32 {
+        self.state.borrow_mut().carry_out(sqe).unwrap_or_else(|errno| -errno)
+    }
+
     fn register(&self, fd: RawFd) -> Target {
         let files = &mut self.state.borrow_mut().files;
         let known = files.iter().position(|file| file.fd == fd);
@@ -319,6 +325,9 @@ impl State {
     }
 
     fn write(&mut self, file: Target, iovecs: &[Iovec], offset: u64, rw_flags: i32) -> Result<i32, i32> {
+        if rw_flags & RWF_NOWAIT != 0 && self.faults.no_nowait {
+            return Err(EOPNOTSUPP);
+        }
         let (count, error) = self.how_much(iovecs, offset, true)?;
         let file = self.file(file)?;
         let whole = file.range(offset, count as u64);

@@ -50,6 +50,13 @@ pub trait Ring: 'static {
     /// Appends the completions that are there to `into`. No system call.
     fn reap(&self, into: &mut Vec<Cqe>);
 
+    /// Carries a read or a write out before it returns, on this thread: one system call, which may block. For stores
+    /// whose every operation the kernel would hand to a thread of its own (io-wq) because it cannot try it without
+    /// blocking; such a hand-over costs more than most of the operations.
+    ///
+    /// The result is a count or a negated errno: `EINVAL` for anything but a read or a write of a plain descriptor.
+    fn carry_out(&self, sqe: &Sqe) -> i32;
+
     /// Enters `fd` into the ring's file table, which saves each operation a reference count. Where there is
     /// no table, or no place left in it, the plain descriptor serves. The caller keeps `fd` open until
     /// [`release`](Ring::release).

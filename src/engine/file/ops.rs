@@ -1,21 +1,27 @@
 //! A file or block device, through one worker's ring.
 
 use super::FileVolume;
+use super::inline::Inline;
 use super::probe::Kind;
 use crate::block::{Data, Errno};
 use crate::engine::backend::Backend;
-use crate::engine::transfer::{self, Direction};
+use crate::engine::transfer::{self, By, Direction};
 use crate::ring::{Core, Io, Mapping, Ring, Sqe, Target};
-use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC};
+use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
+use std::time::Instant;
 
-/// One worker's use of a store. Cheap to call: one submission a request, no allocation.
+/// One worker's use of a store. Cheap to call: one submission or system call a request, no
+/// allocation.
 pub struct FileOps<R: Ring> {
     core: Rc<Core<R>>,
     volume: FileVolume,
     /// The store in the ring's file table, for as long as this lives.
     target: Target,
+    /// The same by its descriptor, for what is carried out here.
+    plain: Target,
+    inline: Inline,
 }
 
 /// The most a bounce holds, in bytes: a multiple of every alignment there is.
@@ -25,7 +31,9 @@ impl<R: Ring> FileOps<R> {
     /// Enters the store in the ring's file table.
     pub fn new(core: &Rc<Core<R>>, volume: FileVolume) -> FileOps<R> {
         let target = core.ring().register(volume.file.as_raw_fd());
-        FileOps { core: core.clone(), volume, target }
+        let plain = Target::Fd(volume.file.as_raw_fd());
+        let inline = Inline::new(volume.reads_wait, volume.writes_wait());
+        FileOps { core: core.clone(), volume, target, plain, inline }
     }
 
     /// Whether direct I/O takes the ranges as they are. Guests of our time always align theirs; firmware and
@@ -49,10 +57,36 @@ impl<R: Ring> FileOps<R> {
         len: u64,
         offset: u64,
     ) -> Result<(), Errno> {
+        if let Some(begin) = self.here(io, direction, data, len, offset) {
+            let done = transfer::exactly(io, By::Us, self.plain, direction, data, len, offset).await;
+            self.inline.took(len, begin.elapsed());
+            return done;
+        }
         if self.fits(data) {
-            return transfer::exactly(io, self.target, direction, data, len, offset).await;
+            return transfer::exactly(io, By::Ring, self.target, direction, data, len, offset).await;
         }
         self.bounce(io, direction, data, len, offset).await
+    }
+
+    /// When a transfer begins that is to be carried out here. One that must reach the disk waits for it and never is.
+    fn here(
+        &self,
+        io: &Io<R>,
+        direction: Direction,
+        data: &Data<'_>,
+        len: u64,
+        offset: u64,
+    ) -> Option<Instant> {
+        let Data::Iovecs(iovecs) = data else { return None };
+        match direction {
+            Direction::Read => self.inline.read(len),
+            Direction::Write { rw_flags: 0 } => self.inline.write(len, || {
+                // Should it succeed, the same bytes are written once more.
+                let attempt = Direction::Write { rw_flags: RWF_NOWAIT };
+                io.carry_out(&transfer::vector(self.plain, attempt, iovecs, offset))
+            }),
+            Direction::Write { .. } => None,
+        }
     }
 
     /// Through an aligned buffer of our own: the slow path, with an allocation. A part at a time, because a
@@ -76,7 +110,7 @@ impl<R: Ring> FileOps<R> {
             }
             let mut whole = [buffer.iovec(0, step as usize)];
             let whole = &mut Data::Iovecs(&mut whole);
-            transfer::exactly(io, self.target, direction, whole, step, offset + done).await?;
+            transfer::exactly(io, By::Ring, self.target, direction, whole, step, offset + done).await?;
             if direction == Direction::Read {
                 buffer.scatter(0, &part);
             }

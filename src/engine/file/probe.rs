@@ -2,8 +2,9 @@
 
 use super::Error;
 use crate::block::DiscardLimits;
+use rustix::io::{ReadWriteFlags, preadv2};
 use std::fs::{self, File};
-use std::io::{Seek, SeekFrom};
+use std::io::{IoSliceMut, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -29,6 +30,8 @@ pub(super) struct Store {
     pub memory_alignment: u32,
     pub discard: Option<DiscardLimits>,
     pub max_write_zeroes: u32,
+    /// A read cannot be tried without waiting.
+    pub reads_wait: bool,
 }
 
 /// A fallocate over more than this would hold a journal transaction, and its completion, for too long.
@@ -39,10 +42,11 @@ impl Store {
         let io = |what| move |source| Error::Io { what, source };
         let metadata = file.metadata().map_err(io("its metadata cannot be read"))?;
         let (memory, offset) = if direct { direct_alignment(file)? } else { (1, 512) };
+        let reads_wait = !direct && reads_wait(file);
         if metadata.file_type().is_block_device() {
             let mut end = file;
             let bytes = end.seek(SeekFrom::End(0)).map_err(io("its size cannot be found"))?;
-            return Ok(Store::device(metadata.rdev(), bytes, memory, offset));
+            return Ok(Store { reads_wait, ..Store::device(metadata.rdev(), bytes, memory, offset) });
         }
         if !metadata.file_type().is_file() {
             return Err(Error::Kind);
@@ -64,6 +68,7 @@ impl Store {
                 max_sectors: MAX_FILE_RANGE_SECTORS,
             }),
             max_write_zeroes: MAX_FILE_RANGE_SECTORS,
+            reads_wait,
         })
     }
 
@@ -90,8 +95,17 @@ impl Store {
                 max_sectors: sectors(max_discard),
             }),
             max_write_zeroes: MAX_FILE_RANGE_SECTORS,
+            reads_wait: false,
         }
     }
+}
+
+/// Whether the file cannot be read without waiting, so that io_uring hands each read to a thread (`FMODE_NOWAIT` of
+/// `linux/fs.h`; tmpfs has none).
+fn reads_wait(file: &File) -> bool {
+    let mut byte = [0];
+    let attempt = preadv2(file, &mut [IoSliceMut::new(&mut byte)], 0, ReadWriteFlags::NOWAIT);
+    attempt == Err(rustix::io::Errno::OPNOTSUPP)
 }
 
 /// Memory and offset alignment of direct I/O (`STATX_DIOALIGN`, Linux 6.1): 0 means it does not work.

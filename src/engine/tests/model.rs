@@ -64,8 +64,10 @@ pub fn faults() -> impl Strategy<Value = Faults> {
     let transient = (often(), seldom(), seldom());
     let errors = (seldom(), seldom(), seldom());
     let order = (often(), often(), any::<bool>());
-    (transient, errors, order, any::<bool>(), any::<bool>()).prop_map(
-        |((short, again, interrupted), (io_error, no_space, sync_error), order, no_punch, no_zero_range)| {
+    let lacks = (any::<bool>(), any::<bool>(), any::<bool>());
+    (transient, errors, order, lacks).prop_map(
+        |((short, again, interrupted), (io_error, no_space, sync_error), order, lacks)| {
+            let (no_punch, no_zero_range, no_nowait) = lacks;
             Faults {
                 short,
                 again,
@@ -79,6 +81,7 @@ pub fn faults() -> impl Strategy<Value = Faults> {
                 no_punch,
                 no_zero_range,
                 no_discard: false,
+                no_nowait,
                 direct: None,
             }
         },

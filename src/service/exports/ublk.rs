@@ -77,7 +77,11 @@ impl UblkExport {
     /// Checks all that can be checked, and adds the device.
     fn add(config: &UblkConfig, volume: &Volume, links: &[Link]) -> Result<UblkExport, ublk::Error> {
         let name = StableName::check(&config.volume)?;
-        let zero_copy = support::probe()?.zero_copy(config.zero_copy, volume.takes_registered())?;
+        let wish = match config.zero_copy {
+            ZeroCopy::Auto if !volume.prefers_registered() => ZeroCopy::Off,
+            wish => wish,
+        };
+        let zero_copy = support::probe()?.zero_copy(wish, volume.takes_registered())?;
         let wish = Wish {
             name: config.volume.clone(),
             id: config.id,
