@@ -121,7 +121,8 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             worked |= self.part();
             if worked {
                 self.patience.worked();
-                self.enter(false);
+                // Without vrings only a completion can bring more: one system call instead of two.
+                self.enter(self.active.is_empty() && self.core.is_quiet() && !self.quit);
                 continue;
             }
             let expects_more = self.expects_more();
@@ -334,8 +335,9 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     /// there was any.
     fn pump(&mut self) -> bool {
         let mut worked = false;
-        for index in 0..self.active.len() {
-            let at = self.active[index];
+        let mut index = 0;
+        while let Some(&at) = self.active.get(index) {
+            index += 1;
             let Some(vring) = self.vring(at).cloned() else { continue };
             let news = vring.publish();
             vring.tell(news);
@@ -347,6 +349,10 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     Some(slot) => self.tasks.poll(*slot),
                     None => self.add_slot(at, tag),
                 }
+            }
+            if vring.falls_asleep() {
+                index -= 1;
+                self.active.swap_remove(index);
             }
         }
         worked

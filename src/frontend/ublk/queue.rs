@@ -104,7 +104,7 @@ impl Queue {
             })?;
             Buffers::Registered(places)
         } else {
-            Buffers::Copied(Mapping::anonymous(usize::from(depth) * max_io as usize)?)
+            Buffers::Copied(Mapping::sparse(usize::from(depth) * max_io as usize)?)
         };
         Ok(Queue {
             core: core.clone(),
@@ -242,7 +242,7 @@ fn page_size() -> usize {
 }
 
 /// `struct ublksrv_io_cmd` of `linux/ublk_cmd.h`.
-fn command(queue: u16, tag: u16, result: i32, buffer: u64) -> [u8; 16] {
+pub fn command(queue: u16, tag: u16, result: i32, buffer: u64) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[0..2].copy_from_slice(&queue.to_ne_bytes());
     bytes[2..4].copy_from_slice(&tag.to_ne_bytes());

@@ -20,6 +20,7 @@ mod session_vring;
 mod vring;
 
 pub use device::Device;
+pub use memory::{Memory, MemoryError};
 pub use notify::CallFd;
 pub use session::{Hangup, Session, SessionError};
 pub use session_vring::{Host, Running};

@@ -32,6 +32,10 @@ const PASS_LEAST: u16 = 4;
 const PASS_MOST: u16 = 8;
 const PASS_BYTES: u64 = 64 << 10;
 
+/// After so many passes without anything, a vring is looked at no more until it is kicked: each look costs a load from
+/// memory that the driver writes, each kick a system call on both sides.
+const IDLE_PASSES: u16 = 256;
+
 /// Everything a vring starts with. The addresses are the guest's.
 pub struct VringSetup {
     /// Its index in the device, for messages.
@@ -85,6 +89,8 @@ pub struct Vring {
     bytes_left: Cell<u64>,
     /// The driver was given something since it last brought something.
     owed: Cell<bool>,
+    /// Passes since anything last happened here.
+    idle_passes: Cell<u16>,
     /// Tags at rest.
     free: RefCell<Vec<u16>>,
     /// The head each tag was given and has not looked at yet.
@@ -137,6 +143,7 @@ impl Vring {
             taken: Cell::new(0),
             bytes_left: Cell::new(PASS_BYTES),
             owed: Cell::new(false),
+            idle_passes: Cell::new(0),
             free: RefCell::new((0..size).rev().collect()),
             fresh: vec![Cell::new(None); size as usize].into(),
             busy: vec![Cell::new(false); size as usize].into(),
@@ -239,6 +246,7 @@ impl Vring {
         self.next_avail.set(next.wrapping_add(1));
         self.taken.set(self.taken.get() + 1);
         self.owed.set(false);
+        self.idle_passes.set(0);
         self.in_flight.set(self.in_flight.get() + 1);
         self.fresh[tag as usize].set(Some(head));
         Some(tag)
@@ -281,11 +289,13 @@ impl Vring {
         self.bytes_left.set(PASS_BYTES);
         let new = self.next_used.get();
         if new == self.published.get() {
+            self.idle_passes.set(self.idle_passes.get().saturating_add(1));
             return false;
         }
         self.used.set_idx(new);
         self.published.set(new);
         self.owed.set(true);
+        self.idle_passes.set(0);
         true
     }
 
@@ -313,6 +323,15 @@ impl Vring {
         if wanted && let Some(call) = &*self.call.borrow() {
             call.signal();
         }
+    }
+
+    /// Whether a worker that is busy elsewhere need not look here any more, but may wait for a kick. Asks for that kick.
+    pub fn falls_asleep(&self) -> bool {
+        if self.idle_passes.get() < IDLE_PASSES || self.in_flight() > 0 {
+            return false;
+        }
+        self.idle_passes.set(0);
+        self.ask_for_kick()
     }
 
     /// Whether the driver has been given something since it last brought something: it may well bring more soon.

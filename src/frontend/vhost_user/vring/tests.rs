@@ -301,6 +301,30 @@ fn a_call_waits_until_half_is_done_or_nothing_comes() {
 }
 
 #[test]
+fn a_vring_without_requests_asks_for_a_kick_after_a_while() {
+    let (mut driver, worker) = pair(16, true);
+    let idle = || {
+        for _ in 0..IDLE_PASSES {
+            assert!(!worker.vring.falls_asleep());
+            worker.vring.publish();
+            assert_eq!(worker.vring.take(), None);
+        }
+    };
+    idle();
+    assert!(worker.vring.falls_asleep());
+    assert!(!worker.vring.falls_asleep(), "once");
+    idle();
+    flushes(&mut driver, 1);
+    assert!(!worker.vring.falls_asleep(), "there is a request");
+    worker.vring.publish();
+    assert!(worker.vring.take().is_some());
+    for _ in 0..2 * IDLE_PASSES {
+        worker.vring.publish();
+        assert!(!worker.vring.falls_asleep(), "one is in flight");
+    }
+}
+
+#[test]
 fn kicks_are_asked_for_only_before_sleep() {
     for event_idx in [false, true] {
         for start in [0, u16::MAX - 1] {
