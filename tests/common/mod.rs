@@ -2,13 +2,16 @@
 //!
 //! [`service`] runs the binary. [`client`] is a VMM by the virtio-driver crate: a well-behaved one. [`vmm`] shakes
 //! hands by the vhost crate and drives [`ring`]s of its own in its own [`memory`], laid out as it likes. [`wire`]
-//! speaks bytes. [`model`] knows what must be read back, whichever of them asks.
+//! speaks bytes. [`model`] knows what must be read back, whichever of them asks. [`load`] is many
+//! requests and no questions. [`prepared`] drives a worker of this process, to count what it does.
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod client;
+pub mod load;
 pub mod memory;
 pub mod model;
+pub mod prepared;
 pub mod queue;
 pub mod ring;
 pub mod service;

@@ -7,16 +7,20 @@ use libublk::sys;
 
 /// The kernel's descriptor of one request. The kernel rewrites it for each request of the tag, so it is
 /// copied once and then looked at.
-pub(super) type Descriptor = sys::ublksrv_io_desc;
+pub type Descriptor = sys::ublksrv_io_desc;
 
 const _: () = assert!(size_of::<Descriptor>() == 24 && align_of::<Descriptor>() == 8);
 
 /// A descriptor that holds what it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Asked {
+pub struct Asked {
+    /// What to do.
     pub op: Op,
+    /// How.
     pub flags: Flags,
+    /// First sector.
     pub sector: u64,
+    /// Sectors; 0 for flush.
     pub sectors: u32,
     /// Bytes of data that go with it: 0 for all but reads and writes. At most `max_io`.
     pub bytes: u32,

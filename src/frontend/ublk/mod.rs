@@ -22,6 +22,7 @@ mod queue;
 pub mod support;
 
 pub use control::{Answer, Device, Wish};
+pub use descriptor::{Asked, Descriptor};
 pub use error::{Error, Verb};
 pub use name::{NameError, StableName};
-pub use queue::{Queue, QueueSetup};
+pub use queue::{Queue, QueueSetup, command};

@@ -1,0 +1,213 @@
+//! What is measured, a batch of requests at a time.
+
+use super::echo::Echo;
+use super::prepared::{Prepared, READ_4K, Shape};
+use ringblk::block::{Errno, Size};
+use ringblk::engine::Volume;
+use ringblk::engine::config::{MemoryConfig, NullConfig, VolumeConfig};
+use ringblk::frontend::Source;
+use ringblk::frontend::ublk::{Asked, Descriptor, command};
+use ringblk::frontend::vhost_user::Vring;
+use ringblk::ring::{Core, Cqe, Ring, Sqe, Target, Tasks};
+use ringblk::worker::Worker;
+use std::future::Future;
+use std::hint::black_box;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// One line of the table.
+pub struct Case {
+    pub name: &'static str,
+    /// Requests in a batch.
+    pub requests: u32,
+    /// Sets it up.
+    pub make: fn() -> Box<dyn Run>,
+    /// A worker's thread does it, and not ours.
+    pub worker: bool,
+    /// Nanoseconds that a request may take.
+    pub bar: Option<f64>,
+}
+
+/// A case that is set up.
+pub trait Run {
+    fn batch(&mut self);
+}
+
+const REQUESTS: u32 = READ_4K.depth as u32;
+/// Not reads: memory that was never written is one page of zeroes.
+const WRITE_4K: Shape = Shape { write: true, ..READ_4K };
+const PLAIN: Case = Case { name: "", requests: REQUESTS, make: || read(1, false), worker: false, bar: None };
+
+pub const CASES: [Case; 12] = [
+    Case { name: "chain of 1 segment", bar: Some(100.0), ..PLAIN },
+    Case { name: "chain of 4 segments", make: || read(4, false), ..PLAIN },
+    Case { name: "chain of 16 segments", make: || read(16, false), ..PLAIN },
+    Case { name: "indirect chain of 1 segment", make: || read(1, true), ..PLAIN },
+    Case { name: "indirect chain of 4 segments", make: || read(4, true), ..PLAIN },
+    Case { name: "indirect chain of 16 segments", make: || read(16, true), ..PLAIN },
+    Case { name: "slot: add and end", make: || Box::new(Births::new()), ..PLAIN },
+    Case { name: "slot: submit, complete, poll", make: || Box::new(Slots::new()), ..PLAIN },
+    Case { name: "ublk: descriptor and commit", make: || Box::new(Ublk::new()), ..PLAIN },
+    Case { name: "worker: null", make: || worker(null(), READ_4K, 0), worker: true, ..PLAIN },
+    Case { name: "worker: memory", make: || worker(memory(), WRITE_4K, 0), worker: true, ..PLAIN },
+    Case {
+        name: "worker: null, 63 idle vrings",
+        make: || worker(null(), READ_4K, 63),
+        worker: true,
+        ..PLAIN
+    },
+];
+
+/// Chains parsed and completed, by the slots that do it in a worker, without a volume.
+struct Chains<F> {
+    guest: Prepared,
+    vring: Rc<Vring>,
+    tasks: Tasks<Echo, F>,
+    slots: Vec<u32>,
+}
+
+fn read(segments: u32, indirect: bool) -> Box<dyn Run> {
+    let guest = Prepared::new(Shape { segments, indirect, ..READ_4K });
+    let vring = Rc::new(Vring::new(guest.setup(false)).unwrap());
+    let mut tasks = Tasks::new(Core::new(Echo::new(0)));
+    let slots = (0..REQUESTS as u16).map(|tag| {
+        let vring = vring.clone();
+        tasks.add(|io| async move {
+            let mut state = <Vring as Source<Echo>>::State::default();
+            while let Some(request) = vring.next(&io, tag, &mut state).await {
+                black_box(&request);
+                Source::<Echo>::complete(&*vring, tag, &mut state, Ok::<(), Errno>(()));
+            }
+        })
+    });
+    let slots = slots.collect();
+    Box::new(Chains { guest, vring, tasks, slots })
+}
+
+impl<F: Future<Output = ()>> Run for Chains<F> {
+    fn batch(&mut self) {
+        self.guest.offer();
+        // A worker's passes.
+        while !self.guest.is_done() {
+            while let Some(tag) = self.vring.take() {
+                self.tasks.poll(self.slots[usize::from(tag)]);
+            }
+            self.vring.publish();
+        }
+    }
+}
+
+/// Slots that are made, and end at once.
+struct Births<F> {
+    tasks: Tasks<Echo, F>,
+    make: fn() -> F,
+}
+
+impl Births<std::future::Ready<()>> {
+    fn new() -> Self {
+        Births { tasks: Tasks::new(Core::new(Echo::new(0))), make: || std::future::ready(()) }
+    }
+}
+
+impl<F: Future<Output = ()>> Run for Births<F> {
+    fn batch(&mut self) {
+        for _ in 0..REQUESTS {
+            black_box(self.tasks.add(|_| (self.make)()));
+        }
+    }
+}
+
+/// Slots that submit one operation after the other.
+struct Slots<F> {
+    core: Rc<Core<Echo>>,
+    tasks: Tasks<Echo, F>,
+    cqes: Vec<Cqe>,
+}
+
+impl Slots<()> {
+    fn new() -> Slots<impl Future<Output = ()>> {
+        let core = Core::new(Echo::new(REQUESTS as usize));
+        let mut tasks = Tasks::new(core.clone());
+        for _ in 0..REQUESTS {
+            tasks.add(|io| async move {
+                let mut offset = 0;
+                loop {
+                    let addr = std::ptr::null_mut();
+                    let sqe = Sqe::Read { file: Target::Fixed(0), addr, len: 4096, offset };
+                    offset += io.submit(&sqe).await as u64 + 1;
+                }
+            });
+        }
+        Slots { core, tasks, cqes: Vec::with_capacity(REQUESTS as usize) }
+    }
+}
+
+impl<F: Future<Output = ()>> Run for Slots<F> {
+    fn batch(&mut self) {
+        self.core.ring().reap(&mut self.cqes);
+        for cqe in self.cqes.drain(..) {
+            self.tasks.complete(&cqe);
+        }
+    }
+}
+
+/// The kernel's descriptor read, and the commit of its request made: what the ublk door does with no kernel.
+struct Ublk {
+    descriptors: Vec<Descriptor>,
+}
+
+impl Ublk {
+    fn new() -> Ublk {
+        let descriptor =
+            |tag: u32| Descriptor { op_flags: 0, nr_sectors: 8, start_sector: u64::from(tag) * 8, addr: 0 };
+        Ublk { descriptors: (0..REQUESTS).map(descriptor).collect() }
+    }
+}
+
+impl Run for Ublk {
+    fn batch(&mut self) {
+        for (tag, descriptor) in black_box(&self.descriptors).iter().enumerate() {
+            let asked = Asked::read(descriptor, 512 << 10).unwrap();
+            let cmd = command(0, tag as u16, black_box(&asked).bytes as i32, 0);
+            black_box(Sqe::Command { file: Target::Fixed(0), op: 0, cmd, addr: 0 });
+        }
+    }
+}
+
+/// Requests through a worker as it is, from the vring to the volume and back.
+struct Served {
+    guest: Prepared,
+    _worker: Worker,
+    _idle: Vec<Prepared>,
+}
+
+fn null() -> VolumeConfig {
+    VolumeConfig::Null(NullConfig { size: Size(1 << 30), block_size: None })
+}
+
+fn memory() -> VolumeConfig {
+    VolumeConfig::Memory(MemoryConfig { size: Size(64 << 20), block_size: None })
+}
+
+fn worker(config: VolumeConfig, shape: Shape, idle: usize) -> Box<dyn Run> {
+    // It looks for requests all the time, once it has seen that they come.
+    let worker = Worker::start(0, Duration::from_secs(1)).unwrap();
+    // Each idle vring is of a volume of its own, and has had some requests.
+    let start = || {
+        let volume = Arc::new(Volume::open("bench", &config).unwrap());
+        let mut guest = Prepared::new(shape);
+        worker.link().start_vring(guest.setup(false), volume).unwrap();
+        guest.batch_polled();
+        guest
+    };
+    let idle: Vec<Prepared> = (0..idle).map(|_| start()).collect();
+    let guest = start();
+    Box::new(Served { guest, _worker: worker, _idle: idle })
+}
+
+impl Run for Served {
+    fn batch(&mut self) {
+        self.guest.batch_polled();
+    }
+}
