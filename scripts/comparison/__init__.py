@@ -1,0 +1,1 @@
+"""ringblk against its peers: what scripts/compare runs, and what it makes of it."""

@@ -1,0 +1,89 @@
+"""The peers of the guest half: what each is called, and which programs and modules it needs in the guest."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import native
+from .model import Plan
+
+SCRIPTS = Path(__file__).parents[1]
+# All that the guest might load.
+MODULES = (
+    "brd", "loop", "ublk_drv", "nbd", "configfs", "nvmet", "nvmet-tcp", "nvme-fabrics", "nvme-tcp",
+    "target_core_mod", "target_core_file", "iscsi_target_mod", "iscsi_tcp", "sd_mod",
+)  # fmt: skip
+
+
+class Lacking(Exception):
+    """A program for the guest cannot be had; the text says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`name` and `store` as in the report; `disk`: who makes it in the guest, guest/peers.sh's peer_DISK."""
+
+    name: str
+    store: str
+    disk: str
+    # A script of ours that prints a program's path, or "".
+    script: str = ""
+    packages: tuple[str, ...] = ()
+    quick: bool = False
+
+
+PEERS = (
+    # The block layer alone: memory is its own, not the file.
+    Peer("brd", "memory", "brd"),
+    Peer("ringblk", "null", "ringblk-null"),
+    Peer("rublk", "null", "rublk-null", "rublk"),
+    # As users get it: without a copy, where the kernel can.
+    Peer("ringblk", "tmpfs", "ringblk-file", quick=True),
+    Peer("ringblk-copy", "tmpfs", "ringblk-file-copy"),
+    Peer("rublk", "tmpfs", "rublk-loop", "rublk", quick=True),
+    Peer("rublk-zc", "tmpfs", "rublk-loop-zc", "rublk"),
+    Peer("loop", "tmpfs", "loop", quick=True),
+    Peer("nbd-tcp", "tmpfs", "nbd-tcp", packages=("nbdkit", "nbd-client"), quick=True),
+    Peer("nbd-unix", "tmpfs", "nbd-unix", packages=("nbdkit", "nbd-client")),
+    Peer("nvme-tcp", "tmpfs", "nvme-tcp"),
+    Peer("iscsi", "tmpfs", "iscsi", "iscsistart"),
+)
+
+
+def printed(*command: str | Path) -> str:
+    """What it prints. Raises Lacking."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise Lacking(f"{Path(command[0]).name} failed")
+    return done.stdout.strip()
+
+
+def program(name: str) -> str:
+    return printed("bash", "-c", 'command -v "$0"', name)
+
+
+def shipped(peer: Peer, plan: Plan) -> list[str]:
+    """scripts/guest's arguments for what a peer needs in the guest. Raises Lacking."""
+    if peer.packages and not native.need(plan, *peer.packages):
+        raise Lacking(f"could not install {' '.join(peer.packages)}")
+    files: list[str] = []
+    if peer.script:
+        path = Path(printed(SCRIPTS / peer.script))
+        files.append(str(path))
+        files += [f"{library}:/lib/x86_64-linux-gnu/{library.name}" for library in sorted(path.parent.glob("*.so.*"))]
+    if "nbdkit" in peer.packages:
+        plugins = re.search("^plugindir=(.*)$", printed("nbdkit", "--dump-config"), re.MULTILINE)
+        if plugins is None:
+            raise Lacking("nbdkit does not say where its plugins are")
+        files += [program("nbdkit"), program("nbd-client"), f"{plugins[1]}/nbdkit-file-plugin.so"]
+    return [argument for file in files for argument in ("--bin", file)]
+
+
+def stripped(binary: Path, scratch: Path) -> Path:
+    """A copy without debugging information, which the guest's memory would hold twice."""
+    copy = scratch / "ringblk-in-guest"
+    subprocess.run(["strip", "-o", copy, binary], check=True)
+    return copy
