@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         trial("a_volume_on_blocks_of_4096", loop_device(4096), |device| on_a_block_device(&device.path)),
         trial("without_a_cache_writes_are_on_disk", delayed_allocation(), |()| write_through()),
         trial("a_killed_vmm_harms_nobody", Ok(()), |()| killed_vmm()),
+        trial("qemu_and_we_keep_off_each_others_images", qemu_io(), |()| locked_images()),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
@@ -274,4 +275,50 @@ fn killed_vmm() {
         let (_vmm, mut queue) = everyday(&service.path("a"));
         assert_eq!(queue.read(16383, 1), (OK, vec![1; 512]));
     }
+}
+
+fn qemu_io() -> Result<(), String> {
+    match Command::new("qemu-io").arg("--version").stdout(Stdio::null()).status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("qemu-io ends with {status}")),
+        Err(error) => Err(format!("qemu-io cannot be run: {error}")),
+    }
+}
+
+/// QEMU's tools take the locks that QEMU takes on the images of its disks.
+fn locked_images() {
+    let (service, image) = image_service();
+    let qemu = |options: &str| {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw", "-c", options]).arg(&image);
+        command
+    };
+    for job in ["write 0 512", "read 0 512"] {
+        let output = qemu(job).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains("lock"), "{job}: {error}");
+    }
+    // Which takes the image with it.
+    drop(service);
+    fs::write(&image, [0; 4096]).unwrap();
+    let output = qemu("write 0 512").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // And the other way round: it holds the image until its standard input ends.
+    let mut writer = Command::new("qemu-io");
+    let writer = writer.args(["-f", "raw"]).arg(&image).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut writer = writer.spawn().unwrap();
+    // It greets once it has the image.
+    let mut greeting = [0; 1];
+    std::io::Read::read_exact(writer.stdout.as_mut().unwrap(), &mut greeting).unwrap();
+    let volume = format!("root=file:{}", image.display());
+    let door = format!("root={}", image.with_extension("sock").display());
+    let control = image.with_extension("control");
+    let mut ours = Command::new(env!("CARGO_BIN_EXE_ringblk"));
+    ours.args(["serve", "--volume", &volume, "--vhost-user", &door, "--control"]).arg(control);
+    let refused = ours.stdin(Stdio::null()).output().unwrap();
+    drop(writer.stdin.take());
+    writer.wait().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("is in use by another process"));
+    fs::remove_file(&image).unwrap();
 }

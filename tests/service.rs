@@ -195,6 +195,41 @@ fn list_and_stop() {
 }
 
 #[test]
+fn an_image_has_one_writer() {
+    let setup = Setup::new();
+    let image = setup.image(MIB);
+    let volume = format!("file:{}", image.display());
+    let service = setup.volume("root", &volume).door("root", "a", "").start();
+    let other = service.path("other").display().to_string();
+    let serve = |options: &str| {
+        let volume = format!("root={volume}{options}");
+        let door = format!("root={other}");
+        ringblk([
+            "serve",
+            "--volume",
+            &volume,
+            "--vhost-user",
+            &door,
+            "--control",
+            &format!("{other}.control"),
+        ])
+    };
+    for options in ["", ",read-only=on"] {
+        let refused = serve(options);
+        let error = String::from_utf8(refused.stderr).unwrap();
+        assert_eq!(refused.status.code(), Some(1), "{error}");
+        assert!(error.contains(&format!("{}: is in use by another process", image.display())), "{error}");
+    }
+    let unlocked = Setup::new().volume("root", &format!("{volume},lock=off")).door("root", "a", "").start();
+    drop(unlocked);
+    // Which takes the image with it.
+    drop(service);
+    fs::write(&image, [0; 4096]).unwrap();
+    Setup::new().volume("root", &volume).door("root", "a", "").start();
+    fs::remove_file(&image).unwrap();
+}
+
+#[test]
 fn a_signal_under_load_drains_and_flushes() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let setup = Setup::new();

@@ -11,7 +11,7 @@ use crate::service::config::{Config, ConfigError, DEFAULT_CONTROL, Loader};
 const HELP: &str = "\
 Drivers (NAME=DRIVER:TARGET):
   file:PATH    an image or a block device
-               direct=on|off, read-only=on|off, block-size=512|4096
+               direct=on|off, read-only=on|off, lock=on|off, block-size=512|4096
   memory:SIZE  lost when the service ends; block-size=512|4096
   null:SIZE    stores nothing, for measuring; block-size=512|4096
   nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH

@@ -37,8 +37,15 @@ pub struct FileConfig {
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
+    /// Refuse an image that somebody else has open for writing, and keep others from it: see `lock` in `engine/file`.
+    #[serde(default = "yes")]
+    pub lock: bool,
     /// Logical block in bytes, 512 or 4096; `None`: what the backing store needs.
     pub block_size: Option<u32>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// `driver = "memory"`.
@@ -285,6 +292,7 @@ mod tests {
                 path: "/srv/a.img".into(),
                 direct: false,
                 read_only: false,
+                lock: true,
                 block_size: None,
             })
         );

@@ -30,7 +30,7 @@ const COARSE: &str = "/dev/shm";
 
 /// `None` where direct I/O does not work.
 fn open(path: &Path, direct: bool, block_size: Option<u32>) -> Option<Volume> {
-    let config = FileConfig { path: path.into(), direct, read_only: false, block_size };
+    let config = FileConfig { path: path.into(), direct, read_only: false, lock: true, block_size };
     match Volume::open("test", &VolumeConfig::File(config)) {
         Ok(volume) => Some(volume),
         Err(error) if direct => {

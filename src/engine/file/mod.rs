@@ -1,6 +1,7 @@
 //! A volume on a regular file or a block device.
 
 mod inline;
+mod lock;
 mod ops;
 mod probe;
 
@@ -44,6 +45,9 @@ pub enum Error {
     /// Neither a regular file nor a block device.
     #[error("is neither a regular file nor a block device")]
     Kind,
+    /// Somebody else has it open in a way that excludes us.
+    #[error("is in use by another process (lock=off serves it all the same)")]
+    InUse,
     /// Direct I/O does not work there.
     #[error("direct=on: the file system does not support O_DIRECT on it")]
     NoDirect,
@@ -67,6 +71,14 @@ impl FileVolume {
     /// When it is missing, of the wrong kind, not ours to open, empty, or cannot do what was asked.
     pub fn open(options: &FileConfig) -> Result<(FileVolume, Geometry), Error> {
         let file = open(&options.path, options)?;
+        if options.lock {
+            match lock::take(&file, options.read_only) {
+                Ok(true) => {}
+                Ok(false) => return Err(Error::InUse),
+                // As QEMU does by default: a file system without locks is no reason not to serve.
+                Err(errno) => log::warn!("{}: is not locked: {errno}", options.path.display()),
+            }
+        }
         let store = Store::probe(&file, options.direct)?;
         let logical_block = match options.block_size {
             Some(asked) if asked < store.logical_block => {
@@ -148,7 +160,7 @@ mod tests {
     use super::*;
 
     fn options(path: &Path) -> FileConfig {
-        FileConfig { path: path.into(), direct: false, read_only: false, block_size: None }
+        FileConfig { path: path.into(), direct: false, read_only: false, lock: true, block_size: None }
     }
 
     #[test]

@@ -1,0 +1,79 @@
+//! One writer for an image, by the locks that QEMU and its tools take on theirs.
+//!
+//! QEMU locks single bytes of the file, far fewer than it has meanings for: byte 100 + n for "I do n", byte 200 + n for
+//! "nobody else may do n", each shared, on the open file description (`block/file-posix.c` of QEMU). Who takes its own
+//! looks whether anybody holds the opposite. The bytes need not exist, and nothing of the file's contents is locked.
+
+#![forbid(unsafe_code)]
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use std::fs::File;
+
+/// `BLK_PERM_*` of QEMU: the number of each is the bit there.
+const CONSISTENT_READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+
+const DOES: i64 = 100;
+const FORBIDS: i64 = 200;
+
+/// Takes what an open image needs, for as long as the file is open. False when somebody has it open in a way that this
+/// one cannot be: any other writer, or for a writer any reader that wants the contents to stay.
+///
+/// # Errors
+/// The kernel's: `ENOLCK` or `EOPNOTSUPP` where the file system has no locks.
+pub(super) fn take(file: &File, read_only: bool) -> Result<bool, Errno> {
+    let does: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
+    let forbids = [WRITE, RESIZE];
+    // First ours, then a look at the others': of two that come at once at least one sees the other.
+    let own = does.iter().map(|bit| DOES + bit).chain(forbids.iter().map(|bit| FORBIDS + bit));
+    for byte in own {
+        fcntl(file, FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, byte)))?;
+    }
+    let opposite = does.iter().map(|bit| FORBIDS + bit).chain(forbids.iter().map(|bit| DOES + bit));
+    for byte in opposite {
+        // Would a lock that nobody may share be refused? Not for what this description holds itself.
+        let mut found = lock(libc::F_WRLCK, byte);
+        fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+        if i32::from(found.l_type) != libc::F_UNLCK {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn lock(kind: i32, byte: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let open = || OpenOptions::new().read(true).write(true).open(image.path()).unwrap();
+        let (first, second, third) = (open(), open(), open());
+        assert_eq!(take(&first, true), Ok(true));
+        assert_eq!(take(&second, true), Ok(true));
+        assert_eq!(take(&third, false), Ok(false), "there are readers");
+        drop((first, second, third));
+        let writer = open();
+        assert_eq!(take(&writer, false), Ok(true));
+        assert_eq!(take(&writer, false), Ok(true), "its own");
+        for read_only in [true, false] {
+            assert_eq!(take(&open(), read_only), Ok(false));
+        }
+        drop(writer);
+        assert_eq!(take(&open(), false), Ok(true), "locks end with who took them");
+    }
+}
