@@ -114,16 +114,15 @@ impl FileVolume {
 }
 
 impl FileVolume {
-    /// Whether reads go faster when the worker carries them out itself, which it cannot do into the pages of a ublk
-    /// request.
-    pub fn reads_wait(&self) -> bool {
-        self.reads_wait
+    /// Whether it goes past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.memory_alignment > 1
     }
 
     /// Whether writes cannot be tried without waiting, where that is known. Direct ones can, and only a write can tell of
     /// the others.
     fn writes_wait(&self) -> Option<bool> {
-        if self.memory_alignment > 1 { Some(false) } else { self.reads_wait.then_some(true) }
+        if self.is_direct() { Some(false) } else { self.reads_wait.then_some(true) }
     }
 }
 
@@ -187,11 +186,11 @@ mod tests {
         file.as_file().set_len(1 << 20).unwrap();
         let (volume, _) = FileVolume::open(&options(file.path())).unwrap();
         let tmpfs = rustix::fs::fstatfs(file.as_file()).unwrap().f_type == 0x0102_1994; // TMPFS_MAGIC of linux/magic.h
-        assert_eq!(volume.reads_wait(), tmpfs);
+        assert_eq!(volume.reads_wait, tmpfs);
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         file.as_file().set_len(1 << 20).unwrap();
         let (volume, _) = FileVolume::open(&options(file.path())).unwrap();
-        assert_eq!(volume.writes_wait(), volume.reads_wait().then_some(true), "only a write tells");
+        assert_eq!(volume.writes_wait(), volume.reads_wait.then_some(true), "only a write tells");
         assert!(!fcntl_getfl(&*volume.file).unwrap().contains(OFlags::NONBLOCK));
     }
 

@@ -32,6 +32,9 @@ const PASS_LEAST: u16 = 4;
 const PASS_MOST: u16 = 8;
 const PASS_BYTES: u64 = 64 << 10;
 
+/// Requests that are left when a driver is told of the others: the work of about the time that waking it takes.
+const CALL_AT: u16 = 32;
+
 /// After so many passes without anything, a vring is looked at no more until it is kicked: each look costs a load from
 /// memory that the driver writes, each kick a system call on both sides.
 const IDLE_PASSES: u16 = 256;
@@ -299,16 +302,16 @@ impl Vring {
         true
     }
 
-    /// Tells the driver of what it can see, if that is due: when as much is done as is left, or nothing more is about to
-    /// come (`news`: what [`publish`](Self::publish) said). To wake a driver that sleeps costs some 10 us of CPU, and
-    /// one that is woken for each completion finds it and sleeps again; at half of its requests it works on these while
-    /// we work on the others.
+    /// Tells the driver of what it can see, if that is due: when as much is done as is left and what is left is little, or
+    /// nothing more is about to come (`news`: what [`publish`](Self::publish) said). To wake a driver that sleeps costs
+    /// some 10 us of CPU, and one that is woken for each completion finds it and sleeps again; woken at half of its
+    /// requests it works on these while we work on the others.
     pub fn tell(&self, news: bool) {
         let (old, new) = (self.told_used.get(), self.published.get());
         let untold = new.wrapping_sub(old);
         let waiting = self.seen_avail.get().wrapping_sub(self.next_avail.get());
         let left = u32::from(self.in_flight.get()) + u32::from(waiting);
-        if untold == 0 || news && u32::from(untold) < left {
+        if untold == 0 || news && left > u32::from(untold.min(CALL_AT)) {
             return;
         }
         self.told_used.set(new);
