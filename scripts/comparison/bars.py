@@ -7,19 +7,19 @@ from typing import Literal
 
 from .report import OURS, Row, find, ratio
 
-Verdict = Literal["met", "missed", "not measured", "refused", "elsewhere"]
+Verdict = Literal["met", "missed", "no bar", "not measured", "refused", "elsewhere"]
 
 
 @dataclass(frozen=True)
 class Check:
-    """Ours over the best of theirs, for IOPS at least, for costs at most, `limit`; `inverse`: theirs over ours, for a
-    cost at least that."""
+    """Ours over the best of theirs, for IOPS at least, for costs at most, `limit` (None: to be told, not
+    judged); `inverse`: theirs over ours, for a cost at least that."""
 
     what: str
     store: str
     job: str
     rivals: tuple[str, ...]
-    limit: float
+    limit: float | None
     value: str = "iops"
     client: str = "event"
     rival_client: str = ""
@@ -31,8 +31,10 @@ class Check:
         return self.inverse or self.value == "iops"
 
 
-def guest(what: str, job: str, rivals: tuple[str, ...], limit: float, inverse: bool = False) -> Check:
-    return Check(what, "tmpfs", job, rivals, limit, "kinsn", "fio", half="guest", inverse=inverse)
+def guest(
+    what: str, job: str, rivals: tuple[str, ...], limit: float | None, inverse: bool = False, store: str = "ext4"
+) -> Check:
+    return Check(what, store, job, rivals, limit, "kinsn", "fio", half="guest", inverse=inverse)
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,13 @@ CHECKS: tuple[Check, ...] = (
     Check("null, QD32", "null", "randread-qd32", QSD, 2.0),
     Check("null, QD128", "null", "randread-qd128", QSD, 3.0),
     Check("cached ext4, 128 KiB sequential read", "ext4", "read128k-qd8", QSD, 1.15),
-    guest("ublk file volume, guest instructions over rublk loop's, QD1", "randread-qd1", RUBLK, 0.85),
-    guest("  QD32", "randread-qd32", RUBLK, 0.75),
+    guest("ublk, file on tmpfs, guest instructions over rublk loop's, QD1", "randread-qd1", RUBLK, 0.85, store="tmpfs"),
+    guest("  QD32", "randread-qd32", RUBLK, 0.75, store="tmpfs"),
+    guest("  cached ext4, QD1", "randread-qd1", RUBLK, None),
+    guest("  cached ext4, QD32", "randread-qd32", RUBLK, None),
+    guest("  cached ext4, random write QD1", "randwrite-qd1", RUBLK, None),
+    guest("  O_DIRECT ext4, QD1", "randread-qd1", RUBLK, None, store="direct"),
+    guest("  O_DIRECT ext4, QD32", "randread-qd32", RUBLK, None, store="direct"),
     guest("NBD over TCP, guest instructions over our ublk's, QD32", "randread-qd32", ("nbd-tcp",), 3.5, inverse=True),
     guest("NVMe/TCP, the same", "randread-qd32", ("nvme-tcp",), 3.5, inverse=True),
     guest("iSCSI, the same", "randread-qd32", ("iscsi",), 3.5, inverse=True),
@@ -106,7 +113,7 @@ def judge(rows: list[Row]) -> list[Outcome]:
 
 
 def outcome(check: Check, rows: list[Row]) -> Outcome:
-    limit = f"at {'least' if check.at_least else 'most'} {check.limit}x"
+    limit = "" if check.limit is None else f"at {'least' if check.at_least else 'most'} {check.limit}x"
     ours = find(rows, check.half, check.store, check.job, check.client, OURS)
     rivals = [
         row for peer in check.rivals
@@ -121,9 +128,11 @@ def outcome(check: Check, rows: list[Row]) -> Outcome:
     if found.value is None:
         return Outcome(check.what, limit, "refused" if found.why else "not measured", note=found.why)
     value = 1 / found.value if check.inverse else found.value
-    met = value >= check.limit if check.at_least else value <= check.limit
-    spread = max(ours.spread, best.spread)
-    return Outcome(check.what, limit, "met" if met else "missed", value, spread, f"against {best.peer}")
+    verdict: Verdict = "no bar"
+    if check.limit is not None:
+        met = value >= check.limit if check.at_least else value <= check.limit
+        verdict = "met" if met else "missed"
+    return Outcome(check.what, limit, verdict, value, max(ours.spread, best.spread), f"against {best.peer}")
 
 
 def table(outcomes: list[Outcome]) -> list[str]:
@@ -131,5 +140,6 @@ def table(outcomes: list[Outcome]) -> list[str]:
     for one in outcomes:
         value = "" if one.ratio is None else f"{one.ratio:.2f}x"
         spread = "" if one.spread is None else f"spread {one.spread:.0%}"
-        lines.append(f"  {one.verdict:<13}{value:>7} {spread:<12} {one.what}: {one.limit}; {one.note}".rstrip("; "))
+        text = "; ".join(part for part in (one.limit, one.note) if part)
+        lines.append(f"  {one.verdict:<13}{value:>7} {spread:<12} {one.what}: {text}".rstrip(": "))
     return lines

@@ -25,7 +25,7 @@ SHOWN = ("randread-qd1", "randread-qd32", "randread-qd128", "randread-4xqd32", "
 # Title, half, store, value.
 PANELS = (
     ("I/Os per second on a page-cached ext4 file, one CPU for the server (longer is better)", "native", "ext4", "iops"),
-    ("Thousand guest instructions per I/O of disks on one file (shorter is better)", "guest", "tmpfs", "kinsn"),
+    ("Thousand guest instructions per I/O, page-cached ext4 file (shorter is better)", "guest", "ext4", "kinsn"),
 )
 
 STYLE = """

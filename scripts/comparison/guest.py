@@ -26,15 +26,20 @@ from .model import JOBS, Conditions, Job, Measurement, Note, Plan, Progress, Sec
 
 IN_GUEST = Path(__file__).parent / "guest"
 SERIES = "7"
-# As scripts/guest --icount has it. Each step of a `rep movsb` counts, so that a copy weighs about eight times what
-# it costs. With "max,-erms,-fsrm" the kernel copies in loops instead; --cpu of this module chooses.
-DEFAULT_CPU = "max"
+# Without these features the kernel copies in loops of eight bytes. With them (scripts/guest --icount's own choice) each
+# step of a `rep movsb` counts, and a copy weighs about eight times as much.
+DEFAULT_CPU = "max,-erms,-fsrm"
 SIZE = "256 MiB"
 # Emulation makes 50 to 200 million instructions a second here.
 LIMIT_SECONDS = {True: 300, False: 3600}
 # icount runs agree within 2 %: more rounds would only repeat each other.
-MOST_ROUNDS = {True: 1, False: 2}
+MOST_ROUNDS = 1
 QUICK_JOBS = ("randread-qd1", "randread-qd32")
+FEW_JOBS = (*QUICK_JOBS, "randwrite-qd1", "randwrite-qd32")
+BACKINGS = {
+    "null": "null", "memory": "kernel memory", "ext4": "file on ext4 on brd, in the page cache",
+    "direct": "file on ext4 on brd, O_DIRECT", "tmpfs": "file on tmpfs",
+}  # fmt: skip
 
 
 def ios(job: Job) -> int:
@@ -43,11 +48,10 @@ def ios(job: Job) -> int:
 
 
 def conditions(job: Job, store: str, kernel: str, cpu: str, boot: str) -> Conditions:
-    backing = {"null": "null", "memory": "kernel memory"}.get(store, "file on tmpfs")
     return {
         "kernel": kernel, "guest_boot": boot, "cpu": cpu, "cpus": 1, "client": "fio io_uring, direct", "store": store,
-        "backing": backing, "size": SIZE, "rw": job.rw, "block": job.block, "depth": job.depth, "queues": job.queues,
-        "ios": ios(job),
+        "backing": BACKINGS[store], "size": SIZE, "rw": job.rw, "block": job.block, "depth": job.depth,
+        "queues": job.queues, "ios": ios(job),
     }  # fmt: skip
 
 
@@ -103,14 +107,20 @@ class Output:
         }  # fmt: skip
 
 
-def chosen(plan: Plan) -> tuple[list[Peer], list[Job]]:
-    """What the plan asks for; the guest measures every job with every peer."""
-    jobs = [
-        job for job in JOBS.values()
-        if job.queues == 1 and (not plan.quick or job.name in QUICK_JOBS) and plan.jobs.search(f"tmpfs/{job.name}/fio")
-    ]  # fmt: skip
+def chosen(plan: Plan) -> tuple[list[Peer], dict[Job, list[str]]]:
+    """What the plan asks for: peers, and jobs with their stores; the guest measures a job with every peer on these."""
     peers = [peer for peer in PEERS if (peer.quick or not plan.quick) and plan.peers.search(peer.name)]
-    return peers, jobs
+    jobs = {}
+    for job in JOBS.values():
+        stores = [
+            store for store in dict.fromkeys(peer.store for peer in peers)
+            if job.queues == 1 and plan.jobs.search(f"{store}/{job.name}/fio")
+            and job.name in (QUICK_JOBS if plan.quick else FEW_JOBS if store in ("direct", "tmpfs") else JOBS)
+        ]  # fmt: skip
+        if stores:
+            jobs[job] = stores
+    used = {store for stores in jobs.values() for store in stores}
+    return [peer for peer in peers if peer.store in used], jobs
 
 
 def measure(plan: Plan, ringblk: Path | None = None, cpu: str = DEFAULT_CPU) -> Generator[Measurement, None, None]:
@@ -120,7 +130,10 @@ def measure(plan: Plan, ringblk: Path | None = None, cpu: str = DEFAULT_CPU) -> 
         return
     try:
         kernel, fio = Path(printed(SCRIPTS / "kernel", SERIES)), printed(SCRIPTS / "fio-static")
-        bins = ["--bin", f"{fio}:/bin/fio", "--bin", program("timeout"), "--bin", f"{IN_GUEST}:/compare"]
+        if not native.need(plan, "e2fsprogs"):
+            raise Lacking("could not install e2fsprogs")
+        bins = ["--bin", f"{fio}:/bin/fio", "--bin", f"{IN_GUEST}:/compare"]
+        bins += [argument for name in ("timeout", "mkfs.ext4") for argument in ("--bin", program(name))]
     except Lacking as error:
         plan.failures.append(Note("guest", "everything", str(error)))
         return
@@ -135,15 +148,17 @@ def measure(plan: Plan, ringblk: Path | None = None, cpu: str = DEFAULT_CPU) -> 
     version = (kernel / "version").read_text().strip()
     plan.versions["guest"] = f"Linux {version}, QEMU -icount with -cpu {cpu}"
 
-    rounds = min(plan.rounds, MOST_ROUNDS[plan.quick])
-    script = [f"{job.name}:{job.rw}:{job.block}:{job.depth}:{ios(job)}" for job in jobs]
+    rounds = min(plan.rounds, MOST_ROUNDS)
+    script = [
+        f"{job.name}:{job.rw}:{job.block}:{job.depth}:{ios(job)}:{'+'.join(stores)}" for job, stores in jobs.items()
+    ]
     command = [
         str(SCRIPTS / "guest"), "--kernel", str(kernel), "--icount", "--qemu", "-cpu", "--qemu", cpu,
-        "--memory", "1536M", "--out", str(plan.scratch / "guest"), "--timeout", str(LIMIT_SECONDS[plan.quick]), *bins,
+        "--memory", "2G", "--out", str(plan.scratch / "guest"), "--timeout", str(LIMIT_SECONDS[plan.quick]), *bins,
         *(argument for module in MODULES for argument in ("--ship-module", module)),
         str(IN_GUEST / "measure.sh"), str(rounds), ",".join(script), *(peer.disk for peer in there),
     ]  # fmt: skip
-    output = Output(plan, version, cpu, there, jobs, rounds)
+    output = Output(plan, version, cpu, there, list(jobs), rounds)
     plan.say(f"guest: kernel {version}, {len(there)} disks")
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, errors="replace")
     try:
@@ -163,7 +178,6 @@ def measure(plan: Plan, ringblk: Path | None = None, cpu: str = DEFAULT_CPU) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="comparison.guest", description="The guest half of scripts/compare alone.")
     parser.add_argument("--quick", action="store_true", help="four disks, reads of depth 1 and 32")
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--jobs", type=re.compile, default=re.compile(""), metavar="REGEX")
     parser.add_argument("--peers", type=re.compile, default=re.compile(""), metavar="REGEX")
     parser.add_argument("--ringblk", type=Path, help="a binary to measure [this tree's, built first]")
@@ -172,7 +186,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compare-guest.") as scratch:
         plan = Plan(
-            quick=args.quick, rounds=args.rounds, times=Seconds(0, 0), jobs=args.jobs, peers=args.peers,
+            quick=args.quick, rounds=MOST_ROUNDS, times=Seconds(0, 0), jobs=args.jobs, peers=args.peers,
             scratch=Path(scratch),
         )  # fmt: skip
         with closing(measure(plan, args.ringblk, args.cpu)) as figures:

@@ -24,15 +24,20 @@ class Lacking(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """`name` and `store` as in the report; `disk`: who makes it in the guest, guest/peers.sh's peer_DISK."""
+    """`name` and `store` as in the report; `kind`: who makes it in the guest, guest/peers.sh's peer_KIND."""
 
     name: str
     store: str
-    disk: str
+    kind: str
     # A script of ours that prints a program's path, or "".
     script: str = ""
     packages: tuple[str, ...] = ()
     quick: bool = False
+
+    @property
+    def disk(self) -> str:
+        """What guest/measure.sh calls it."""
+        return f"{self.kind}@{self.store}"
 
 
 PEERS = (
@@ -41,15 +46,25 @@ PEERS = (
     Peer("ringblk", "null", "ringblk-null"),
     Peer("rublk", "null", "rublk-null", "rublk"),
     # As users get it: without a copy, where the kernel can.
-    Peer("ringblk", "tmpfs", "ringblk-file", quick=True),
+    Peer("ringblk", "ext4", "ringblk-file", quick=True),
+    Peer("ringblk-copy", "ext4", "ringblk-file-copy"),
+    Peer("rublk", "ext4", "rublk-loop", "rublk", quick=True),
+    Peer("rublk-zc", "ext4", "rublk-loop-zc", "rublk"),
+    Peer("loop", "ext4", "loop", quick=True),
+    Peer("nbd-tcp", "ext4", "nbd-tcp", packages=("nbdkit", "nbd-client"), quick=True),
+    Peer("nbd-unix", "ext4", "nbd-unix", packages=("nbdkit", "nbd-client")),
+    Peer("nvme-tcp", "ext4", "nvme-tcp"),
+    Peer("iscsi", "ext4", "iscsi", "iscsistart"),
+    # rublk's default.
+    Peer("ringblk", "direct", "ringblk-file"),
+    Peer("rublk", "direct", "rublk-loop", "rublk"),
+    Peer("rublk-zc", "direct", "rublk-loop-zc", "rublk"),
+    # Where io_uring cannot but hand every request to a thread of its own.
+    Peer("ringblk", "tmpfs", "ringblk-file"),
     Peer("ringblk-copy", "tmpfs", "ringblk-file-copy"),
-    Peer("rublk", "tmpfs", "rublk-loop", "rublk", quick=True),
+    Peer("rublk", "tmpfs", "rublk-loop", "rublk"),
     Peer("rublk-zc", "tmpfs", "rublk-loop-zc", "rublk"),
-    Peer("loop", "tmpfs", "loop", quick=True),
-    Peer("nbd-tcp", "tmpfs", "nbd-tcp", packages=("nbdkit", "nbd-client"), quick=True),
-    Peer("nbd-unix", "tmpfs", "nbd-unix", packages=("nbdkit", "nbd-client")),
-    Peer("nvme-tcp", "tmpfs", "nvme-tcp"),
-    Peer("iscsi", "tmpfs", "iscsi", "iscsistart"),
+    Peer("loop", "tmpfs", "loop"),
 )
 
 

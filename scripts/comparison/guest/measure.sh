@@ -1,7 +1,8 @@
 #!/bin/bash
 # measure.sh ROUNDS JOBS PEER...: counts guest instructions per I/O, under
-# scripts/guest --icount, where a nanosecond is an instruction. JOBS is a list of
-# NAME:RW:BLOCK:DEPTH:IOS, separated by commas. Prints, one line each:
+# scripts/guest --icount, where a nanosecond is an instruction. A PEER is DISK@STORE:
+# peers.sh's peer_DISK on that store's file. JOBS is a list of
+# NAME:RW:BLOCK:DEPTH:IOS:STORE+STORE..., separated by commas. Prints, one line each:
 #   boot ID                                 of this boot
 #   up PEER DEVICE                          or: down PEER REASON
 #   cell PEER JOB ROUND IOS MICROSECONDS    of virtual time, for the IOS together
@@ -17,7 +18,9 @@
 # used before: each disk is read at full depth once, which is not counted.
 set -uo pipefail
 
-image=/tmp/disk.img size=$((256 << 20))
+size=$((256 << 20))
+# The file behind a disk. Writes past the page cache drop it: they get a file of their own.
+declare -A images=([ext4]=/mnt/cached.img [direct]=/mnt/direct.img [tmpfs]=/tmp/disk.img)
 # shellcheck source=scripts/comparison/guest/peers.sh
 . /compare/peers.sh
 
@@ -54,17 +57,40 @@ cell() {
     fi
 }
 
+# The files, on an ext4 of memory and on a tmpfs, with all blocks written.
+make_files() {
+    local mib=$((size >> 20))
+    # ram1, as the peer brd has ram0. What each takes is taken page by page, when written.
+    modprobe brd rd_nr=2 rd_size=$((2 * size + (64 << 20) >> 10))
+    mkfs.ext4 -q -F /dev/ram1
+    # No writeback and no journal commit while something is measured, but when somebody asks for it.
+    echo 0 >/proc/sys/vm/dirty_writeback_centisecs
+    echo 90 >/proc/sys/vm/dirty_background_ratio
+    echo 95 >/proc/sys/vm/dirty_ratio
+    mount -t ext4 -o commit=36000 /dev/ram1 /mnt
+    # Not one page in the page cache: a write past it would have to drop that, which it cannot without waiting.
+    dd if=/dev/zero of="${images[direct]}" bs=1M count=$mib oflag=direct status=none
+    # Larger writes would make larger folios in the page cache.
+    dd if=/dev/zero of="${images[ext4]}" bs=4k count=$((size >> 12)) status=none
+    sync
+    # Every page dirty, so that no write is the first one to its page.
+    dd if=/dev/zero of="${images[ext4]}" bs=1M count=$mib conv=notrunc status=none
+    dd if=/dev/zero of="${images[tmpfs]}" bs=1M count=$mib status=none
+}
+
 rounds=$1
 IFS=, read -ra jobs <<<"$2"
 shift 2
 echo "boot $(</proc/sys/kernel/random/boot_id)"
-dd if=/dev/zero of=$image bs=1M count=$((size >> 20)) status=none
+make_files
 
 declare -A devices=()
+number=0
 for peer; do
+    disk=${peer%@*} store=${peer#*@} image=${images[${peer#*@}]:-} number=$((number + 1))
     # A process for its `set -e`. It stays: nbdkit ends when the shell that started it does.
     rm -f /run/device
-    (set -e; "peer_${peer//-/_}"; echo "$device" >/run/device; exec sleep infinity) 2>/run/why &
+    (set -e; "peer_${disk//-/_}"; echo "$device" >/run/device; exec sleep infinity) 2>/run/why &
     end=$((SECONDS + 60))
     while kill -0 $! 2>/dev/null && [ ! -s /run/device ] && [ $SECONDS -lt $end ]; do sleep 0.01; done
     if [ -s /run/device ]; then
@@ -72,7 +98,7 @@ for peer; do
         # The same for all, whatever each driver's default is; some have none to choose.
         scheduler=/sys/block/${devices[$peer]#/dev/}/queue/scheduler
         [ ! -w "$scheduler" ] || echo none >"$scheduler" 2>/dev/null
-        if fio_run "${devices[$peer]}" randread 131072 128 512; then
+        if fio_run "${devices[$peer]}" randread 131072 128 256; then
             echo "up $peer ${devices[$peer]}"
         else
             echo "down $peer $why"
@@ -86,9 +112,10 @@ done
 
 for ((round = 1; round <= rounds; round++)); do
     for job in "${jobs[@]}"; do
-        IFS=: read -r name rw block depth ios <<<"$job"
+        IFS=: read -r name rw block depth ios stores <<<"$job"
         for peer; do
-            [ -z "${devices[$peer]:-}" ] || cell "$peer" "$name" "$rw" "$block" "$depth" "$ios" "$round"
+            [[ -z ${devices[$peer]:-} || +$stores+ != *"+${peer#*@}+"* ]] ||
+                cell "$peer" "$name" "$rw" "$block" "$depth" "$ios" "$round"
         done
     done
 done

@@ -2,7 +2,8 @@
 # One function for each peer: makes a block device, which it names in $device. It
 # fails with a reason on stderr. Each peer stays up until the guest ends; an idle
 # one costs nothing. Sourced by measure.sh, with:
-#   image size    the file behind every disk that has one, and its bytes
+#   peer store number    what is to be made, and a number that no other has
+#   image size           the file behind it, if it has one, and its bytes
 # shellcheck disable=SC2034,SC2154
 
 port_nvme=4420 port_iscsi=3260 port_nbd=10809
@@ -31,43 +32,48 @@ log_of() { tail -n 3 "/run/$1.log" | tr '\n' ' ' >&2; }
 
 # The block layer alone, on memory of its own.
 peer_brd() {
-    modprobe brd rd_nr=1 rd_size=$((size >> 10))
     device=/dev/ram0
-    dd if="$image" of=$device bs=1M oflag=direct status=none
+    dd if=/dev/zero of=$device bs=1M count=$((size >> 20)) oflag=direct status=none
 }
 
 peer_loop() {
     modprobe loop
-    device=/dev/loop0
-    losetup $device "$image"
+    device=$(losetup -f)
+    losetup "$device" "$image"
 }
 
-# ringblk_disk ID VOLUME ZERO-COPY [OPTION...]
+# ringblk_disk VOLUME ZERO-COPY
 ringblk_disk() {
-    local id=$1 volume=$2 zero_copy=$3
-    shift 3
+    local volume=$1 zero_copy=$2
     modprobe ublk_drv
-    device=/dev/ublkb$id
-    server "$peer" ringblk serve --workers 1 --control "/run/$peer.sock" --volume "v$id=$volume" \
-        --ublk "v$id,id=$id,queues=1,depth=128,zero-copy=$zero_copy" "$@"
+    device=/dev/ublkb$number
+    [ "$store" != direct ] || volume+=,direct=on
+    # The name is the device's too, in /dev/ringblk.
+    server "$peer" ringblk serve --workers 1 --control "/run/$peer.sock" --volume "v$number=$volume" \
+        --ublk "v$number,id=$number,queues=1,depth=128,zero-copy=$zero_copy"
     wait_for 10 test -b "$device" || { log_of "$peer"; return 1; }
 }
-peer_ringblk_null() { ringblk_disk 0 "null:$size" auto; }
-peer_ringblk_file() { ringblk_disk 1 "file:$image" auto; }
-peer_ringblk_file_copy() { ringblk_disk 2 "file:$image" off; }
+peer_ringblk_null() { ringblk_disk "null:$size" auto; }
+# Several of them have the image, which their lock is there to prevent.
+peer_ringblk_file() { ringblk_disk "file:$image,lock=off" auto; }
+peer_ringblk_file_copy() { ringblk_disk "file:$image,lock=off" off; }
 
-# rublk_disk ID ARG...
+# rublk_disk TARGET ARG...
 rublk_disk() {
-    local id=$1 kind=$2
-    shift 2
     modprobe ublk_drv
-    device=/dev/ublkb$id
-    server "$peer" rublk add "$kind" --number "$id" --queue 1 --depth 128 --foreground --quiet "$@"
+    device=/dev/ublkb$number
+    server "$peer" rublk add "$1" --number "$number" --queue 1 --depth 128 --foreground --quiet "${@:2}"
     wait_for 10 test -b "$device" || { log_of "$peer"; return 1; }
 }
-peer_rublk_null() { rublk_disk 10 null; }
-peer_rublk_loop() { rublk_disk 11 loop --file "$image"; }
-peer_rublk_loop_zc() { rublk_disk 12 loop --file "$image" --zero-copy; }
+# Its default is O_DIRECT, which tmpfs takes and ignores: asked for the page cache where the others use it.
+rublk_loop() {
+    local cache=()
+    [ "$store" = direct ] || cache=(--buffered-io)
+    rublk_disk loop --file "$image" ${cache[@]+"${cache[@]}"} "$@"
+}
+peer_rublk_null() { rublk_disk null; }
+peer_rublk_loop() { rublk_loop; }
+peer_rublk_loop_zc() { rublk_loop --zero-copy; }
 
 # The kernel's client and one connection, to nbdkit.
 peer_nbd_tcp() {

@@ -20,8 +20,8 @@ def native(
     }  # type: ignore[typeddict-item]  # fmt: skip
 
 
-def guest(peer: str, kinsn: float, *, job: str = "randread-qd32") -> Measurement:
+def guest(peer: str, kinsn: float, *, job: str = "randread-qd32", store: str = "ext4") -> Measurement:
     return {
-        "half": "guest", "peer": peer, "store": "tmpfs", "job": job, "client": "fio", "round": 1,
+        "half": "guest", "peer": peer, "store": store, "job": job, "client": "fio", "round": 1,
         "conditions": {"guest_boot": "b"}, "kinsn": kinsn, "ios": 1000,
     }  # fmt: skip

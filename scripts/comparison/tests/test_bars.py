@@ -46,8 +46,12 @@ class Bars(unittest.TestCase):
 
     def test_guest(self):
         found = verdicts(guest("ringblk", 10), guest("rublk", 14), guest("rublk-zc", 13), guest("iscsi", 35))
-        self.assertEqual(found["  QD32"].note, "against rublk-zc")
-        self.assertEqual(found["  QD32"].verdict, "missed")
+        told = found["  cached ext4, QD32"]
+        self.assertEqual((told.note, told.verdict, told.limit), ("against rublk-zc", "no bar", ""))
+        self.assertEqual(found["  QD32"].verdict, "not measured", "tmpfs is another store")
+        found |= verdicts(guest("ringblk", 3, store="tmpfs"), guest("rublk", 4, store="tmpfs"))
+        self.assertEqual((found["  QD32"].note, found["  QD32"].verdict), ("against rublk", "met"))
+        found |= verdicts(guest("ringblk", 10), guest("iscsi", 35))
         self.assertEqual(found["iSCSI, the same"].verdict, "met")
         self.assertEqual(found["NVMe/TCP, the same"].verdict, "not measured")
 

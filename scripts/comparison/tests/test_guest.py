@@ -33,35 +33,35 @@ class Reading(unittest.TestCase):
 
     def test_a_cell_is_thousand_instructions_per_io(self) -> None:
         self.assertIsNone(self.output.read("boot 1234\n"))
-        one = self.cell("cell rublk-loop randread-qd32 2 10000 227556\n")
+        one = self.cell("cell rublk-loop@tmpfs randread-qd32 2 10000 227556\n")
         self.assertEqual((one["peer"], one["store"], one["job"], one["round"]), ("rublk", "tmpfs", "randread-qd32", 2))
         self.assertAlmostEqual(one["kinsn"], 22.7556)
         self.assertEqual(one["ios"], 10000)
 
     def test_ratios_are_fair_within_one_boot_only(self) -> None:
         self.output.read("boot 1")
-        ours = self.cell("cell ringblk-file randread-qd1 1 2000 90000")
-        theirs = self.cell("cell loop randread-qd1 1 2000 50000")
+        ours = self.cell("cell ringblk-file@ext4 randread-qd1 1 2000 90000")
+        theirs = self.cell("cell loop@ext4 randread-qd1 1 2000 50000")
         self.output.read("boot 2")
-        later = self.cell("cell loop randread-qd1 1 2000 50000")
-        brd = self.cell("cell brd randread-qd1 1 2000 20000")
+        later = self.cell("cell loop@ext4 randread-qd1 1 2000 50000")
+        elsewhere = self.cell("cell loop@tmpfs randread-qd1 1 2000 20000")
         self.assertEqual(differing(ours["conditions"], theirs["conditions"]), "")
         self.assertIn("guest_boot", differing(ours["conditions"], later["conditions"]))
-        self.assertIn("store", differing(later["conditions"], brd["conditions"]))
+        self.assertIn("store", differing(later["conditions"], elsewhere["conditions"]))
 
     def test_a_peer_that_fails_is_told_with_the_reason(self) -> None:
-        self.output.read("down iscsi waited in vain for: listens 3260")
-        self.output.read("lost nbd-tcp read128k-qd8 1 fio: status 1 Input/output error")
+        self.output.read("down iscsi@ext4 waited in vain for: listens 3260")
+        self.output.read("lost nbd-tcp@ext4 read128k-qd8 1 fio: status 1 Input/output error")
         self.assertEqual(
             [(note.what, note.why) for note in self.plan.failures],
             [
-                ("iscsi tmpfs", "waited in vain for: listens 3260"),
-                ("nbd-tcp tmpfs", "read128k-qd8: fio: status 1 Input/output error"),
+                ("iscsi ext4", "waited in vain for: listens 3260"),
+                ("nbd-tcp ext4", "read128k-qd8: fio: status 1 Input/output error"),
             ],
         )
 
     def test_only_the_last_line_is_the_end(self) -> None:
-        self.output.read("up brd /dev/ram0")
+        self.output.read("up brd@memory /dev/ram0")
         self.output.read("bash: something unforeseen")
         self.assertFalse(self.output.ended)
         self.assertEqual(self.said, ["guest: bash: something unforeseen"])
@@ -76,11 +76,21 @@ class Choosing(unittest.TestCase):
         self.assertEqual({peer.name for peer in peers}, {"ringblk", "rublk", "loop", "nbd-tcp"})
         every, all_jobs = chosen(plan())
         self.assertEqual((len(every), len(all_jobs)), (len(PEERS), 8))
+        self.assertIn("tmpfs", all_jobs[JOBS["randread-qd32"]])
+        self.assertNotIn("tmpfs", all_jobs[JOBS["randread-qd128"]])
+
+    def test_a_store_may_be_chosen(self) -> None:
+        peers, jobs = chosen(plan(jobs="^tmpfs/randread-qd32"))
+        self.assertEqual({peer.store for peer in peers}, {"tmpfs"})
+        self.assertEqual({job.name: stores for job, stores in jobs.items()}, {"randread-qd32": ["tmpfs"]})
+
+    def test_no_two_disks_have_one_name(self) -> None:
+        self.assertEqual(len({peer.disk for peer in PEERS}), len(PEERS))
 
     def test_each_disk_has_a_function_in_the_guest(self) -> None:
         script = (Path(__file__).parents[1] / "guest/peers.sh").read_text()
         for peer in PEERS:
-            self.assertIn(f"\npeer_{peer.disk.replace('-', '_')}() {{", script)
+            self.assertIn(f"\npeer_{peer.kind.replace('-', '_')}() {{", script)
 
 
 if __name__ == "__main__":

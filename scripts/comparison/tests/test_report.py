@@ -84,7 +84,7 @@ class Tables(unittest.TestCase):
 
     def test_guest(self):
         text = "\n".join(report.guest_table(rows_of(guest("ringblk", 8), guest("rublk", 10))))
-        self.assertRegex(text, r"rublk tmpfs +10.0 0.80x")
+        self.assertRegex(text, r"rublk ext4 +10.0 0.80x")
 
     def test_notes(self):
         self.assertEqual(report.notes("failed", []), [])
