@@ -75,15 +75,17 @@ zero_copy_refused() {
     grep -qi 'zero.copy' /tmp/said || fail "the error does not say that zero copy is the reason"
 }
 
-# The kernel drops a flag it does not know without a word: what came back counts.
-zero_copy_auto_is_copy() {
-    truncate -s "$small" /tmp/zc.img
-    service_start --volume zc=file:/tmp/zc.img --ublk zc,zero-copy=auto
+# zero_copy_auto IMAGE OPTIONS WHETHER: what is chosen. The kernel drops a flag it
+# does not know without a word: what came back counts.
+zero_copy_auto() {
+    truncate -s "$small" "$1"
+    service_start --volume "zc=file:$1$2" --ublk zc,zero-copy=auto
     up zc
-    equal "zero copy" "$(export_field zc zero_copy)" false
+    equal "zero copy" "$(export_field zc zero_copy)" "$3"
     disk_fio /dev/ringblk/zc
-    disk_same_as /dev/ringblk/zc /tmp/zc.img
+    disk_same_as /dev/ringblk/zc "$1"
     service_stop /dev/ringblk/zc
+    rm "$1"
 }
 
 nbd_servers() {

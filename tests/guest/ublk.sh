@@ -15,12 +15,14 @@ prepare
 
 disk "$prefix/q1-copy" q1copy "file:/tmp/q1copy.img" "queues=1,zero-copy=off" false 1 /tmp/q1copy.img
 disk "$prefix/q2-copy-direct" q2copy "file:/mnt/scratch/q2copy.img,direct=on" "queues=2,zero-copy=off" false 2 /mnt/scratch/q2copy.img
+check "$prefix/zero-copy-auto-buffered" zero_copy_auto /tmp/zc.img "" false
 if [ "$series" = 6.12 ]; then
+    check "$prefix/zero-copy-auto-direct" zero_copy_auto /mnt/scratch/zc.img ,direct=on false
     check "$prefix/zero-copy-refused" zero_copy_refused
-    check "$prefix/zero-copy-auto-is-copy" zero_copy_auto_is_copy
     echo "skip $prefix/q1-zero-copy: kernel 6.12 has none"
     echo "skip $prefix/q2-zero-copy-direct: kernel 6.12 has none"
 else
+    check "$prefix/zero-copy-auto-direct" zero_copy_auto /mnt/scratch/zc.img ,direct=on true
     disk "$prefix/q1-zero-copy" q1zc "file:/tmp/q1zc.img" "queues=1,zero-copy=on" true 1 /tmp/q1zc.img
     disk "$prefix/q2-zero-copy-direct" q2zc "file:/mnt/scratch/q2zc.img,direct=on" "queues=2,zero-copy=on" true 2 /mnt/scratch/q2zc.img
 fi

@@ -42,8 +42,8 @@ impl Inline {
         if self.reads { self.begin(len) } else { None }
     }
 
-    /// As [`read`](Self::read), for a write. `attempt` writes without waiting (`RWF_NOWAIT`); the first write asks it whether the
-    /// file can do so.
+    /// As [`read`](Self::read), for a write. `attempt` writes without waiting (`RWF_NOWAIT`); the first write asks it
+    /// whether the file can do so.
     pub fn write(&self, len: u64, attempt: impl FnOnce() -> i32) -> Option<Instant> {
         let here = self.writes.get().unwrap_or_else(|| {
             let unable = Errno::split(attempt()) == Err(Errno::EOPNOTSUPP);
