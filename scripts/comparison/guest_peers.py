@@ -45,9 +45,9 @@ PEERS = (
     Peer("brd", "memory", "brd"),
     Peer("ringblk", "null", "ringblk-null"),
     Peer("rublk", "null", "rublk-null", "rublk"),
-    # As users get it: without a copy, where the kernel can.
+    # As users get it: with a copy, but for the direct ones.
     Peer("ringblk", "ext4", "ringblk-file", quick=True),
-    Peer("ringblk-copy", "ext4", "ringblk-file-copy"),
+    Peer("ringblk-zc", "ext4", "ringblk-file-zc"),
     Peer("rublk", "ext4", "rublk-loop", "rublk", quick=True),
     Peer("rublk-zc", "ext4", "rublk-loop-zc", "rublk"),
     Peer("loop", "ext4", "loop", quick=True),
@@ -61,7 +61,7 @@ PEERS = (
     Peer("rublk-zc", "direct", "rublk-loop-zc", "rublk"),
     # Where io_uring cannot but hand every request to a thread of its own.
     Peer("ringblk", "tmpfs", "ringblk-file"),
-    Peer("ringblk-copy", "tmpfs", "ringblk-file-copy"),
+    Peer("ringblk-zc", "tmpfs", "ringblk-file-zc"),
     Peer("rublk", "tmpfs", "rublk-loop", "rublk"),
     Peer("rublk-zc", "tmpfs", "rublk-loop-zc", "rublk"),
     Peer("loop", "tmpfs", "loop"),

@@ -56,7 +56,7 @@ ringblk_disk() {
 peer_ringblk_null() { ringblk_disk "null:$size" auto; }
 # Several of them have the image, which their lock is there to prevent.
 peer_ringblk_file() { ringblk_disk "file:$image,lock=off" auto; }
-peer_ringblk_file_copy() { ringblk_disk "file:$image,lock=off" off; }
+peer_ringblk_file_zc() { ringblk_disk "file:$image,lock=off" on; }
 
 # rublk_disk TARGET ARG...
 rublk_disk() {
