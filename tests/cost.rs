@@ -61,9 +61,9 @@ fn thread(name: &str) -> i32 {
 
 const BATCHES: u32 = 50;
 
-/// Calls of the allocator by a worker in each of several runs of batches of such requests: until one makes none, or there
-/// were too many runs. A slot gets its memory when a request first comes to it, and how many are in use at once is up to
-/// chance.
+/// Calls of the allocator by a worker in each of several runs of batches of such requests: until one makes none, or
+/// there were too many runs. A slot gets its memory when a request first comes to it, and how many are in use at once
+/// is up to chance.
 fn calls(config: &VolumeConfig, shape: Shape) -> Vec<u64> {
     let worker = Worker::start(7, Duration::from_micros(50)).unwrap();
     let volume = Arc::new(Volume::open("cost", config).unwrap());

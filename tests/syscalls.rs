@@ -104,8 +104,8 @@ const DEPTH: u32 = 32;
 const REQUESTS: usize = 40_000;
 const BATCH: usize = 4;
 
-/// One enter and one call a batch at most. How large batches are is the worker's choice; with 32 requests in flight they
-/// have 4 on average at least.
+/// One enter and one call a batch at most. How large batches are is the worker's choice; with 32 requests in flight
+/// they have 4 on average at least.
 fn for_a_request(driver: &str, polls: bool) {
     let setup = Setup::new();
     let what = match driver {

@@ -1,5 +1,5 @@
-//! A guest or VMM that breaks the rules harms itself: its own request, vring or connection fails, and everything else is
-//! served as before.
+//! A guest or VMM that breaks the rules harms itself: its own request, vring or connection fails, and everything else
+//! is served as before.
 
 mod common;
 

@@ -1,8 +1,8 @@
 //! How many instructions a case takes: the same on a busy machine as on a quiet one.
 //!
 //! This program runs itself under callgrind twice, with a different number of batches, and takes the difference: what
-//! goes before and after falls out. A worker's cases are not counted: callgrind runs one thread at a time, and lets no other
-//! run while one sleeps in `io_uring_enter` (valgrind 3.19).
+//! goes before and after falls out. A worker's cases are not counted: callgrind runs one thread at a time, and lets
+//! no other run while one sleeps in `io_uring_enter` (valgrind 3.19).
 
 use super::cases::{CASES, Case};
 use std::path::Path;

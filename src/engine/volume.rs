@@ -134,8 +134,8 @@ impl Volume {
         matches!(self.store, Store::File(_))
     }
 
-    /// Whether zero copy is also the faster way. Through the page cache there is one copy in any case, and what the worker
-    /// carries out itself it can only do with memory of its own: ext4's buffered writes take half as long so.
+    /// Whether zero copy is also the faster way. Through the page cache there is one copy in any case, and what the
+    /// worker carries out itself it can only do with memory of its own: ext4's buffered writes take half as long so.
     pub fn prefers_registered(&self) -> bool {
         matches!(&self.store, Store::File(file) if file.is_direct())
     }

@@ -1,7 +1,7 @@
 //! The control API: HTTP/1.1 and JSON on a Unix socket, for the user who runs the service and for root.
 //!
-//! [`serve`] answers on a socket until told to stop. What can be asked is a table in [`routes`]: a new endpoint is one line there and one
-//! function, and a method of [`Managed`] if it needs something new from the service.
+//! [`serve`] answers on a socket until told to stop. What can be asked is a table in [`routes`]: a new endpoint is
+//! one line there and one function, and a method of [`Managed`] if it needs something new from the service.
 //!
 //! Limits: [`MAX_CONNECTIONS`] at a time (others wait in the listen queue), one request each, [`REQUEST_TIME`] in all,
 //! no request bodies, and headers of at most [`MAX_HEADERS`] bytes.

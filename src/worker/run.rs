@@ -331,8 +331,8 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         }
     }
 
-    /// Looks at every active vring: publishes what completed, takes what is new, so much of each that all get on. Whether
-    /// there was any.
+    /// Looks at every active vring: publishes what completed, takes what is new, so much of each that all get on.
+    /// Whether there was any.
     fn pump(&mut self) -> bool {
         let mut worked = false;
         let mut index = 0;

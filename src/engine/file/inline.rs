@@ -1,10 +1,10 @@
 //! Which reads and writes the worker carries out itself.
 //!
 //! io_uring first tries an operation without waiting (`IOCB_NOWAIT`). Some files cannot be asked that way: tmpfs for
-//! everything, ext4 and block devices for buffered writes. Each such operation goes to a thread of the kernel's (io-wq),
-//! one at a time for a file, at one to two microseconds on top of the one that the copy into the page cache takes. A
-//! plain system call on the worker's own thread is faster by 1.4 times and more, but may block: in a page fault, on a
-//! journal, when the kernel holds writers back because too much is dirty.
+//! everything, ext4 and block devices for buffered writes. Each such operation goes to a thread of the kernel's
+//! (io-wq), one at a time for a file, at one to two microseconds on top of the one that the copy into the page cache
+//! takes. A plain system call on the worker's own thread is faster by 1.4 times and more, but may block: in a page
+//! fault, on a journal, when the kernel holds writers back because too much is dirty.
 //!
 //! So the worker does them itself as long as they are quick, and leaves them to the kernel for a hundred times as long
 //! as one of them took too long: what a store can make a worker wait is a hundredth of its time at the most.

@@ -119,8 +119,8 @@ impl FileVolume {
         self.memory_alignment > 1
     }
 
-    /// Whether writes cannot be tried without waiting, where that is known. Direct ones can, and only a write can tell of
-    /// the others.
+    /// Whether writes cannot be tried without waiting, where that is known. Direct ones can, and only a write can
+    /// tell of the others.
     fn writes_wait(&self) -> Option<bool> {
         if self.is_direct() { Some(false) } else { self.reads_wait.then_some(true) }
     }

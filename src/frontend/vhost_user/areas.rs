@@ -83,7 +83,8 @@ impl Used {
 
     pub fn set(&self, at: u16, head: u16, written: u32) {
         let at = 4 + 8 * (at & (self.size - 1)) as usize;
-        // SAFETY: inside the area that `resolve` checked, aligned to 4; the driver does not look before the index moves.
+        // SAFETY: inside the area that `resolve` checked, aligned to 4; the driver does not look before the index
+        // moves.
         unsafe {
             self.base.add(at).cast::<u32>().write_volatile(u32::from(head).to_le());
             self.base.add(at + 4).cast::<u32>().write_volatile(written.to_le());

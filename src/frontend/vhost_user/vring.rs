@@ -25,9 +25,10 @@ use std::sync::atomic::{Ordering, fence};
 use std::task::Poll;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
-/// What a pass takes from a vring: half of what waits, between these, and at most so many bytes. Few enough that the first
-/// are on their way, or done and the guest at work on them, while the rest are taken; enough that the pass's one `enter`
-/// hardly counts.
+/// What a pass takes from a vring: half of the most that has waited at once, between these, and at most so many
+/// bytes. Few enough that the first are on their way, or done and the guest at work on them, while the rest are
+/// taken; enough that the pass's one `enter` hardly counts, and that a guest as quick as we are does not run dry
+/// between two passes.
 const PASS_LEAST: u16 = 4;
 const PASS_MOST: u16 = 8;
 const PASS_BYTES: u64 = 64 << 10;
@@ -87,7 +88,9 @@ pub struct Vring {
     next_used: Cell<u16>,
     published: Cell<u16>,
     told_used: Cell<u16>,
-    /// What this pass may still take.
+    /// The most that has waited at once since we last slept.
+    crest: Cell<u16>,
+    /// What this pass has taken, and the bytes that it may still take.
     taken: Cell<u16>,
     bytes_left: Cell<u64>,
     /// The driver was given something since it last brought something.
@@ -143,6 +146,7 @@ impl Vring {
             next_used: Cell::new(next_used),
             published: Cell::new(next_used),
             told_used: Cell::new(next_used),
+            crest: Cell::new(0),
             taken: Cell::new(0),
             bytes_left: Cell::new(PASS_BYTES),
             owed: Cell::new(false),
@@ -219,8 +223,8 @@ impl Vring {
             return None;
         }
         let next = self.next_avail.get();
-        let waiting = self.seen_avail.get().wrapping_sub(next);
-        if self.taken.get() >= waiting.clamp(PASS_LEAST, PASS_MOST) || self.bytes_left.get() == 0 {
+        let most = (self.crest.get() / 2).clamp(PASS_LEAST, PASS_MOST);
+        if self.taken.get() >= most || self.bytes_left.get() == 0 {
             return None;
         }
         if next == self.seen_avail.get() {
@@ -233,6 +237,7 @@ impl Vring {
                 return None;
             }
             self.seen_avail.set(idx);
+            self.crest.set(self.crest.get().max(idx.wrapping_sub(next)));
             self.refuse_kicks();
         }
         let head = self.avail.head(next);
@@ -276,6 +281,7 @@ impl Vring {
             return true;
         }
         self.kicks_wanted.set(true);
+        self.crest.set(0);
         if self.setup.event_idx {
             self.used.set_avail_event(self.next_avail.get());
         } else {
@@ -302,10 +308,10 @@ impl Vring {
         true
     }
 
-    /// Tells the driver of what it can see, if that is due: when as much is done as is left and what is left is little, or
-    /// nothing more is about to come (`news`: what [`publish`](Self::publish) said). To wake a driver that sleeps costs
-    /// some 10 us of CPU, and one that is woken for each completion finds it and sleeps again; woken at half of its
-    /// requests it works on these while we work on the others.
+    /// Tells the driver of what it can see, if that is due: when as much is done as is left and what is left is
+    /// little, or nothing more is about to come (`news`: what [`publish`](Self::publish) said). To wake a driver that
+    /// sleeps costs some 10 us of CPU, and one that is woken for each completion finds it and sleeps again; woken at
+    /// half of its requests it works on these while we work on the others.
     pub fn tell(&self, news: bool) {
         let (old, new) = (self.told_used.get(), self.published.get());
         let untold = new.wrapping_sub(old);
@@ -328,7 +334,8 @@ impl Vring {
         }
     }
 
-    /// Whether a worker that is busy elsewhere need not look here any more, but may wait for a kick. Asks for that kick.
+    /// Whether a worker that is busy elsewhere need not look here any more, but may wait for a kick. Asks for that
+    /// kick.
     pub fn falls_asleep(&self) -> bool {
         if self.idle_passes.get() < IDLE_PASSES || self.in_flight() > 0 {
             return false;

@@ -265,9 +265,9 @@ fn a_pass_takes_part_of_what_waits() {
         .collect::<Vec<_>>()
     };
     assert_eq!(taken(3, 1), [3]);
-    assert_eq!(taken(10, 1), [5, 4, 1]);
-    assert_eq!(taken(20, 1), [8, 6, 4, 2]);
-    assert_eq!(taken(12, 1), [6, 4, 2]);
+    assert_eq!(taken(10, 1), [5, 5]);
+    assert_eq!(taken(20, 1), [8, 8, 4]);
+    assert_eq!(taken(12, 1), [6, 6]);
     assert_eq!(taken(12, 32), [4, 4, 4], "64 KiB");
 }
 
