@@ -2,9 +2,9 @@
 //!
 //! A guest that has just had an answer often has the next request ready within microseconds, and a wake-up
 //! through an eventfd costs tens of them on both sides. So after work a worker looks at its rings for a while
-//! first. The while tunes itself, as the kernel's halt polling does: it grows when sleeps turn out short, which
-//! looking would have saved, and shrinks to nothing when they are long. So a worker without requests, or with
-//! one now and then, does not look at all.
+//! first. The while tunes itself, as the kernel's halt polling does: it grows when a kick ends a short sleep, which
+//! looking would have saved, and shrinks to nothing when kicks take long. How long the store takes teaches nothing.
+//! So a worker without requests, or with one now and then, does not look at all.
 
 use std::time::{Duration, Instant};
 

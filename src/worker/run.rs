@@ -100,8 +100,8 @@ const NOBODY: UserData = UserData::new(Kind::Nobody, 0, 0);
 const GOODBYE: Duration = Duration::from_secs(1);
 
 impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
-    /// One pass: completions, commands, woken slots, new requests, then one `enter`, which sleeps when the
-    /// pass found nothing to do. No timer and no polling: an idle worker uses no CPU.
+    /// One pass: completions, commands, woken slots, new requests, then one `enter`. A pass that found nothing to
+    /// do looks again for a while, if a guest may bring more, and then sleeps: an idle worker uses no CPU.
     fn run(mut self) {
         self.listen();
         let mut cqes: Vec<Cqe> = Vec::with_capacity(Setup::default().completions as usize);
