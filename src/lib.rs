@@ -23,3 +23,6 @@ pub mod service;
 pub mod image;
 // Arguments turned into calls of the above.
 pub mod cli;
+// The promises that `fuzz/` tries to break, given any bytes.
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;

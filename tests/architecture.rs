@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 const ORDER: [&str; 8] = ["block", "ring", "engine", "frontend", "worker", "service", "image", "cli"];
 
 /// Files that may contain `unsafe`, with the reason.
-const UNSAFE: [(&str, &str); 8] = [
+const UNSAFE: [(&str, &str); 10] = [
     ("block/iovec.rs", "making a range of memory is a promise"),
     ("ring/", "what the kernel is given must stay valid"),
     ("frontend/ublk/queue.rs", "the kernel's descriptors are mapped memory"),
     ("frontend/ublk/descriptor.rs", "as above"),
     ("frontend/vhost_user/memory.rs", "guest memory is mapped memory"),
     ("frontend/vhost_user/areas.rs", "as above"),
+    ("frontend/vhost_user/fault.rs", "a signal handler that puts memory in the place of what is gone"),
+    ("frontend/vhost_user/inflight.rs", "its notes are shared memory"),
     ("frontend/vhost_user/vring.rs", "as above"),
     ("frontend/vhost_user/vring/", "its tests play the guest"),
 ];

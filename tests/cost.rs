@@ -6,7 +6,7 @@ use common::prepared::{Prepared, READ_4K, Shape};
 use ringblk::block::Size;
 use ringblk::engine::Volume;
 use ringblk::engine::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
-use ringblk::worker::Worker;
+use ringblk::worker::{Habits, Worker};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::path::Path;
@@ -65,7 +65,8 @@ const BATCHES: u32 = 50;
 /// there were too many runs. A slot gets its memory when a request first comes to it, and how many are in use at once
 /// is up to chance.
 fn calls(config: &VolumeConfig, shape: Shape) -> Vec<u64> {
-    let worker = Worker::start(7, Duration::from_micros(50)).unwrap();
+    let habits = Habits { patience: Duration::from_micros(50), slow_after: Duration::from_secs(10) };
+    let worker = Worker::start(7, habits).unwrap();
     let volume = Arc::new(Volume::open("cost", config).unwrap());
     let mut guest = Prepared::new(shape);
     worker.link().start_vring(guest.setup(true), volume).unwrap();

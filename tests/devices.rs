@@ -12,6 +12,7 @@ use common::service::{Service, Setup};
 use common::vmm::{BASE, Vmm, everyday};
 use libtest_mimic::{Arguments, Failed, Trial};
 use nix::unistd::Uid;
+use ringblk::service::client::Client as Control;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         trial("a_volume_on_zram", zram(), |device| on_a_block_device(&device.path)),
         trial("a_volume_on_a_loop_device", loop_device(512), |device| on_a_block_device(&device.path)),
         trial("a_volume_on_blocks_of_4096", loop_device(4096), |device| on_a_block_device(&device.path)),
+        trial("a_loop_device_that_grows", loop_device(1024), |device| growing_device(&device.path)),
         trial("without_a_cache_writes_are_on_disk", delayed_allocation(), |()| write_through()),
         trial("a_killed_vmm_harms_nobody", Ok(()), |()| killed_vmm()),
         trial("qemu_and_we_keep_off_each_others_images", qemu_io(), |()| locked_images()),
@@ -114,6 +116,39 @@ fn loop_device(block: u32) -> Result<Device, String> {
         fs::remove_file(&image).unwrap();
     };
     Ok(Device { path: path.into(), release: Box::new(release) })
+}
+
+/// Its own tools make a block device larger or smaller, and the service is told.
+fn growing_device(path: &Path) {
+    let name = path.display().to_string();
+    let image = losetup(["--list", "--noheadings", "--output", "BACK-FILE", &name]).unwrap();
+    let image = OpenOptions::new().write(true).open(image).unwrap();
+    let becomes = |mib: u64| {
+        image.set_len(mib * MIB).unwrap();
+        losetup(["--set-capacity", &name]).unwrap();
+    };
+    for options in ["", ",direct=on"] {
+        becomes(64);
+        let setup = Setup::new().volume("disk", &format!("file:{name}{options}")).door("disk", "a", "");
+        let service = setup.start();
+        let control = Control::new(service.control());
+        let (mut vmm, mut queue) = everyday(&service.path("a"));
+        let refused = control.resize("disk", 96 * MIB, true).unwrap_err().to_string();
+        assert!(refused.contains("has the size it has"), "{refused}");
+        let last = |mib: u64| mib * MIB / 512 - 8;
+        becomes(96);
+        assert_ne!(queue.write(last(96), &[7; 4096]), OK, "nobody has said anything yet");
+        assert_eq!(control.refresh("disk", false).unwrap().size_bytes, 96 * MIB);
+        assert_eq!(vmm.config(0, 8), (96 * MIB / 512).to_le_bytes());
+        assert_eq!(queue.write(last(96), &[7; 4096]), OK);
+        assert_eq!(queue.read(last(96), 8), (OK, vec![7; 4096]));
+        becomes(32);
+        assert!(control.refresh("disk", false).is_err());
+        assert_eq!(control.refresh("disk", true).unwrap().size_bytes, 32 * MIB);
+        assert_eq!(vmm.config(0, 8), (32 * MIB / 512).to_le_bytes());
+        assert_ne!(queue.write(last(64), &[7; 4096]), OK);
+        assert_eq!(queue.write(last(32), &[7; 4096]), OK);
+    }
 }
 
 /// Everything that a file can do, in both ways to reach it.

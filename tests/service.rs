@@ -3,8 +3,8 @@
 mod common;
 
 use common::eventually;
-use common::model::{Op, Queue};
-use common::queue::Layout;
+use common::model::{Model, Op, Queue};
+use common::queue::{Layout, RawQueue};
 use common::service::Setup;
 use common::vmm::{Vmm, everyday};
 use nix::sys::signal::Signal;
@@ -16,10 +16,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 const OK: u8 = 0;
+const IOERR: u8 = 1;
 
 fn ringblk<const N: usize>(args: [&str; N]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_ringblk")).args(args).stdin(Stdio::null()).output().unwrap()
@@ -227,6 +230,227 @@ fn an_image_has_one_writer() {
     fs::write(&image, [0; 4096]).unwrap();
     Setup::new().volume("root", &volume).door("root", "a", "").start();
     fs::remove_file(&image).unwrap();
+}
+
+/// The capacity that a VMM reads, in bytes.
+fn capacity(vmm: &mut Vmm) -> u64 {
+    u64::from_le_bytes(vmm.config(0, 8).try_into().unwrap()) * 512
+}
+
+/// Runs a command of the service that is to succeed: what it printed.
+fn done<const N: usize>(args: [&str; N]) -> String {
+    let output = ringblk(args);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs one that is to fail with `code`: what it complained of.
+fn fails<const N: usize>(code: i32, args: [&str; N]) -> String {
+    let output = ringblk(args);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
+    error
+}
+
+#[test]
+fn a_volume_grows_and_shrinks_while_it_is_served() {
+    let setup = Setup::new();
+    let image = setup.image(8 * MIB);
+    let length = || fs::metadata(&image).unwrap().len();
+    let setup = setup.volume("root", &format!("file:{}", image.display()));
+    let service = setup.door("root", "a", "").door("root", "b", "read-only=on").start();
+    let control = service.control().display().to_string();
+    let (mut vmm, mut queue) = everyday(&service.path("a"));
+    let (mut other, _idle) = everyday(&service.path("b"));
+    let at = |mib: u64, sectors: u32| Op::Write { sector: mib * MIB / 512, sectors };
+    assert_eq!(queue.one(at(8, 8), &[1; 4096]).0, IOERR);
+
+    let answer = done(["resize", "root", "+8M", "--json", "--control", &control]);
+    let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+    assert_eq!(answer, serde_json::json!({"volume": "root", "from_bytes": 8 * MIB, "size_bytes": 16 * MIB}));
+    assert_eq!([length(), capacity(&mut vmm), capacity(&mut other)], [16 * MIB; 3]);
+    assert_eq!(service.status().volumes[0].size_bytes, 16 * MIB);
+    assert!(done(["list", "--control", &control]).contains("16.0 MiB"));
+    assert_eq!(queue.one(at(8, 8), &[2; 4096]).0, OK);
+    assert_eq!(queue.read(16 * MIB / 512 - 8, 8), (OK, vec![0; 4096]), "what was added reads zero");
+    assert_eq!(queue.one(at(16, 8), &[1; 4096]).0, IOERR);
+    assert_eq!(done(["resize", "root", "16M", "--control", &control]), "root: 16M, as before\n");
+
+    // Nothing that would lose bytes happens by itself.
+    let error = fails(1, ["resize", "root", "4M", "--control", &control]);
+    assert!(error.contains("shrink from 16777216 to 4194304 bytes"), "{error}");
+    for (size, code, word) in [
+        ("0", 1, "less than one logical block"),
+        ("511", 1, "less than one logical block"),
+        ("16777217", 1, "not whole blocks of 512"),
+        ("8388608T", 1, "more than a block device"),
+        ("+18446744073709551615", 2, "64 bits"),
+        ("-1G", 2, "-1"),
+        ("1.5G", 2, "not a size"),
+    ] {
+        let error = fails(code, ["resize", "root", size, "--force", "--control", &control]);
+        assert!(error.contains(word), "{size}: {error}");
+    }
+    for size in ["1G", "+1G"] {
+        let error = fails(1, ["resize", "roof", size, "--control", &control]);
+        assert!(error.contains("there is no volume \"roof\""), "{error}");
+    }
+    assert!(fails(1, ["refresh", "../root", "--control", &control]).contains("there is no volume"));
+    assert_eq!([length(), capacity(&mut vmm)], [16 * MIB; 2]);
+
+    // From outside.
+    let file = fs::OpenOptions::new().write(true).open(&image).unwrap();
+    file.set_len(24 * MIB + 100).unwrap();
+    assert_eq!(capacity(&mut vmm), 16 * MIB);
+    assert_eq!(done(["refresh", "root", "--control", &control]), "root: 16M -> 24M\n");
+    assert_eq!(capacity(&mut vmm), 24 * MIB);
+    assert_eq!(queue.one(at(23, 8), &[3; 4096]).0, OK);
+    file.set_len(12 * MIB).unwrap();
+    assert!(fails(1, ["refresh", "root", "--control", &control]).contains("shrink"));
+    assert_eq!(capacity(&mut vmm), 24 * MIB);
+    assert_eq!(done(["refresh", "root", "--force", "--control", &control]), "root: 24M -> 12M\n");
+    assert_eq!([length(), capacity(&mut vmm), capacity(&mut other)], [12 * MIB; 3]);
+
+    assert_eq!(done(["resize", "root", "4M", "--force", "--control", &control]), "root: 12M -> 4M\n");
+    assert_eq!([length(), capacity(&mut vmm), capacity(&mut other)], [4 * MIB; 3]);
+    assert_eq!(queue.one(at(4, 8), &[4; 4096]).0, IOERR);
+    done(["resize", "root", "12M", "--control", &control]);
+    assert_eq!(queue.read(8 * MIB / 512, 8), (OK, vec![0; 4096]), "what was cut off is gone");
+
+    // A volume that is not to be written to is not to be made longer either; what others made of it is shown.
+    let read_only = format!("file:{},read-only=on,lock=off", image.display());
+    let second = Setup::new().volume("root", &read_only).door("root", "a", "").start();
+    let control = second.control().display().to_string();
+    assert!(fails(1, ["resize", "root", "16M", "--control", &control]).contains("read-only"));
+    file.set_len(13 * MIB).unwrap();
+    assert_eq!(done(["refresh", "root", "--control", &control]), "root: 12M -> 13M\n");
+}
+
+#[test]
+fn a_volume_changes_its_size_under_load() {
+    for options in ["", ",direct=on"] {
+        let setup = Setup::new();
+        let image = setup.image(16 * MIB);
+        let setup =
+            setup.volume("root", &format!("file:{}{options}", image.display())).args(["--workers", "2"]);
+        let service = setup.door("root", "a", "queues=2").start();
+        let mut vmm = Vmm::connect(&service.path("a"));
+        let queues = [vmm.queue(0, 64, Layout::Plain, 16), vmm.queue(1, 64, Layout::Plain, 16)];
+        let stop = Arc::new(AtomicBool::new(false));
+        let clients = queues.into_iter().enumerate().map(|(index, mut queue)| {
+            let stop = stop.clone();
+            std::thread::spawn(move || {
+                // Below 4 MiB everything must be as always, whatever becomes of the end.
+                let mut model = Model::new(index as u64, index as u64 * 4096, 4096).blocks(4096);
+                let mut rounds = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    for slot in 0..16 {
+                        queue.put(slot, &[7; 65536]);
+                        queue.submit(slot, Op::Write { sector: (240 + slot as u64) * 128, sectors: 128 });
+                    }
+                    queue.kick();
+                    let mut left = 16;
+                    while left > 0 {
+                        // The last MiB is there or not.
+                        let settled = queue.wait();
+                        assert!(settled.iter().all(|(_, status)| [OK, IOERR].contains(status)));
+                        left -= settled.len();
+                    }
+                    model.exercise(&mut queue, 16);
+                    rounds += 1;
+                }
+                rounds
+            })
+        });
+        let clients: Vec<_> = clients.collect();
+        let client = Client::new(service.control());
+        let length = || fs::metadata(&image).unwrap().len();
+        for _ in 0..25 {
+            assert_eq!(client.resize("root", 4 * MIB, true).unwrap().size_bytes, 4 * MIB);
+            // A write that was under way would have made the file longer again.
+            assert_eq!(length(), 4 * MIB);
+            std::thread::sleep(Duration::from_millis(2));
+            assert_eq!(length(), 4 * MIB);
+            client.resize("root", 16 * MIB, false).unwrap();
+            assert_eq!(length(), 16 * MIB);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        stop.store(true, Ordering::Relaxed);
+        for client in clients {
+            assert!(client.join().unwrap() > 0);
+        }
+    }
+}
+
+#[test]
+fn a_volume_that_waits_is_resumed() {
+    let setup = Setup::new();
+    let image = setup.image(8 * MIB);
+    let file = fs::OpenOptions::new().write(true).open(&image).unwrap();
+    let setup = setup.volume("root", &format!("file:{},on-error=stop", image.display()));
+    // That requests wait is told as an error.
+    let mut service = setup.door("root", "a", "").start().may_complain();
+    let control = service.control().display().to_string();
+    let (_vmm, mut queue) = everyday(&service.path("a"));
+    let waits = |waiting: usize| {
+        let volume = service.status().volumes.remove(0);
+        (volume.paused, volume.waiting) == (waiting > 0, waiting)
+    };
+    let resume = |option: &str| match option {
+        "" => done(["resume", "root", "--control", &control]),
+        option => done(["resume", "root", option, "--control", &control]),
+    };
+    assert_eq!(resume(""), "root: no requests were waiting\n");
+    assert!(fails(1, ["resume", "roof", "--control", &control]).contains("there is no volume"));
+
+    // The end of the file is gone, and comes back. No client sees anything of it.
+    file.set_len(4 * MIB).unwrap();
+    let begin = |queue: &mut RawQueue, slot| {
+        queue.submit(slot, Op::Read { sector: 6 * MIB / 512, sectors: 8 });
+        queue.kick();
+        eventually("a request waits", || waits(1));
+    };
+    begin(&mut queue, 0);
+    assert_eq!(resume(""), "root: 1 requests are tried again\n");
+    eventually("it waits again", || waits(1));
+    file.set_len(8 * MIB).unwrap();
+    resume("");
+    assert_eq!(queue.wait(), [(0, OK)]);
+    assert!(waits(0));
+
+    // One that is not worth it.
+    file.set_len(4 * MIB).unwrap();
+    begin(&mut queue, 1);
+    assert_eq!(resume("--give-up"), "root: 1 requests fail\n");
+    assert_eq!(queue.wait(), [(1, IOERR)]);
+
+    // A shrink does not wait for what waits: it is refused when its turn comes, and never reaches the store.
+    begin(&mut queue, 2);
+    assert_eq!(done(["refresh", "root", "--force", "--control", &control]), "root: 8M -> 4M\n");
+    file.set_len(8 * MIB).unwrap();
+    resume("");
+    assert_eq!(queue.wait(), [(2, IOERR)]);
+
+    // A stop waits for it; what is asked meanwhile is answered.
+    assert_eq!(done(["refresh", "root", "--control", &control]), "root: 4M -> 8M\n");
+    file.set_len(4 * MIB).unwrap();
+    begin(&mut queue, 3);
+    done(["stop", "--timeout", "0", "--control", &control]);
+    eventually("it stops", || service.status().stopping);
+    assert!(fails(1, ["resize", "root", "16M", "--control", &control]).contains("the service is stopping"));
+    assert!(fails(1, ["stop", "--hand-over", "--control", &control]).contains("its disks go with it"));
+    resume("--give-up");
+    assert!(service.wait().success());
+}
+
+#[test]
+fn a_hand_over_of_sockets_is_a_stop() {
+    let mut service = Setup::new().volume("root", "memory:1M").door("root", "a", "").start();
+    let control = service.control().display().to_string();
+    let (_vmm, mut queue) = everyday(&service.path("a"));
+    assert_eq!(queue.one(Op::Flush, &[]).0, OK);
+    done(["stop", "--hand-over", "--control", &control]);
+    assert!(service.wait().success());
 }
 
 #[test]

@@ -364,6 +364,8 @@ fn memory_that_is_not_there() {
         ("a length that wraps around", [BASE, !4095, BASE, 4096]),
         ("a region of nothing", [BASE, 0, BASE, 0]),
         ("an address that wraps around", [!4095, MIB, BASE, 0]),
+        ("a VMM address that wraps around", [BASE, MIB, !4095, 0]),
+        ("more addresses than a process has", [BASE, 1 << 46, BASE, 0]),
     ];
     for (what, region) in regions {
         let single = [&[0][..], region].concat();
@@ -413,6 +415,38 @@ fn a_file_cut_short_under_a_request_is_an_error() {
     assert_eq!(queue.ring.memory.get(status.addr, 1), [IO_ERROR]);
     drop(vmm);
     scene.unharmed("a file cut short");
+}
+
+#[test]
+fn memory_taken_away_under_us_costs_the_vmm_its_connection() {
+    // What a worker touches itself: the rings, a request's header, its status byte.
+    for what in ["rings", "header", "status"] {
+        let mut scene = Scene::set();
+        let mut vmm = Vmm::connect_with(&scene.socket(), u64::MAX, GuestMemory::new(BASE, 4 * MIB));
+        let other = GuestMemory::new(BASE + 64 * MIB, MIB);
+        vmm.frontend.add_mem_region(&other.info(0)).unwrap();
+        let mut queue = vmm.queue(0, 16, Layout::Plain, 2);
+        let Parts { read, data, status, .. } = parts(&queue);
+        let elsewhere = |segment: Segment| Segment { addr: BASE + 64 * MIB, ..segment };
+        match what {
+            "header" => queue.ring.add(&[elsewhere(read), data, status]),
+            "status" => queue.ring.add(&[read, data, elsewhere(status)]),
+            _ => queue.ring.add(&[read, data, status]),
+        };
+        let kick = queue.ring.kick.try_clone().unwrap();
+        if what == "rings" {
+            queue.ring.memory.cut();
+        } else {
+            queue.ring.expose();
+            other.cut();
+        }
+        eventually(what, || {
+            kick.write(1).unwrap();
+            scene.service.log().contains("it took away memory that it had shown us")
+        });
+        drop((queue, vmm));
+        scene.unharmed(what);
+    }
 }
 
 #[test]

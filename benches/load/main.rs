@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 mod driver;
 mod histogram;
+mod inflight;
 mod nbd;
 mod vhost_user;
 
@@ -68,6 +69,9 @@ struct Args {
     /// Do not ask for EVENT_IDX
     #[arg(long)]
     no_event_idx: bool,
+    /// Have the vhost-user server note what is in flight, for a client that survives it
+    #[arg(long, requires = "socket")]
+    inflight: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,

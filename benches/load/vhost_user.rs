@@ -1,7 +1,7 @@
 //! vhost-user-blk: a VMM's side of it.
 
 use crate::driver::{Queue, fill};
-use crate::{Args, Result};
+use crate::{Args, Result, inflight};
 use nix::poll::{PollFd, PollFlags};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
@@ -34,14 +34,15 @@ pub fn connect(path: &Path, args: &Args) -> Result<(Box<VirtioBlkTransport>, Vec
     if !args.no_event_idx {
         mask |= VirtioFeatureFlags::RING_EVENT_IDX.bits();
     }
-    let path = path.to_str().ok_or("the path is not UTF-8")?;
+    let (len, depth) = (args.bs.bytes() as usize, usize::from(args.depth));
+    // Three descriptors a request.
+    let size = u16::try_from((3 * depth).next_power_of_two()).map_err(|_| "the depth is too large")?;
+    let relay = if args.inflight { Some(inflight::relay(path, args.queues, size)?) } else { None };
+    let path = relay.as_ref().map_or(path, |(_, path)| path).to_str().ok_or("the path is not UTF-8")?;
     let mut transport: Box<VirtioBlkTransport> =
         Box::new(VhostUser::<VirtioBlkConfig, VirtioBlkReqBuf>::new(path, mask)?);
     let capacity = u64::from(transport.get_config()?.capacity) * 512;
 
-    let (len, depth) = (args.bs.bytes() as usize, usize::from(args.depth));
-    // Three descriptors a request.
-    let size = u16::try_from((3 * depth).next_power_of_two()).map_err(|_| "the depth is too large")?;
     let rings = VirtioBlkQueue::<usize>::setup_queues(&mut *transport, usize::from(args.queues), size)?;
     let base = buffers(&mut *transport, rings.len() * depth * len)?;
     let rings = rings.into_iter().enumerate().map(|(index, mut ring)| {

@@ -9,7 +9,7 @@ use ringblk::frontend::Source;
 use ringblk::frontend::ublk::{Asked, Descriptor, command};
 use ringblk::frontend::vhost_user::Vring;
 use ringblk::ring::{Core, Cqe, Ring, Sqe, Target, Tasks};
-use ringblk::worker::Worker;
+use ringblk::worker::{Habits, Worker};
 use std::future::Future;
 use std::hint::black_box;
 use std::rc::Rc;
@@ -192,7 +192,9 @@ fn memory() -> VolumeConfig {
 
 fn worker(config: VolumeConfig, shape: Shape, idle: usize) -> Box<dyn Run> {
     // It looks for requests all the time, once it has seen that they come.
-    let worker = Worker::start(0, Duration::from_secs(1)).unwrap();
+    let worker =
+        Worker::start(0, Habits { patience: Duration::from_secs(1), slow_after: Duration::from_secs(10) })
+            .unwrap();
     // Each idle vring is of a volume of its own, and has had some requests.
     let start = || {
         let volume = Arc::new(Volume::open("bench", &config).unwrap());

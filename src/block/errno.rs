@@ -22,12 +22,16 @@ impl Errno {
     pub const ENOSPC: Errno = Errno(libc::ENOSPC);
     /// Try again: the kernel had no room for the request just now.
     pub const EAGAIN: Errno = Errno(libc::EAGAIN);
+    /// Memory that is named is not there.
+    pub const EFAULT: Errno = Errno(libc::EFAULT);
     /// Someone else is using it just now.
     pub const EBUSY: Errno = Errno(libc::EBUSY);
     /// A signal came first.
     pub const EINTR: Errno = Errno(libc::EINTR);
     /// The store behind the volume is gone.
     pub const ENOTCONN: Errno = Errno(libc::ENOTCONN);
+    /// Nobody answered in time.
+    pub const ETIMEDOUT: Errno = Errno(libc::ETIMEDOUT);
     /// The time is over.
     pub const ETIME: Errno = Errno(libc::ETIME);
     /// No memory, or no room in a kernel table.

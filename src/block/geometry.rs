@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::SECTOR;
+use super::{Capacity, SECTOR};
 
 /// Limits of discard or write-zeroes on a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,11 +13,12 @@ pub struct DiscardLimits {
     pub max_sectors: u32,
 }
 
-/// Shape and abilities of a volume.
+/// Shape and abilities of a volume. All but the capacity stays as it is while the volume is open; clones share the
+/// capacity.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Capacity in sectors of 512 bytes.
-    pub sectors: u64,
+    /// See [`Capacity`].
+    pub capacity: Capacity,
     /// Smallest addressable unit in bytes: a power of two, 512 to 4096.
     pub logical_block: u32,
     /// Smallest unit written without read-modify-write, in bytes: a power of two, at least `logical_block`.
@@ -77,7 +78,7 @@ impl Geometry {
             return Err(GeometryError::Empty { bytes, logical_block });
         }
         Ok(Geometry {
-            sectors: whole / SECTOR,
+            capacity: Capacity::new(whole / SECTOR),
             logical_block,
             physical_block: logical_block,
             io_min: 0,
@@ -90,14 +91,19 @@ impl Geometry {
         })
     }
 
-    /// Capacity in bytes.
+    /// Capacity in sectors of 512 bytes, as it is now.
+    pub fn sectors(&self) -> u64 {
+        self.capacity.sectors()
+    }
+
+    /// Capacity in bytes, as it is now.
     pub fn bytes(&self) -> u64 {
-        self.sectors * SECTOR
+        self.capacity.bytes()
     }
 
     /// Whether `sectors` from `sector` on lie inside the volume. Hostile values cannot overflow it.
     pub fn contains(&self, sector: u64, sectors: u32) -> bool {
-        sector.checked_add(u64::from(sectors)).is_some_and(|end| end <= self.sectors)
+        sector.checked_add(u64::from(sectors)).is_some_and(|end| end <= self.sectors())
     }
 
     /// Whether the range starts and ends on logical blocks.
@@ -114,8 +120,8 @@ mod tests {
     #[test]
     fn a_ragged_tail_is_left_out() {
         let geometry = Geometry::new(4096 + 700, 512).unwrap();
-        assert_eq!(geometry.sectors, 9);
-        assert_eq!(Geometry::new(4096 + 700, 4096).unwrap().sectors, 8);
+        assert_eq!(geometry.sectors(), 9);
+        assert_eq!(Geometry::new(4096 + 700, 4096).unwrap().sectors(), 8);
     }
 
     #[test]

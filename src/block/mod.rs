@@ -2,12 +2,14 @@
 //!
 //! No I/O happens here, and an [`Iovec`] is only carried, never followed.
 
+mod capacity;
 mod errno;
 mod geometry;
 mod iovec;
 mod request;
 mod size;
 
+pub use capacity::Capacity;
 pub use errno::Errno;
 pub use geometry::{DiscardLimits, Geometry, GeometryError};
 pub use iovec::Iovec;

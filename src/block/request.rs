@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::Iovec;
+use std::fmt;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +18,19 @@ pub enum Op {
     Discard,
     /// Contents read zero afterwards.
     WriteZeroes,
+}
+
+/// For messages.
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Op::Read => "read",
+            Op::Write => "write",
+            Op::Flush => "flush",
+            Op::Discard => "discard",
+            Op::WriteZeroes => "write-zeroes",
+        })
+    }
 }
 
 /// How a request is to be carried out.

@@ -9,12 +9,13 @@ use super::output::{self, table};
 use crate::block::Size;
 use crate::service::client::{Client, ClientError};
 use crate::service::config::DEFAULT_CONTROL;
-use crate::service::leftovers::{self, Leftover};
+use crate::service::leftovers::{self, Fate, Leftover};
 use crate::service::status::{ExportStatus, Status};
 
 /// List the volumes and exports of a running service.
 ///
-/// Where none runs, the disks are listed that a service has left behind, if any, and the status is 1.
+/// Where none runs, the disks are listed that a service has left behind, if any, and the status is 1. Root is told
+/// what they wait for.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -33,13 +34,22 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     match Client::new(&args.control).status() {
         Ok(status) if args.json => output::print_json(&status),
         Ok(status) => output::print(&render(&status)),
-        Err(error @ ClientError::NotRunning(_)) if !args.json => {
+        Err(error @ ClientError::NotRunning(_)) => {
             let left = leftovers::devices().map_err(Failure::failed)?;
-            output::print(&render_leftovers(&left))?;
+            match args.json {
+                true => output::print_json(&LeftBehind { left_behind: &left })?,
+                false => output::print(&render_leftovers(&left))?,
+            }
             Err(Failure::failed(error))
         }
         Err(error) => Err(Failure::failed(error)),
     }
+}
+
+/// What is printed as JSON where no service runs.
+#[derive(serde::Serialize)]
+struct LeftBehind<'a> {
+    left_behind: &'a [Leftover],
 }
 
 fn render(status: &Status) -> String {
@@ -91,16 +101,22 @@ fn render_leftovers(left: &[Leftover]) -> String {
     if left.is_empty() {
         return String::new();
     }
-    let mut rows = vec![["LEFT BEHIND", "DEVICE", "STATE"].map(String::from)];
-    for link in left {
+    let mut rows = vec![["LEFT BEHIND", "DEVICE", "STATE", "NEEDS"].map(String::from)];
+    for disk in left {
+        let state = match (disk.state, disk.server) {
+            (Fate::Served, Some(pid)) => format!("served by process {pid}"),
+            (Fate::Served, None) => "served".into(),
+            (Fate::Parting, _) => "its service is ending".into(),
+            (Fate::Waiting, _) => "waiting for its service".into(),
+            (Fate::Remains, _) => "without a disk".into(),
+            (Fate::Unknown, _) => "there, may be served by another process".into(),
+            (Fate::Gone, _) => "gone".into(),
+        };
         rows.push([
-            link.link.display().to_string(),
-            link.device.display().to_string(),
-            match link.exists {
-                true => "there, may be served by another process",
-                false => "gone",
-            }
-            .to_owned(),
+            disk.link.as_ref().map_or("-".into(), |link| link.display().to_string()),
+            disk.device.display().to_string(),
+            state,
+            disk.needs().into(),
         ]);
     }
     table(&rows)
@@ -130,9 +146,22 @@ vhost-user:/run/ringblk/root.sock  root    2 x 256  ro    waiting for a VMM
     #[test]
     fn leftovers_are_listed() {
         assert_eq!(render_leftovers(&[]), "");
-        let left = Leftover { link: "/dev/ringblk/a".into(), device: "/dev/ublkb3".into(), exists: false };
-        let text = render_leftovers(&[left]);
-        assert!(text.ends_with("/dev/ringblk/a  /dev/ublkb3  gone\n"), "{text}");
+        let left = |state, link: Option<&str>| Leftover {
+            link: link.map(Into::into),
+            device: "/dev/ublkb3".into(),
+            state,
+            server: Some(7),
+        };
+        let text = render_leftovers(&[left(Fate::Served, Some("/dev/ringblk/a")), left(Fate::Waiting, None)]);
+        let expected = "\
+LEFT BEHIND     DEVICE       STATE                    NEEDS
+/dev/ringblk/a  /dev/ublkb3  served by process 7      nothing
+-               /dev/ublkb3  waiting for its service  start its service, or `ringblk remove`
+";
+        assert_eq!(text, expected);
+        let json = serde_json::to_value(LeftBehind { left_behind: &[left(Fate::Waiting, None)] }).unwrap();
+        assert_eq!(json["left_behind"][0]["state"], "waiting");
+        assert_eq!(json["left_behind"][0]["device"], "/dev/ublkb3");
     }
 
     #[test]

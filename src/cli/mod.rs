@@ -6,6 +6,10 @@ mod features;
 mod image;
 mod list;
 mod output;
+mod refresh;
+mod remove;
+mod resize;
+mod resume;
 mod serve;
 mod stop;
 
@@ -35,6 +39,10 @@ enum Command {
     Serve(serve::Args),
     Features(features::Args),
     List(list::Args),
+    Resize(resize::Args),
+    Refresh(refresh::Args),
+    Resume(resume::Args),
+    Remove(remove::Args),
     Stop(stop::Args),
     #[command(subcommand)]
     Image(image::Command),
@@ -50,6 +58,10 @@ impl Cli {
             Command::Serve(args) => serve::run(&args),
             Command::Features(args) => features::run(&args),
             Command::List(args) => list::run(&args),
+            Command::Resize(args) => resize::run(&args),
+            Command::Refresh(args) => refresh::run(&args),
+            Command::Resume(args) => resume::run(&args),
+            Command::Remove(args) => remove::run(&args),
             Command::Stop(args) => stop::run(&args),
             Command::Image(command) => image::run(&command),
         }

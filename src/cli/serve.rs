@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use super::{Failure, output};
 use crate::service;
 use crate::service::config::{Config, ConfigError, DEFAULT_CONTROL, Loader};
+use crate::service::sandbox::Mode;
 
 const HELP: &str = "\
 Drivers (NAME=DRIVER:TARGET):
@@ -16,9 +17,16 @@ Drivers (NAME=DRIVER:TARGET):
   null:SIZE    stores nothing, for measuring; block-size=512|4096
   nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
                connections=1..16, reconnect=SECONDS, read-only=on|off
+  Each also takes on-error=report|retry|stop and, with retry, retry-for=SECONDS:
+  what becomes of a request that the store fails. It is reported to the client,
+  or tried again for a time, or waits for `ringblk resume NAME`.
 
 Options of --ublk:
   queues=N, depth=N, zero-copy=auto|on|off, id=N, max-io=SIZE
+  recovery=reissue|queue|fail-io|off
+  What becomes of the disk when the service dies or is handed over. It stays, and
+  the same configuration finds it again; meanwhile all requests wait (reissue),
+  only new ones do (queue), or they fail (fail-io, Linux 6.13). Or it goes (off).
 
 Options of --vhost-user:
   queues=N, queue-size=N, mode=0600, owner=USER[:GROUP], read-only=on|off
@@ -58,10 +66,19 @@ pub(super) struct Args {
         Config::DEFAULT_POLL_US
     ))]
     poll_us: Option<u32>,
+    #[arg(long, value_name = "SECONDS", help = format!(
+        "Log requests that take longer, 0 for none [default: {}]",
+        Config::DEFAULT_SLOW_AFTER
+    ))]
+    slow_after: Option<u64>,
     #[arg(long, value_name = "SOCKET", help = format!(
         "Where `ringblk list` and `ringblk stop` find the service [default: {DEFAULT_CONTROL}]"
     ))]
     control: Option<PathBuf>,
+    /// Whether the service gives up the rights that it does not need once it runs; log: system calls that would be
+    /// refused are only logged by the kernel [default: on]
+    #[arg(long, value_name = "on|off|log")]
+    sandbox: Option<Mode>,
     /// Check the configuration, print what would be served, and create nothing
     #[arg(long)]
     check: bool,
@@ -92,8 +109,14 @@ fn load(args: &Args) -> Result<Config, ConfigError> {
     if let Some(poll_us) = args.poll_us {
         loader.set_poll_us(poll_us);
     }
+    if let Some(seconds) = args.slow_after {
+        loader.set_slow_after(seconds);
+    }
     if let Some(workers) = args.workers {
         loader.set_workers(workers);
+    }
+    if let Some(mode) = args.sandbox {
+        loader.set_sandbox(mode);
     }
     if let Some(path) = &args.control {
         loader.set_control(path.clone());
@@ -122,11 +145,11 @@ mod tests {
         let file = dir.path().join("r.toml");
         std::fs::write(&file, "workers = 1\n[volume.b]\ndriver = \"null\"\nsize = \"1G\"\n").unwrap();
         let line = format!(
-            "serve --config {} --volume a=null:1G --ublk a --ublk b --vhost-user a=/run/a.sock --workers 3 --control /c",
+            "serve --config {} --volume a=null:1G --ublk a --ublk b --vhost-user a=/run/a.sock --workers 3 --slow-after 7 --control /c",
             file.display()
         );
         let config = load(&args(&line)).unwrap();
-        assert_eq!(config.workers, Some(3));
+        assert_eq!((config.workers, config.slow_after), (Some(3), 7));
         assert_eq!(config.control, std::path::Path::new("/c"));
         assert_eq!(config.volumes.len(), 2);
         assert_eq!((config.ublk.len(), config.vhost_user.len()), (2, 1));

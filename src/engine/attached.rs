@@ -2,16 +2,22 @@
 
 use super::backend::Backend;
 use super::file::FileOps;
+use super::grace::{Admitted, Grace};
 use super::memory::Memory;
 use super::nbd::NbdOps;
 use super::null::Null;
+use super::policy::Policy;
 use crate::block::{Data, Errno, Geometry};
 use crate::ring::{Io, Ring};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// One worker's use of a volume. Which kind is a match, not a pointer: the compiler sees through it.
 pub struct Attached<R: Ring> {
     geometry: Geometry,
     ops: Ops<R>,
+    grace: Grace,
+    policy: Arc<Policy>,
 }
 
 /// The kinds. Layered volumes to come are boxed here.
@@ -23,13 +29,47 @@ pub(super) enum Ops<R: Ring> {
 }
 
 impl<R: Ring> Attached<R> {
-    pub(super) fn new(geometry: Geometry, ops: Ops<R>) -> Attached<R> {
-        Attached { geometry, ops }
+    pub(super) fn new(geometry: Geometry, ops: Ops<R>, policy: Arc<Policy>) -> Attached<R> {
+        Attached { geometry, ops, grace: Grace::default(), policy }
+    }
+
+    /// Name of the volume.
+    pub fn name(&self) -> &str {
+        self.policy.volume()
+    }
+
+    /// What becomes of the requests that the store fails.
+    pub(super) fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Whether a flush that failed so may be tried again: it never left, and what it was to cover is still known.
+    pub(super) fn may_flush_again(&self, errno: Errno) -> bool {
+        matches!(self.ops, Ops::Nbd(_)) && errno == Errno::ENOTCONN
+    }
+
+    /// What the request in `slot` waits for, for people.
+    pub fn waits_for(&self, slot: u32) -> String {
+        self.policy.waits(slot).unwrap_or_else(|| match self.ops {
+            Ops::Nbd(_) => "the NBD server".to_owned(),
+            _ => "the store".to_owned(),
+        })
     }
 
     /// What the export looks like.
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// Counts a request among those that [`drain`](Self::drain) waits for, until what it returns is dropped.
+    pub(super) fn admitted(&self) -> Admitted<'_> {
+        self.grace.enter()
+    }
+
+    /// Waits until every request of this worker is over that was admitted before the call, while new ones go on.
+    /// False when that takes longer than `limit`.
+    pub async fn drain(&self, io: &Io<R>, limit: Duration) -> bool {
+        self.grace.pass(io, limit).await
     }
 
     /// Whether requests may carry a registered buffer: only what the kernel moves without our looking.
@@ -39,9 +79,10 @@ impl<R: Ring> Attached<R> {
 }
 
 impl<R: Ring> Attached<R> {
-    /// Fails the requests that wait for somebody else, a server that does not answer. Those that the kernel
+    /// Fails the requests that wait for somebody else: a server that does not answer, or a resume. Those that the kernel
     /// has it completes itself. For a service that ends and was told to wait no longer.
     pub fn abandon(&self) {
+        self.policy.abandon();
         if let Ops::Nbd(nbd) = &self.ops {
             nbd.abandon();
         }

@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::de::{Deserialize, Deserializer, Error};
 
@@ -89,6 +90,84 @@ impl NbdConfig {
     pub const MAX_CONNECTIONS: u16 = 16;
     /// The longest reconnect time in seconds: one day.
     pub const MAX_RECONNECT: u64 = 24 * 60 * 60;
+}
+
+/// What becomes of a request that the store fails. Of any volume, whatever its driver; see `policy` in `engine`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct PolicyConfig {
+    /// The policy.
+    #[serde(default)]
+    pub on_error: OnError,
+    /// Seconds to go on trying, 1 to [`PolicyConfig::MAX_RETRY_FOR`], for [`OnError::Retry`] alone; `None`:
+    /// [`PolicyConfig::DEFAULT_RETRY_FOR`].
+    pub retry_for: Option<u64>,
+}
+
+/// `on-error`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// The client is told.
+    #[default]
+    Report,
+    /// It is tried again for a time, and then the client is told.
+    Retry,
+    /// It waits, with all that come after it, until somebody has seen to the store and said so.
+    Stop,
+}
+
+impl OnError {
+    /// As the user spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            OnError::Report => "report",
+            OnError::Retry => "retry",
+            OnError::Stop => "stop",
+        }
+    }
+}
+
+impl PolicyConfig {
+    /// Its keys, which stand among the driver's.
+    pub const KEYS: [&'static str; 2] = ["on-error", "retry-for"];
+    /// What a server needs to start again, in seconds.
+    pub const DEFAULT_RETRY_FOR: u64 = 30;
+    /// The longest time to go on trying in seconds: one day.
+    pub const MAX_RETRY_FOR: u64 = 24 * 60 * 60;
+
+    /// Checks every value's range.
+    ///
+    /// # Errors
+    /// The key that is wrong, and why.
+    pub fn check(&self) -> Result<(), (&'static str, String)> {
+        let most = PolicyConfig::MAX_RETRY_FOR;
+        match self.retry_for {
+            Some(_) if self.on_error != OnError::Retry => {
+                Err(("retry-for", "is for on-error=retry alone".to_owned()))
+            }
+            Some(seconds) if !(1..=most).contains(&seconds) => {
+                Err(("retry-for", format!("must be from 1 to {most} seconds, not {seconds}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How long to go on trying.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs(self.retry_for.unwrap_or(PolicyConfig::DEFAULT_RETRY_FOR))
+    }
+}
+
+/// What differs from the default, for people: nothing, or `, on error ...`.
+impl fmt::Display for PolicyConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.on_error {
+            OnError::Report => Ok(()),
+            OnError::Retry => write!(f, ", on error retry for {} s", self.patience().as_secs()),
+            OnError::Stop => f.write_str(", on error stop"),
+        }
+    }
 }
 
 /// A driver's name and the key its target (`DRIVER:TARGET` in a flag) is stored under.
@@ -361,6 +440,33 @@ mod tests {
         for (key, value) in [("connections", 0), ("connections", 17), ("reconnect", 86_401)] {
             let json = format!(r#"{{"uri": "nbd://h", "{key}": {value}}}"#);
             assert_eq!(refusal("nbd", &json).0, key);
+        }
+    }
+
+    #[test]
+    fn error_policies_are_checked() {
+        let policy =
+            |json: &str| serde_json::from_str::<PolicyConfig>(json).map_err(|error| error.to_string());
+        assert_eq!(policy("{}").unwrap(), PolicyConfig { on_error: OnError::Report, retry_for: None });
+        for (json, seconds) in
+            [(r#"{"on-error": "retry"}"#, 30), (r#"{"on-error": "retry", "retry-for": 1}"#, 1)]
+        {
+            let policy = policy(json).unwrap();
+            policy.check().unwrap();
+            assert_eq!(policy.patience(), Duration::from_secs(seconds));
+        }
+        for json in [
+            r#"{"retry-for": 5}"#,
+            r#"{"on-error": "stop", "retry-for": 5}"#,
+            r#"{"on-error": "retry", "retry-for": 0}"#,
+            r#"{"on-error": "retry", "retry-for": 86401}"#,
+        ] {
+            assert_eq!(policy(json).unwrap().check().unwrap_err().0, "retry-for", "{json}");
+        }
+        assert!(policy(r#"{"on-error": "ignore"}"#).unwrap_err().contains("report"));
+        for on_error in [OnError::Report, OnError::Retry, OnError::Stop] {
+            let json = format!(r#"{{"on-error": "{}"}}"#, on_error.name());
+            assert_eq!(policy(&json).unwrap().on_error, on_error);
         }
     }
 

@@ -4,11 +4,13 @@
 //! write-zeroes where the store has no such thing.
 
 use super::backend::Backend;
+use super::policy::{Attempts, What};
 use super::{Attached, transfer};
 use crate::block::{Data, Errno, Op, Request, SECTOR};
 use crate::ring::{Io, Ring};
 
-/// Carries `request` out, wholly or with the error that stopped it.
+/// Carries `request` out, wholly or with the error that stopped it. Where the volume's [policy](super::policy) says
+/// so, what the store fails is tried again, after a time or after a word from outside.
 ///
 /// # Errors
 /// `EROFS` for a change to a read-only export, `ENOSPC` for a write and `EIO` for anything else past the
@@ -19,25 +21,120 @@ pub async fn execute<R: Ring>(
     io: &Io<R>,
     request: &mut Request<'_>,
 ) -> Result<(), Errno> {
-    admit(volume, request)?;
-    let (offset, len, flags) = (request.sector * SECTOR, request.len(), request.flags);
+    let policy = volume.policy();
+    if policy.is_stopped() {
+        // Boxed, as all that is rare: a slot's future has no room for it.
+        Box::pin(queue_up(volume, io, request)).await?;
+    }
+    let result = {
+        // Before the look at the capacity: a volume that shrinks waits for requests which saw the old one.
+        let _admitted = volume.admitted();
+        admit(volume, request)?;
+        debug_assert!(fits(volume, request), "the frontend's data does not fit its request: {request:?}");
+        change(volume, io, request, request.sector * SECTOR, request.len()).await
+    };
+    match result {
+        Err(errno) if policy.covers(errno) => Box::pin(change_again(volume, io, request, errno)).await?,
+        other => other?,
+    }
+    if !syncs(volume, request) {
+        return Ok(());
+    }
+    match volume.flush(io).await {
+        Err(errno) if policy.covers(errno) && volume.may_flush_again(errno) => {
+            Box::pin(flush_again(volume, io, request, errno)).await
+        }
+        other => other,
+    }
+}
+
+/// What a request changes or reads, or the rest of it; what it syncs comes afterwards.
+async fn change<R: Ring>(
+    volume: &Attached<R>,
+    io: &Io<R>,
+    request: &mut Request<'_>,
+    offset: u64,
+    len: u64,
+) -> Result<(), Errno> {
+    if len == 0 {
+        return Ok(());
+    }
+    let durable = request.flags.fua && !syncs(volume, request);
     match request.op {
-        Op::Read if len == 0 => Ok(()),
         Op::Read => volume.read(io, &mut request.data, len, offset).await,
-        Op::Write if len == 0 => Ok(()),
-        Op::Write => volume.write(io, &mut request.data, len, offset, flags.fua).await,
-        Op::Flush => volume.flush(io).await,
-        Op::Discard if len == 0 => Ok(()),
+        Op::Write => volume.write(io, &mut request.data, len, offset, durable).await,
+        Op::Flush => Ok(()),
         Op::Discard => volume.discard(io, offset, len).await,
-        Op::WriteZeroes if len == 0 => Ok(()),
-        Op::WriteZeroes => {
-            match volume.write_zeroes(io, offset, len, flags.unmap).await {
-                Err(Errno::EOPNOTSUPP) => transfer::write_zeroes(volume, io, offset, len).await?,
-                other => other?,
-            }
-            if flags.fua { volume.flush(io).await } else { Ok(()) }
+        Op::WriteZeroes => match volume.write_zeroes(io, offset, len, request.flags.unmap).await {
+            Err(Errno::EOPNOTSUPP) => transfer::write_zeroes(volume, io, offset, len).await,
+            other => other,
+        },
+    }
+}
+
+/// Whether a request ends with a flush. A write with FUA needs none, unless its own errors must be told from those of
+/// other writes: see [`policy`](super::policy).
+fn syncs<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> bool {
+    match request.op {
+        Op::Flush => true,
+        Op::WriteZeroes => request.flags.fua && !request.is_empty(),
+        Op::Write => request.flags.fua && !request.is_empty() && volume.policy().is_active(),
+        Op::Read | Op::Discard => false,
+    }
+}
+
+/// Waits while the volume is stopped. What no volume should see is refused without a wait.
+async fn queue_up<R: Ring>(volume: &Attached<R>, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
+    admit(volume, request)?;
+    volume.policy().queue_up(io, What::of(request, io)).await
+}
+
+/// Tries a request that failed until it succeeds or its time is up.
+async fn change_again<R: Ring>(
+    volume: &Attached<R>,
+    io: &Io<R>,
+    request: &mut Request<'_>,
+    mut errno: Errno,
+) -> Result<(), Errno> {
+    let (policy, what, mut attempts) = (volume.policy(), What::of(request, io), Attempts::new());
+    loop {
+        policy.failed(io, what, errno, &mut attempts).await?;
+        let (offset, len) = rest(request);
+        // The volume may have become smaller meanwhile, and what waits is nothing that a shrink waits for.
+        let _admitted = volume.admitted();
+        admit(volume, request)?;
+        match change(volume, io, request, offset, len).await {
+            Err(again) if policy.covers(again) => errno = again,
+            other => return other,
         }
     }
+}
+
+/// The same for a flush.
+async fn flush_again<R: Ring>(
+    volume: &Attached<R>,
+    io: &Io<R>,
+    request: &Request<'_>,
+    mut errno: Errno,
+) -> Result<(), Errno> {
+    let (policy, what, mut attempts) = (volume.policy(), What::of(request, io), Attempts::new());
+    loop {
+        policy.failed(io, what, errno, &mut attempts).await?;
+        match volume.flush(io).await {
+            Err(again) if policy.covers(again) && volume.may_flush_again(again) => errno = again,
+            other => return other,
+        }
+    }
+}
+
+/// What is left of a request that failed: offset and length in bytes. Ranges have been moved forward over what was
+/// done, so the rest is what they still name; without ranges it begins again.
+fn rest(request: &Request<'_>) -> (u64, u64) {
+    let len = match &request.data {
+        Data::Iovecs(iovecs) => iovecs.iter().map(|iovec| iovec.len() as u64).sum(),
+        Data::None | Data::Registered { .. } => request.len(),
+    };
+    (request.sector * SECTOR + request.len() - len, len)
 }
 
 /// Refuses what no volume should see. Costs a handful of comparisons.
@@ -56,14 +153,14 @@ fn admit<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> Result<(), Err
     if !geometry.aligned(request.sector, request.sectors) {
         return Err(Errno::EINVAL);
     }
-    debug_assert!(
-        match &request.data {
-            Data::None => !matches!(request.op, Op::Read | Op::Write) || request.is_empty(),
-            Data::Iovecs(iovecs) =>
-                iovecs.iter().map(|iovec| iovec.len() as u64).sum::<u64>() == request.len(),
-            Data::Registered { .. } => volume.takes_registered(),
-        },
-        "the frontend's data does not fit its request: {request:?}"
-    );
     Ok(())
+}
+
+/// Whether the data of a request that nobody has touched is of its length, and of a kind that the volume takes.
+fn fits<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> bool {
+    match &request.data {
+        Data::None => !matches!(request.op, Op::Read | Op::Write) || request.is_empty(),
+        Data::Iovecs(iovecs) => iovecs.iter().map(|iovec| iovec.len() as u64).sum::<u64>() == request.len(),
+        Data::Registered { .. } => volume.takes_registered(),
+    }
 }

@@ -14,9 +14,12 @@ mod backend;
 pub mod config;
 mod execute;
 mod file;
+mod grace;
 mod memory;
 pub mod nbd;
 mod null;
+mod policy;
+mod resize;
 #[cfg(test)]
 mod tests;
 mod transfer;
@@ -24,4 +27,6 @@ mod volume;
 
 pub use attached::Attached;
 pub use execute::execute;
+pub use policy::PolicyState;
+pub use resize::{Exports, ResizeError, Resized};
 pub use volume::{OpenError, Volume};

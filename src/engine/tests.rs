@@ -1,6 +1,9 @@
 //! The volumes against a byte array, over the ring double and over the kernel's ring.
 
+mod crash;
 mod model;
+mod policy;
+mod resize;
 
 use super::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
 use super::{Attached, Volume};
@@ -8,8 +11,10 @@ use crate::block::{Data, Errno, Flags, Op, Request, Size};
 use crate::ring::double::{Double, Faults, Random, get, put};
 use crate::ring::{Core, Mapping, Setup, Sqe, Uring};
 use libc::{FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
+pub(super) use model::settle;
 use model::{Run, SHARE, Tested, faults, once, plan};
 use proptest::prelude::*;
+use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 use tempfile::NamedTempFile;
@@ -62,6 +67,33 @@ fn request(op: Op, sector: u64, sectors: u32) -> Request<'static> {
 fn transfer(op: Op, sector: u64, memory: &Mapping) -> Request<'static> {
     let iovecs = vec![memory.iovec(0, memory.len())].leak();
     Request { data: Data::Iovecs(iovecs), ..request(op, sector, memory.len() as u32 / 512) }
+}
+
+/// Memory is copied on the worker's own time: a request of any size leaves some of it to the others.
+#[test]
+fn a_large_transfer_of_memory_lets_others_pass() {
+    const LEN: usize = 3 << 20;
+    let config = MemoryConfig { size: Size(LEN as u64), block_size: None };
+    let volume = Volume::open("test", &VolumeConfig::Memory(config)).unwrap();
+    let core = Core::new(Double::new(1, Faults::default()));
+    let attached = Rc::new(volume.attach(&core, false));
+    let bytes = Random(5).bytes(LEN);
+    let (from, to, small) = (Mapping::anonymous(LEN), Mapping::anonymous(LEN), Mapping::anonymous(512));
+    let (from, to, small) = (from.unwrap(), to.unwrap(), small.unwrap());
+    put(&from, 0, &bytes);
+    let order: Rc<RefCell<Vec<&str>>> = Rc::default();
+    let mut tasks = crate::ring::Tasks::new(core.clone());
+    for (name, op, memory) in [("large", Op::Write, &from), ("small", Op::Read, &small)] {
+        let (attached, order, mut request) = (attached.clone(), order.clone(), transfer(op, 0, memory));
+        tasks.add(|io| async move {
+            super::execute(&attached, &io, &mut request).await.unwrap();
+            order.borrow_mut().push(name);
+        });
+    }
+    settle(&core, &mut tasks);
+    assert_eq!(*order.borrow(), ["small", "large"]);
+    assert_eq!(once(&core, &attached, transfer(Op::Read, 0, &to)), Ok(()));
+    assert!(get(&to, 0, LEN) == bytes);
 }
 
 fn is_sync(sqe: &Sqe) -> bool {
@@ -147,7 +179,7 @@ proptest! {
 
 /// Requests that no volume may see: each with its error.
 fn refused<R: Tested>(core: &Rc<Core<R>>, volume: &Rc<Attached<R>>) {
-    let sectors = volume.geometry().sectors;
+    let sectors = volume.geometry().sectors();
     let block = volume.geometry().logical_block / 512;
     let memory = Mapping::anonymous(block as usize * 512).unwrap();
     for at in [sectors, sectors - 1, u64::MAX, u64::MAX / 512, 1 << 63] {
@@ -217,7 +249,7 @@ fn a_power_cut_loses_what_was_not_flushed_and_nothing_else() {
     assert_eq!(once(&core, &volume, request(Op::Flush, 0, 0)), Ok(()));
     write(8, 2, false);
     write(16, 3, true);
-    core.ring().power_cut();
+    core.ring().power_cut(0);
     let read = |sector| {
         assert_eq!(once(&core, &volume, transfer(Op::Read, sector, &memory)), Ok(()));
         get(&memory, 0, 4096)

@@ -1,24 +1,29 @@
 //! Opening volumes, and lending them to workers.
 
 use super::attached::{Attached, Ops};
-use super::config::VolumeConfig;
+use super::config::{PolicyConfig, VolumeConfig};
 use super::file::{self, FileOps, FileVolume};
 use super::memory::{self, Memory};
 use super::nbd::{self, NbdOps, NbdVolume};
 use super::null::Null;
+use super::policy::{Policy, PolicyState};
 use crate::block::{Geometry, GeometryError};
 use crate::ring::{Core, Ring};
 use std::io;
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 
 /// An opened volume: what all workers share of it.
 pub struct Volume {
     name: String,
     geometry: Geometry,
-    store: Store,
+    pub(super) store: Store,
+    /// Held while the size changes.
+    pub(super) resizing: Mutex<()>,
+    policy: Arc<Policy>,
 }
 
-enum Store {
+pub(super) enum Store {
     File(FileVolume),
     Memory(Memory),
     Null,
@@ -110,7 +115,30 @@ impl Volume {
                 (Store::Nbd(volume), geometry)
             }
         };
-        Ok(Volume { name: name.into(), geometry, store })
+        let policy = Arc::new(Policy::new(name, PolicyConfig::default()));
+        Ok(Volume { name: name.into(), geometry, store, resizing: Mutex::default(), policy })
+    }
+
+    /// The same with another policy about errors than to report them. Before anybody attaches to it.
+    pub fn with_policy(self, config: PolicyConfig) -> Volume {
+        let policy = Arc::new(Policy::new(&self.name, config));
+        Volume { policy, ..self }
+    }
+
+    /// Lets the requests go on that wait because the store failed, on every worker: they are tried again, or (`give_up`)
+    /// fail with their errors. How many there were.
+    pub fn resume(&self, give_up: bool) -> usize {
+        self.policy.resume(give_up)
+    }
+
+    /// What becomes of the requests that the store fails, and how many of them wait.
+    pub fn policy_state(&self) -> PolicyState {
+        self.policy.state()
+    }
+
+    /// Why a drain may take long, where requests wait because the store failed.
+    pub fn held_up(&self) -> Option<String> {
+        self.policy.held_up()
     }
 
     /// As configured.
@@ -127,6 +155,11 @@ impl Volume {
     /// flushed for another.
     pub fn single_worker(&self) -> bool {
         matches!(&self.store, Store::Nbd(nbd) if !nbd.multi_conn())
+    }
+
+    /// Whether its data outlives this process, so that another may go on where this one ended.
+    pub fn persists(&self) -> bool {
+        !matches!(self.store, Store::Memory(_))
     }
 
     /// Whether the kernel alone moves its data, so that ublk's zero copy can be used.
@@ -150,6 +183,6 @@ impl Volume {
         };
         let mut geometry = self.geometry.clone();
         geometry.read_only |= read_only;
-        Attached::new(geometry, ops)
+        Attached::new(geometry, ops, self.policy.clone())
     }
 }

@@ -51,6 +51,15 @@ impl Mapping {
         Mapping::map(len, libc::PROT_READ, libc::MAP_SHARED, fd.as_raw_fd(), offset as libc::off_t)
     }
 
+    /// Maps `len` bytes of `fd` from `offset`, shared, readable and writable.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn shared(fd: BorrowedFd<'_>, offset: u64, len: usize) -> io::Result<Mapping> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        Mapping::map(len, prot, libc::MAP_SHARED, fd.as_raw_fd(), offset as libc::off_t)
+    }
+
     fn map(len: usize, prot: i32, flags: i32, fd: i32, offset: libc::off_t) -> io::Result<Mapping> {
         // SAFETY: without MAP_FIXED (no caller passes it) the kernel chooses an address that overlaps nothing.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, fd, offset) };

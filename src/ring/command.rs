@@ -27,8 +27,9 @@ impl CommandRing {
     }
 
     /// Gives `file` the command `op` with the 80 bytes that `command` makes from the address of `payload`,
-    /// and waits for its result, a number or a negated errno. `go_on` is asked ten times a second; once it
-    /// says no, the answer is `None`, and `payload` is leaked, since the kernel may still use it.
+    /// and waits for its result, a number or a negated errno, which comes with the payload as the kernel left
+    /// it. `go_on` is asked ten times a second; once it says no, the answer is `None`, and `payload` is
+    /// leaked, since the kernel may still use it.
     ///
     /// # Errors
     /// When the ring does not take commands.
@@ -39,9 +40,10 @@ impl CommandRing {
         payload: Box<[u8]>,
         command: impl FnOnce(u64) -> [u8; 80],
         mut go_on: impl FnMut() -> bool,
-    ) -> io::Result<Option<i32>> {
-        let payload = Box::leak(payload);
-        let bytes = command(payload.as_mut_ptr() as u64);
+    ) -> io::Result<Option<(i32, Box<[u8]>)>> {
+        // A raw pointer from here on: the kernel writes through it.
+        let payload = Box::into_raw(payload);
+        let bytes = command(payload.cast::<u8>() as u64);
         self.count += 1;
         let entry = opcode::UringCmd80::new(types::Fd(file.as_raw_fd()), op).cmd(bytes).build();
         // SAFETY: the payload is leaked until the result is there, and the file is borrowed while the entry is
@@ -58,9 +60,8 @@ impl CommandRing {
             }
             let ours = self.ring.completion().find(|cqe| cqe.user_data() == self.count);
             if let Some(cqe) = ours {
-                // SAFETY: leaked above, and the kernel is through with it.
-                drop(unsafe { Box::from_raw(payload) });
-                return Ok(Some(cqe.result()));
+                // SAFETY: it was a box until above, and the kernel is through with it.
+                return Ok(Some((cqe.result(), unsafe { Box::from_raw(payload) })));
             }
             if !go_on() {
                 return Ok(None);
@@ -79,8 +80,9 @@ mod tests {
         let mut ring = CommandRing::new().unwrap();
         let file = tempfile::tempfile().unwrap();
         for _ in 0..20 {
-            let result = ring.run(file.as_fd(), 1, Box::new([0; 8]), |_| [0; 80], || true).unwrap();
-            assert_eq!(result, Some(-libc::EOPNOTSUPP));
+            let (result, payload) =
+                ring.run(file.as_fd(), 1, Box::new([7; 8]), |_| [0; 80], || true).unwrap().unwrap();
+            assert_eq!((result, &*payload), (-libc::EOPNOTSUPP, [7; 8].as_slice()));
         }
     }
 }

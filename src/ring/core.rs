@@ -1,12 +1,13 @@
 //! One submission, one `await`: the slots of a worker and what they wait for.
 
-use super::{Cqe, Kind, Ring, Sqe, UserData};
+use super::{Cqe, Kind, Ring, Sqe, Timespec, UserData};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 /// A future that is not a request's: an NBD connection's reader, say. Boxed, since it is made once.
 pub(super) type Background = Pin<Box<dyn Future<Output = ()>>>;
@@ -76,7 +77,7 @@ impl<R: Ring> Core<R> {
     /// Runs a future of this worker's own from now until it ends.
     pub fn spawn<F: Future<Output = ()> + 'static>(self: &Rc<Self>, make: impl FnOnce(Io<R>) -> F) {
         let slot = self.allocate();
-        let future = make(Io { core: self.clone(), slot });
+        let future = make(Io::new(self, slot));
         self.spawned.borrow_mut().push((slot, Box::pin(future)));
         self.wake(slot);
     }
@@ -135,11 +136,12 @@ impl<R: Ring> Core<R> {
 pub struct Io<R> {
     core: Rc<Core<R>>,
     slot: u32,
+    tag: Cell<Option<u16>>,
 }
 
 impl<R: Ring> Io<R> {
     pub(super) fn new(core: &Rc<Core<R>>, slot: u32) -> Io<R> {
-        Io { core: core.clone(), slot }
+        Io { core: core.clone(), slot, tag: Cell::new(None) }
     }
 
     /// The worker's slots and ring, for tests that look at what the ring has.
@@ -151,6 +153,16 @@ impl<R: Ring> Io<R> {
     /// Our number, for [`Core::wake`].
     pub fn slot(&self) -> u32 {
         self.slot
+    }
+
+    /// The tag that the slot serves, for messages; `None` where it serves no queue.
+    pub fn tag(&self) -> Option<u16> {
+        self.tag.get()
+    }
+
+    /// See [`tag`](Self::tag).
+    pub fn set_tag(&self, tag: u16) {
+        self.tag.set(Some(tag));
     }
 
     /// Queues `sqe` now; the future gives its result, a count or a negated errno.
@@ -174,6 +186,12 @@ impl<R: Ring> Io<R> {
     /// See [`Ring::carry_out`].
     pub fn carry_out(&self, sqe: &Sqe) -> i32 {
         self.core.ring.carry_out(sqe)
+    }
+
+    /// Ends after `time`. Others get their turn meanwhile, however short that is.
+    pub async fn sleep(&self, time: Duration) {
+        let timespec = Timespec::from(time);
+        self.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
     }
 
     /// Waits for [`Core::wake`]; returns at once if it came since the last park.

@@ -7,14 +7,19 @@
 //! Contracts:
 //! - The same seed and the same calls give the same answers.
 //! - Memory is followed when an operation is carried out, some time between its push and its completion.
-//! - Each file has a second, *stable* copy, which is what a power cut leaves: only `fdatasync` and `RWF_DSYNC`
-//!   writes bring it up to date. An `fdatasync` that fails forgets what it should have written, as Linux
-//!   does: the next one succeeds without it.
+//! - Each file has a volatile cache over a second, *stable* copy. `fdatasync` makes stable what was complete (its
+//!   completion reaped) when it was pushed, and what came later as chance has it; an `RWF_DSYNC` write makes its own
+//!   sectors stable. A power cut leaves of each sector what is stable or anything written to it since; sectors are
+//!   whole, and a write is not. An `fdatasync` that fails forgets what it should have written, as Linux does: the
+//!   next one succeeds without it.
 //! - A write, hole or zero range past the end of a file is a bug of ours, and panics. So does a wait for
 //!   something that will never come.
 
+mod cache;
+
 use super::{Cqe, Kind, Mapping, Ring, Sqe, Target, UserData};
 use crate::block::Iovec;
+use cache::{Cache, Moment};
 use libc::{EAGAIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
 use libc::{EBADF, ECANCELED, EFAULT, EINTR, EINVAL, EIO, ENOENT, ENOSPC, EOPNOTSUPP, ETIME};
 use std::cell::RefCell;
@@ -68,7 +73,11 @@ struct State {
     /// The registered buffers; the index is the place in the table.
     buffers: Vec<Iovec>,
     /// Pushed, and not carried out.
-    pending: Vec<(Sqe, UserData)>,
+    pending: Vec<Pending>,
+    /// Writes that are carried out, and whose completions were not reaped.
+    unseen: Vec<(UserData, Moment)>,
+    /// Counts completions reaped, which is all the time there is.
+    now: u64,
     /// Carried out, and not to be seen before a later enter.
     late: Vec<Cqe>,
     /// To be reaped.
@@ -79,12 +88,20 @@ struct State {
     log: Vec<Sqe>,
 }
 
+#[derive(Clone, Copy)]
+struct Pending {
+    sqe: Sqe,
+    user_data: UserData,
+    /// When it was pushed.
+    since: u64,
+}
+
 struct File {
     fd: RawFd,
     bytes: Vec<u8>,
     stable: Vec<u8>,
-    /// Written since the last fdatasync.
-    dirty: Vec<Range<usize>>,
+    /// Written, and not stable.
+    cache: Cache,
 }
 
 impl Double {
@@ -97,6 +114,8 @@ impl Double {
             files: Vec::new(),
             buffers: Vec::new(),
             pending: Vec::new(),
+            unseen: Vec::new(),
+            now: 0,
             late: Vec::new(),
             ready: Vec::new(),
             past: Vec::new(),
@@ -120,17 +139,23 @@ impl Double {
         self.state.borrow().files.first().map(|file| file.bytes.clone())
     }
 
-    /// What a power cut would leave of the only file.
+    /// What a power cut would leave of the only file at the worst.
     pub fn stable(&self) -> Option<Vec<u8>> {
         self.state.borrow().files.first().map(|file| file.stable.clone())
     }
 
-    /// Cuts the power: every file is what was stable of it.
-    pub fn power_cut(&self) {
-        for file in &mut self.state.borrow_mut().files {
+    /// Cuts the power: nothing that was pushed happens any more, and every file is what was stable of it, with so many
+    /// percent of what was written to each sector since, oldest first.
+    pub fn power_cut(&self, written_back: u8) {
+        let State { files, pending, late, ready, random, .. } = &mut *self.state.borrow_mut();
+        for file in files {
+            file.cache.write_back(&mut file.stable, |_| random.percent(written_back));
+            file.cache.clear();
             file.bytes.clone_from(&file.stable);
-            file.dirty.clear();
         }
+        pending.clear();
+        late.clear();
+        ready.clear();
     }
 
     /// Registers a buffer in the next place of the table, and says which one that is.
@@ -143,7 +168,7 @@ impl Double {
     /// Makes `fd` readable: the polls on it complete.
     pub fn signal(&self, fd: RawFd) {
         let State { pending, ready, .. } = &mut *self.state.borrow_mut();
-        pending.retain(|(sqe, user_data)| {
+        pending.retain(|Pending { sqe, user_data, .. }| {
             let (file, more) = match *sqe {
                 Sqe::PollOnce { file } => (file, false),
                 Sqe::PollMultishot { file } => (file, true),
@@ -161,7 +186,8 @@ impl Double {
 impl Ring for Double {
     fn push(&self, sqe: &Sqe, user_data: UserData) {
         let state = &mut *self.state.borrow_mut();
-        state.pending.push((*sqe, user_data));
+        let since = state.now;
+        state.pending.push(Pending { sqe: *sqe, user_data, since });
         state.log.push(*sqe);
     }
 
@@ -180,6 +206,15 @@ impl Ring for Double {
         let state = &mut *self.state.borrow_mut();
         for cqe in std::mem::take(&mut state.ready) {
             into.push(cqe);
+            state.now += 1;
+            let now = state.now;
+            state.unseen.retain(|(user_data, moment)| {
+                let ours = *user_data == cqe.user_data;
+                if ours {
+                    moment.set(Some(now));
+                }
+                !ours
+            });
             if cqe.user_data.kind() == Some(Kind::Slot) {
                 state.past.push(cqe);
             }
@@ -194,7 +229,10 @@ impl Ring for Double {
     }
 
     fn carry_out(&self, sqe: &Sqe) -> i32 {
-        self.state.borrow_mut().carry_out(sqe).unwrap_or_else(|errno| -errno)
+        let state = &mut *self.state.borrow_mut();
+        state.now += 1;
+        let moment = Moment::new(Some(state.now).into());
+        state.carry_out(sqe, state.now, &moment).unwrap_or_else(|errno| -errno)
     }
 
     fn register(&self, fd: RawFd) -> Target {
@@ -202,7 +240,7 @@ impl Ring for Double {
         let known = files.iter().position(|file| file.fd == fd);
         let index = known.unwrap_or_else(|| {
             let bytes = std::fs::read(format!("/proc/self/fd/{fd}")).unwrap();
-            files.push(File { fd, stable: bytes.clone(), bytes, dirty: Vec::new() });
+            files.push(File { fd, stable: bytes.clone(), bytes, cache: Cache::default() });
             files.len() - 1
         });
         Target::Fixed(index as u32)
@@ -216,19 +254,22 @@ impl State {
             self.answer(cqe);
         }
         let (waiting, mut batch): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.pending).into_iter().partition(|(sqe, _)| waits(sqe));
+            std::mem::take(&mut self.pending).into_iter().partition(|pending| waits(&pending.sqe));
         self.pending = waiting;
         if self.faults.reorder {
             for last in (1..batch.len()).rev() {
                 batch.swap(last, self.random.below(last + 1));
             }
         }
-        for (sqe, user_data) in batch {
-            if waits(&sqe) || self.random.percent(self.faults.delay) {
-                self.pending.push((sqe, user_data));
+        for pending in batch {
+            if self.random.percent(self.faults.delay) {
+                self.pending.push(pending);
                 continue;
             }
-            let result = self.carry_out(&sqe).unwrap_or_else(|errno| -errno);
+            let Pending { sqe, user_data, since } = pending;
+            let moment = Moment::default();
+            let result = self.carry_out(&sqe, since, &moment).unwrap_or_else(|errno| -errno);
+            self.unseen.push((user_data, moment));
             self.answer(Cqe { user_data, result, more: false });
         }
     }
@@ -240,24 +281,24 @@ impl State {
 
     /// Whether another pass could complete something.
     fn can_progress(&self) -> bool {
-        !self.late.is_empty() || !self.pending.iter().all(|(sqe, _)| waits(sqe))
+        !self.late.is_empty() || !self.pending.iter().all(|pending| waits(&pending.sqe))
     }
 
     /// Nothing else can happen, so the first timeout expires. False when there is none.
     fn pass_time(&mut self) -> bool {
-        let Some(at) = self.pending.iter().position(|(sqe, _)| matches!(sqe, Sqe::Timeout { .. })) else {
-            return false;
-        };
-        let (_, user_data) = self.pending.remove(at);
+        let timeout = |pending: &Pending| matches!(pending.sqe, Sqe::Timeout { .. });
+        let Some(at) = self.pending.iter().position(timeout) else { return false };
+        let Pending { user_data, .. } = self.pending.remove(at);
         self.ready.push(Cqe { user_data, result: -ETIME, more: false });
         true
     }
 
-    fn carry_out(&mut self, sqe: &Sqe) -> Result<i32, i32> {
+    /// Carries out what was pushed at `since` and whose completion will have been seen at `moment`.
+    fn carry_out(&mut self, sqe: &Sqe, since: u64, moment: &Moment) -> Result<i32, i32> {
         match *sqe {
             Sqe::Read { file, addr, len, offset } => self.read(file, &[range(addr, len)], offset),
             Sqe::Write { file, addr, len, offset, rw_flags } => {
-                self.write(file, &[range(addr.cast_mut(), len)], offset, rw_flags)
+                self.write(file, &[range(addr.cast_mut(), len)], offset, rw_flags, moment)
             }
             Sqe::Readv { file, iovecs, count, offset } => {
                 // SAFETY: the contract of `ring`: what a submission names is valid until its completion.
@@ -267,7 +308,7 @@ impl State {
             Sqe::Writev { file, iovecs, count, offset, rw_flags } => {
                 // SAFETY: as above.
                 let iovecs = unsafe { std::slice::from_raw_parts(iovecs, count as usize) };
-                self.write(file, iovecs, offset, rw_flags)
+                self.write(file, iovecs, offset, rw_flags, moment)
             }
             Sqe::ReadFixed { file, index, skip, len, offset } => {
                 let buffer = self.buffer(index, skip, len)?;
@@ -275,17 +316,19 @@ impl State {
             }
             Sqe::WriteFixed { file, index, skip, len, offset, rw_flags } => {
                 let buffer = self.buffer(index, skip, len)?;
-                self.write(file, &[buffer], offset, rw_flags)
+                self.write(file, &[buffer], offset, rw_flags, moment)
             }
             Sqe::Fdatasync { file } => {
                 let failed = self.random.percent(self.faults.sync_error);
-                let file = self.file(file)?;
-                for range in std::mem::take(&mut file.dirty) {
-                    if !failed {
-                        file.harden(range);
-                    }
+                let State { files, random, .. } = self;
+                let file = find(files, file).ok_or(EBADF)?;
+                let complete = |at: &Moment| at.get().is_some_and(|at| at <= since);
+                if failed {
+                    file.cache.clear();
+                    return Err(EIO);
                 }
-                if failed { Err(EIO) } else { Ok(0) }
+                file.cache.write_back(&mut file.stable, |at| complete(at) || random.percent(50));
+                Ok(0)
             }
             Sqe::Fallocate { file, mode, offset, len } => {
                 let unsupported = match mode & !FALLOC_FL_KEEP_SIZE {
@@ -293,13 +336,14 @@ impl State {
                     FALLOC_FL_ZERO_RANGE => self.faults.no_zero_range,
                     _ => true,
                 };
-                if unsupported { Err(EOPNOTSUPP) } else { self.set(file, offset, len, 0) }
+                if unsupported { Err(EOPNOTSUPP) } else { self.set(file, offset, len, 0, moment) }
             }
             Sqe::BlockDiscard { .. } if self.faults.no_discard => Err(EOPNOTSUPP),
             // Undefined contents are not zeroes.
-            Sqe::BlockDiscard { file, offset, len } => self.set(file, offset, len, 0xd1),
+            Sqe::BlockDiscard { file, offset, len } => self.set(file, offset, len, 0xd1, moment),
             Sqe::Cancel { user_data } => {
-                let at = self.pending.iter().position(|(_, pending)| *pending == user_data).ok_or(ENOENT)?;
+                let at =
+                    self.pending.iter().position(|pending| pending.user_data == user_data).ok_or(ENOENT)?;
                 self.pending.remove(at);
                 self.answer(Cqe { user_data, result: -ECANCELED, more: false });
                 Ok(0)
@@ -324,7 +368,14 @@ impl State {
         error.map_or(Ok(count as i32), Err)
     }
 
-    fn write(&mut self, file: Target, iovecs: &[Iovec], offset: u64, rw_flags: i32) -> Result<i32, i32> {
+    fn write(
+        &mut self,
+        file: Target,
+        iovecs: &[Iovec],
+        offset: u64,
+        rw_flags: i32,
+        moment: &Moment,
+    ) -> Result<i32, i32> {
         if rw_flags & RWF_NOWAIT != 0 && self.faults.no_nowait {
             return Err(EOPNOTSUPP);
         }
@@ -339,10 +390,9 @@ impl State {
             unsafe { std::ptr::copy(iovec.base(), to.as_mut_ptr(), step) };
             at += step;
         }
+        file.cache.add(whole.clone(), &file.bytes, moment);
         if rw_flags & RWF_DSYNC != 0 && error.is_none() {
-            file.harden(whole);
-        } else {
-            file.dirty.push(whole);
+            file.cache.write_back_range(&mut file.stable, whole);
         }
         error.map_or(Ok(count as i32), Err)
     }
@@ -376,7 +426,7 @@ impl State {
     }
 
     /// Fills a range with one byte.
-    fn set(&mut self, file: Target, offset: u64, len: u64, byte: u8) -> Result<i32, i32> {
+    fn set(&mut self, file: Target, offset: u64, len: u64, byte: u8, moment: &Moment) -> Result<i32, i32> {
         let Faults { interrupted, io_error, no_space, .. } = self.faults;
         if self.random.percent(interrupted) {
             return Err(EINTR);
@@ -385,11 +435,12 @@ impl State {
             return Err(ENOSPC);
         }
         let failed = self.random.percent(io_error);
-        let done = if failed { self.random.below(len as usize) as u64 } else { len };
+        let unit = self.faults.direct.map_or(1, |(_, unit)| unit);
+        let done = if failed { (self.random.below(len as usize) / unit * unit) as u64 } else { len };
         let file = self.file(file)?;
         let range = file.range(offset, done);
         file.bytes[range.clone()].fill(byte);
-        file.dirty.push(range);
+        file.cache.add(range, &file.bytes, moment);
         if failed { Err(EIO) } else { Ok(0) }
     }
 
@@ -401,11 +452,14 @@ impl State {
     }
 
     fn file(&mut self, target: Target) -> Result<&mut File, i32> {
-        match target {
-            Target::Fixed(index) => self.files.get_mut(index as usize),
-            Target::Fd(fd) => self.files.iter_mut().find(|file| file.fd == fd),
-        }
-        .ok_or(EBADF)
+        find(&mut self.files, target).ok_or(EBADF)
+    }
+}
+
+fn find(files: &mut [File], target: Target) -> Option<&mut File> {
+    match target {
+        Target::Fixed(index) => files.get_mut(index as usize),
+        Target::Fd(fd) => files.iter_mut().find(|file| file.fd == fd),
     }
 }
 
@@ -414,10 +468,6 @@ impl File {
         let (start, end) = (offset as usize, (offset + len) as usize);
         assert!(end <= self.bytes.len(), "{start}..{end} is past the end of the file");
         start..end
-    }
-
-    fn harden(&mut self, range: Range<usize>) {
-        self.stable[range.clone()].copy_from_slice(&self.bytes[range]);
     }
 }
 
@@ -502,7 +552,7 @@ mod tests {
 
     fn file(ring: &Double) -> (std::fs::File, Target) {
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[7; 1000]).unwrap();
+        file.write_all(&[7; 4096]).unwrap();
         let target = ring.register(file.as_raw_fd());
         (file, target)
     }
@@ -513,15 +563,40 @@ mod tests {
         let (_file, file) = file(&ring);
         let bytes = [9u8; 30];
         let write = |offset, rw_flags| Sqe::Write { file, addr: bytes.as_ptr(), len: 10, offset, rw_flags };
-        assert_eq!(results(&ring, &[write(0, 0), Sqe::Fdatasync { file }]), [10, 0]);
-        assert_eq!(results(&ring, &[write(20, 0), write(40, RWF_DSYNC)]), [10, 10]);
+        assert_eq!(results(&ring, &[write(0, 0)]), [10]);
+        assert_eq!(results(&ring, &[Sqe::Fdatasync { file }]), [0]);
+        assert_eq!(results(&ring, &[write(512, 0), write(1024, RWF_DSYNC)]), [10, 10]);
         ring.set_faults(Faults { sync_error: 100, ..Faults::default() });
         assert_eq!(results(&ring, &[Sqe::Fdatasync { file }]), [-EIO]);
         ring.set_faults(Faults::default());
         assert_eq!(results(&ring, &[Sqe::Fdatasync { file }]), [0]);
-        ring.power_cut();
+        ring.power_cut(0);
         let left = ring.contents().unwrap();
-        assert_eq!((left[0], left[20], left[40], left[60]), (9, 7, 9, 7));
+        assert_eq!((left[0], left[512], left[1024], left[1536]), (9, 7, 9, 7));
+    }
+
+    /// What was not complete when the sync was pushed may be stable afterwards or not, and a cut may keep anything.
+    #[test]
+    fn what_is_not_promised_is_up_to_chance() {
+        let after = |seed, written_back| {
+            let ring = Double::new(seed, Faults::default());
+            let (_file, file) = file(&ring);
+            let bytes = [9u8; 2048];
+            let write = |offset| Sqe::Write { file, addr: bytes.as_ptr(), len: 1024, offset, rw_flags: 0 };
+            assert_eq!(results(&ring, &[write(0), Sqe::Fdatasync { file }, write(2048)]), [1024, 0, 1024]);
+            ring.power_cut(written_back);
+            let left = ring.contents().unwrap();
+            [0, 512, 2048, 2560].map(|at| left[at] == 9)
+        };
+        let sometimes = |such: &dyn Fn([bool; 4]) -> bool, written_back| {
+            let count = (0..100).filter(|seed| such(after(*seed, written_back))).count();
+            (1..100).contains(&count)
+        };
+        assert!(sometimes(&|left| left[0], 0), "a write beside the sync");
+        assert!(sometimes(&|left| left[0] != left[1], 0), "torn by the sync");
+        assert!((0..100).all(|seed| !after(seed, 0)[2]), "a write after the sync");
+        assert!(sometimes(&|left| left[2] != left[3], 50), "torn by the cut");
+        assert!((0..100).all(|seed| after(seed, 100) == [true; 4]));
     }
 
     #[test]

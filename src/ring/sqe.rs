@@ -67,6 +67,8 @@ pub enum Kind {
     Mailbox = 3,
     /// Nobody waits for it (a cancel).
     Nobody = 4,
+    /// A worker's timer: time to look for slow requests.
+    Watch = 5,
 }
 
 /// `kind (8 bits) | generation (24) | number (32)`: no pointer, and a completion that comes after its slot
@@ -91,6 +93,7 @@ impl UserData {
             2 => Some(Kind::Kick),
             3 => Some(Kind::Mailbox),
             4 => Some(Kind::Nobody),
+            5 => Some(Kind::Watch),
             _ => None,
         }
     }
@@ -140,7 +143,7 @@ mod tests {
 
     #[test]
     fn user_data_round_trips() {
-        for kind in [Kind::Slot, Kind::Kick, Kind::Mailbox, Kind::Nobody] {
+        for kind in [Kind::Slot, Kind::Kick, Kind::Mailbox, Kind::Nobody, Kind::Watch] {
             let data = UserData::new(kind, UserData::GENERATIONS - 1, u32::MAX);
             let back = UserData::from_raw(data.raw());
             assert_eq!(back.kind(), Some(kind));

@@ -1,4 +1,4 @@
-//! The other end of the control API: what `ringblk list` and `ringblk stop` ask a running service.
+//! The other end of the control API: what the commands for a running service ask it.
 
 #![forbid(unsafe_code)]
 
@@ -7,19 +7,22 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use http_body_util::{BodyExt, Empty, Limited};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
+use hyper::header::CONTENT_TYPE;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::socket::is_served;
-use super::status::{ApiError, Status, Stopping};
+use super::status::{ApiError, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, Stopping};
 
-/// For one question and its answer. Longer than a full server takes to turn silent clients out.
-const ANSWER_TIME: Duration = Duration::from_secs(20);
+/// For one question and its answer. Longer than a server takes for any answer, and a full one to turn silent clients
+/// out.
+const ANSWER_TIME: Duration = Duration::from_secs(40);
 /// A larger answer is not one of ours.
 const MAX_ANSWER: usize = 16 << 20;
 /// Between two looks at whether a stopping service is gone.
@@ -50,6 +53,9 @@ pub enum ClientError {
         /// The service's own words.
         reason: String,
     },
+    /// No volume can have this name.
+    #[error("there is no volume {0:?}")]
+    Name(String),
     /// What came back is no answer of ours.
     #[error("no proper answer from {}", path.display())]
     Protocol {
@@ -80,15 +86,31 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub fn status(&self) -> Result<Status, ClientError> {
-        self.ask(Method::GET, "/v1/status")
+        self.ask(Method::GET, "/v1/status", Bytes::new())
     }
 
-    /// Asks for a clean stop and returns at once.
+    /// Asks for a clean stop and returns at once. With `hand_over`, ublk disks stay for the next service.
     ///
     /// # Errors
     /// See [`ClientError`].
-    pub fn stop(&self) -> Result<(), ClientError> {
-        self.ask::<Stopping>(Method::POST, "/v1/stop").map(drop)
+    pub fn stop(&self, hand_over: bool) -> Result<(), ClientError> {
+        self.post::<Stopping>("/v1/stop", &Stop { hand_over }).map(drop)
+    }
+
+    /// Changes the size of a volume, to `size` bytes.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn resize(&self, volume: &str, size: u64, force: bool) -> Result<Resized, ClientError> {
+        self.post(&path_of(volume, "resize")?, &Resize { size, force })
+    }
+
+    /// Has a volume take the size that its store has now.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn refresh(&self, volume: &str, force: bool) -> Result<Resized, ClientError> {
+        self.post(&path_of(volume, "refresh")?, &Refresh { force })
     }
 
     /// Waits until nobody listens on the control socket any more. A service gives it up as its last act.
@@ -106,25 +128,44 @@ impl Client {
         Ok(())
     }
 
-    fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ClientError> {
+    /// Lets the requests of a volume go on that wait because its store failed, or fails them.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn resume(&self, volume: &str, give_up: bool) -> Result<Resumed, ClientError> {
+        self.post(&path_of(volume, "resume")?, &Resume { give_up })
+    }
+
+    fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|error| self.protocol(error.into()))?;
+        self.ask(Method::POST, path, body.into())
+    }
+
+    fn ask<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Result<T, ClientError> {
         let connect_failed = |source| ClientError::Connect { path: self.path.clone(), source };
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(connect_failed)?.block_on(
             async {
-                tokio::time::timeout(ANSWER_TIME, self.exchange(method, path))
+                tokio::time::timeout(ANSWER_TIME, self.exchange(method, path, body))
                     .await
                     .unwrap_or_else(|_| Err(ClientError::Silent(self.path.clone())))
             },
         )
     }
 
-    async fn exchange<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T, ClientError> {
+    async fn exchange<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
         let stream = UnixStream::connect(&self.path).await.map_err(|source| match source.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 ClientError::NotRunning(self.path.clone())
             }
             _ => ClientError::Connect { path: self.path.clone(), source },
         })?;
-        let (status, body) = self.send(stream, method, path).await.map_err(|source| self.protocol(source))?;
+        let (status, body) =
+            self.send(stream, method, path, body).await.map_err(|source| self.protocol(source))?;
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|error| self.protocol(error.into()));
         }
@@ -139,6 +180,7 @@ impl Client {
         stream: UnixStream,
         method: Method,
         path: &str,
+        body: Bytes,
     ) -> Result<(StatusCode, Bytes), Box<dyn Error + Send + Sync>> {
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         // The request's own future reports what goes wrong on the connection.
@@ -147,7 +189,8 @@ impl Client {
             .method(method)
             .uri(path)
             .header("host", "ringblk")
-            .body(Empty::<Bytes>::new())?;
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(body))?;
         let answer = sender.send_request(request).await?;
         let status = answer.status();
         let body = Limited::new(answer.into_body(), MAX_ANSWER).collect().await?;
@@ -157,6 +200,15 @@ impl Client {
     fn protocol(&self, source: Box<dyn Error + Send + Sync>) -> ClientError {
         ClientError::Protocol { path: self.path.clone(), source }
     }
+}
+
+/// Where a volume is asked for `what`. A name that would need escapes in a path is no volume's.
+fn path_of(volume: &str, what: &str) -> Result<String, ClientError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
+    if volume.is_empty() || !volume.bytes().all(plain) {
+        return Err(ClientError::Name(volume.to_owned()));
+    }
+    Ok(format!("/v1/volumes/{volume}/{what}"))
 }
 
 #[cfg(test)]
@@ -189,7 +241,7 @@ mod tests {
         assert!(matches!(error, ClientError::NotRunning(_)), "{error}");
         assert!(error.to_string().contains("c.sock"));
         drop(UnixListener::bind(&path).unwrap());
-        assert!(matches!(Client::new(&path).stop(), Err(ClientError::NotRunning(_))));
+        assert!(matches!(Client::new(&path).stop(false), Err(ClientError::NotRunning(_))));
         Client::new(&path).wait_gone(Duration::ZERO).unwrap();
     }
 

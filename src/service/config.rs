@@ -16,11 +16,12 @@ use std::collections::btree_map::Entry;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::engine::config::VolumeConfig;
+use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::service::sandbox::Mode;
 
-use origin::{Item, Origin};
+use origin::{Item, Origin, printable};
 
 /// Where the control socket is when nobody says otherwise.
 pub const DEFAULT_CONTROL: &str = "/run/ringblk/control.sock";
@@ -34,8 +35,14 @@ pub struct Config {
     pub poll_us: u32,
     /// The control socket.
     pub control: PathBuf,
+    /// Seconds after which a request in flight is reported, up to [`Config::MAX_SLOW_AFTER`]; 0: never.
+    pub slow_after: u64,
+    /// What the service gives up once it runs.
+    pub sandbox: Mode,
     /// Volumes by name.
     pub volumes: BTreeMap<String, VolumeConfig>,
+    /// What becomes of the requests that each volume's store fails.
+    pub policies: BTreeMap<String, PolicyConfig>,
     /// Volumes shown as ublk disks, at most one a volume.
     pub ublk: Vec<UblkConfig>,
     /// Volumes shown on vhost-user sockets.
@@ -47,6 +54,10 @@ impl Config {
     pub const MAX_POLL_US: u32 = 10_000;
     /// A cross-CPU wake-up and its answer, with room: what looking is there to save.
     pub const DEFAULT_POLL_US: u32 = 50;
+    /// Longer than a disk takes for anything but trouble, and well below the guests' own limits (30 s and more).
+    pub const DEFAULT_SLOW_AFTER: u64 = 10;
+    /// The longest time after which a request is reported, in seconds: one day.
+    pub const MAX_SLOW_AFTER: u64 = 24 * 60 * 60;
     /// More workers than this is a slip of the finger.
     pub const MAX_WORKERS: usize = 1024;
     /// The longest name of a volume.
@@ -65,7 +76,7 @@ pub struct ConfigError {
 
 impl ConfigError {
     fn new(place: impl Into<String>, reason: impl Into<String>) -> ConfigError {
-        ConfigError { place: place.into(), reason: reason.into() }
+        ConfigError { place: place.into(), reason: printable(&reason.into()) }
     }
 }
 
@@ -74,8 +85,11 @@ impl ConfigError {
 pub struct Loader {
     workers: Option<Item<usize>>,
     poll_us: Option<Item<u32>>,
+    slow_after: Option<Item<u64>>,
     control: Option<Item<PathBuf>>,
+    sandbox: Option<Item<Mode>>,
     volumes: BTreeMap<String, Item<VolumeConfig>>,
+    policies: BTreeMap<String, PolicyConfig>,
     ublk: Vec<Item<UblkConfig>>,
     vhost_user: Vec<Item<VhostUserConfig>>,
 }
@@ -97,12 +111,14 @@ impl Loader {
     }
 
     /// Adds what [`Loader::add_file`] would find in `path`.
-    fn add_text(&mut self, path: &Path, text: &str) -> Result<(), ConfigError> {
+    pub(crate) fn add_text(&mut self, path: &Path, text: &str) -> Result<(), ConfigError> {
         let found = file::parse(path, text)?;
         // What was said before stays: flags win, whichever comes first.
         self.workers = self.workers.take().or(found.workers);
         self.poll_us = self.poll_us.take().or(found.poll_us);
+        self.slow_after = self.slow_after.take().or(found.slow_after);
         self.control = self.control.take().or(found.control);
+        self.sandbox = self.sandbox.take().or(found.sandbox);
         for (name, volume) in found.volumes {
             self.add_volume(name, volume)?;
         }
@@ -117,8 +133,8 @@ impl Loader {
     /// Text of another form, an unknown driver or key, a bad value, a name that is already there.
     pub fn add_volume_flag(&mut self, text: &str) -> Result<(), ConfigError> {
         let origin = Origin::flag("--volume", text);
-        let (name, volume) = flag::volume(text).map_err(|reason| origin.error(reason))?;
-        self.add_volume(name, Item::new(volume, origin))
+        let (name, volume, policy) = flag::volume(text).map_err(|reason| origin.error(reason))?;
+        self.add_volume(name, Item::new((volume, policy), origin))
     }
 
     /// Adds a ublk export: `VOLUME[,key=value...]`.
@@ -149,10 +165,22 @@ impl Loader {
         self.poll_us = Some(Item::new(poll_us, origin));
     }
 
+    /// Sets after how many seconds a request is reported, over what a file said.
+    pub fn set_slow_after(&mut self, seconds: u64) {
+        let origin = Origin::flag("--slow-after", &seconds.to_string());
+        self.slow_after = Some(Item::new(seconds, origin));
+    }
+
     /// Sets the number of workers, over what a file said.
     pub fn set_workers(&mut self, workers: usize) {
         let origin = Origin::flag("--workers", &workers.to_string());
         self.workers = Some(Item::new(workers, origin));
+    }
+
+    /// Sets what the service gives up, over what a file said.
+    pub fn set_sandbox(&mut self, mode: Mode) {
+        let origin = Origin::flag("--sandbox", &mode.to_string());
+        self.sandbox = Some(Item::new(mode, origin));
     }
 
     /// Sets the control socket, over what a file said.
@@ -170,17 +198,22 @@ impl Loader {
         Ok(Config {
             workers: self.workers.map(|item| item.value),
             poll_us: self.poll_us.map_or(Config::DEFAULT_POLL_US, |item| item.value),
+            sandbox: self.sandbox.map_or_else(Mode::default, |item| item.value),
             control: self.control.map_or_else(|| DEFAULT_CONTROL.into(), |item| item.value),
+            slow_after: self.slow_after.map_or(Config::DEFAULT_SLOW_AFTER, |item| item.value),
+            policies: self.policies,
             volumes: self.volumes.into_iter().map(|(name, item)| (name, item.value)).collect(),
             ublk: self.ublk.into_iter().map(|item| item.value).collect(),
             vhost_user: self.vhost_user.into_iter().map(|item| item.value).collect(),
         })
     }
 
-    fn add_volume(&mut self, name: String, volume: Item<VolumeConfig>) -> Result<(), ConfigError> {
+    fn add_volume(&mut self, name: String, volume: file::Volume) -> Result<(), ConfigError> {
+        let (store, policy) = volume.value;
         match self.volumes.entry(name) {
             Entry::Vacant(entry) => {
-                entry.insert(volume);
+                self.policies.insert(entry.key().clone(), policy);
+                entry.insert(Item::new(store, volume.origin));
                 Ok(())
             }
             Entry::Occupied(entry) => {
@@ -200,8 +233,9 @@ impl fmt::Display for Config {
             None => writeln!(f, "workers: as many as CPUs, at most the queues")?,
         }
         writeln!(f, "control: {}", self.control.display())?;
+        writeln!(f, "sandbox: {}", self.sandbox)?;
         for (name, volume) in &self.volumes {
-            writeln!(f, "volume {name}: {volume}")?;
+            writeln!(f, "volume {name}: {volume}{}", self.policies[name])?;
         }
         let queues = |count: Option<u16>| match count {
             Some(count) => format!("queues {count}"),
@@ -231,9 +265,11 @@ impl fmt::Display for Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::config::OnError;
 
     const FILE: &str = r#"
 workers = 2
+slow-after = 20
 control = "/run/x/control.sock"
 
 [volume.root]
@@ -247,6 +283,8 @@ driver = "memory"
 size = "1G"
 
 [volume.far]
+on-error = "retry"
+retry-for = 60
 driver = "nbd"
 uri = "nbd://server/disk"
 connections = 2
@@ -275,11 +313,12 @@ queue-size = 1024
 
         let mut flags = Loader::new();
         flags.set_workers(2);
+        flags.set_slow_after(20);
         flags.set_control("/run/x/control.sock".into());
         for text in [
             "root=file:/srv/a,,b.img,direct=on,block-size=4096",
             "scratch=memory:1G",
-            "far=nbd:nbd://server/disk,connections=2,reconnect=30",
+            "far=nbd:nbd://server/disk,connections=2,reconnect=30,on-error=retry,retry-for=60",
         ] {
             flags.add_volume_flag(text).unwrap();
         }
@@ -292,6 +331,10 @@ queue-size = 1024
         assert_eq!(config, flags.finish().unwrap());
         assert_eq!(config.workers, Some(2));
         assert_eq!(config.volumes["root"].target(), "/srv/a,b.img");
+        let policy =
+            |name: &str| (config.policies[name].on_error, config.policies[name].patience().as_secs());
+        assert_eq!(policy("far"), (OnError::Retry, 60));
+        assert_eq!(policy("root").0, OnError::Report);
         assert_eq!(config.ublk[0].id, Some(7));
         assert_eq!(config.vhost_user[0].mode, 0o660);
     }
@@ -305,8 +348,9 @@ queue-size = 1024
         loader.add_text(Path::new("r.toml"), FILE).unwrap();
         loader.set_workers(5);
         loader.set_poll_us(0);
+        loader.set_slow_after(0);
         let config = loader.finish().unwrap();
-        assert_eq!((config.workers, config.poll_us), (Some(5), 0));
+        assert_eq!((config.workers, config.poll_us, config.slow_after), (Some(5), 0, 0));
         assert_eq!(config.control, Path::new("/run/flag.sock"));
         assert_eq!(config.volumes.len(), 4);
         assert_eq!(config.ublk.len(), 2);
@@ -317,7 +361,7 @@ queue-size = 1024
         let mut loader = Loader::new();
         loader.add_text(Path::new("r.toml"), FILE).unwrap();
         let error = loader.add_volume_flag("root=null:1G").unwrap_err();
-        assert_eq!(error.to_string(), "--volume root=null:1G: volume \"root\" is already defined (r.toml:5)");
+        assert_eq!(error.to_string(), "--volume root=null:1G: volume \"root\" is already defined (r.toml:6)");
     }
 
     #[test]
@@ -327,6 +371,7 @@ queue-size = 1024
         loader.add_ublk_flag("a").unwrap();
         let config = loader.finish().unwrap();
         assert_eq!((config.workers, config.poll_us), (None, Config::DEFAULT_POLL_US));
+        assert_eq!(config.slow_after, Config::DEFAULT_SLOW_AFTER);
         assert_eq!(config.control, Path::new(DEFAULT_CONTROL));
     }
 
@@ -338,7 +383,7 @@ queue-size = 1024
         for line in [
             "workers: 2",
             "volume scratch: memory:1G",
-            "volume far: nbd:nbd://server/disk, connections 2, reconnect 30 s",
+            "volume far: nbd:nbd://server/disk, connections 2, reconnect 30 s, on error retry for 60 s",
             "ublk root: queues 2, depth 128, zero copy on, /dev/ublkb7",
             "vhost-user root: /run/x/root.sock, a queue for every worker, queue size 1024, mode 0660, \
              owner root:0, read-only",

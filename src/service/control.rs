@@ -4,7 +4,7 @@
 //! one line there and one function, and a method of [`Managed`] if it needs something new from the service.
 //!
 //! Limits: [`MAX_CONNECTIONS`] at a time (others wait in the listen queue), one request each, [`REQUEST_TIME`] in all,
-//! no request bodies, and headers of at most [`MAX_HEADERS`] bytes.
+//! request bodies of at most 4 KiB of JSON, and headers of at most [`MAX_HEADERS`] bytes.
 
 #![forbid(unsafe_code)]
 
@@ -25,14 +25,17 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 
 use super::socket::SocketFile;
-use super::status::Status;
+use super::status::{Refresh, Resize, Resized, Resume, Resumed, Status, Stop};
 
 /// Clients served at the same time.
 pub const MAX_CONNECTIONS: u32 = 16;
-/// From the first byte to the end of the answer.
-const REQUEST_TIME: Duration = Duration::from_secs(10);
+/// From the first byte to the end of the answer. A resize may take most of it: each ublk disk is given 10 s, and requests
+/// that it waits for 5 s.
+const REQUEST_TIME: Duration = Duration::from_secs(30);
 /// For the request line and the headers.
 const HEADER_TIME: Duration = Duration::from_secs(5);
+/// For the body.
+const BODY_TIME: Duration = Duration::from_secs(5);
 /// Bytes of request line and headers; hyper will not have less than 8 KiB of buffer.
 const MAX_HEADERS: usize = 8 << 10;
 /// How long answers that are on their way may take once the service stops.
@@ -40,12 +43,41 @@ const FAREWELL_TIME: Duration = Duration::from_secs(1);
 /// Rest after a failed accept: out of descriptors, most likely, and trying at once would only burn the CPU.
 const ACCEPT_REST: Duration = Duration::from_millis(200);
 
-/// The service, as the control API sees it. Calls come from the control thread and must not block.
+/// The service, as the control API sees it. Each call comes on a thread of its own, which it may block.
 pub trait Managed: Send + Sync {
     /// How things are.
     fn status(&self) -> Status;
     /// Begins a clean stop. Asking again changes nothing.
-    fn request_stop(&self);
+    ///
+    /// # Errors
+    /// When disks cannot be handed over.
+    fn request_stop(&self, wanted: &Stop) -> Result<(), Refusal>;
+    /// Changes the size of a volume.
+    ///
+    /// # Errors
+    /// When there is no such volume, or it cannot be.
+    fn resize(&self, volume: &str, wanted: &Resize) -> Result<Resized, Refusal>;
+    /// Has a volume take the size that its store has now.
+    ///
+    /// # Errors
+    /// As for [`resize`](Self::resize).
+    fn refresh(&self, volume: &str, wanted: &Refresh) -> Result<Resized, Refusal>;
+    /// Lets the requests go on that wait because a volume's store failed.
+    ///
+    /// # Errors
+    /// When there is no such volume.
+    fn resume(&self, volume: &str, wanted: &Resume) -> Result<Resumed, Refusal>;
+}
+
+/// Why nothing was done.
+#[derive(Debug)]
+pub enum Refusal {
+    /// There is no volume of this name.
+    Unknown(String),
+    /// The body does not say what is wanted.
+    Body(String),
+    /// It cannot be done, and why.
+    Impossible(String),
 }
 
 /// Answers on `socket` until `shutdown` is ready, then lets the answers under way finish, and removes the socket.
@@ -100,8 +132,8 @@ async fn connection(stream: UnixStream, managed: Arc<dyn Managed>, _permit: Owne
         }
     }
     let service = service_fn(|request| {
-        let answer = routes::answer(&*managed, &request);
-        async { Ok::<_, Infallible>(answer) }
+        let answer = routes::answer(Arc::clone(&managed), request);
+        async { Ok::<_, Infallible>(answer.await) }
     });
     let serving = http1::Builder::new()
         .keep_alive(false)
@@ -130,6 +162,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
     use std::path::{Path, PathBuf};
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread::JoinHandle;
     use tokio::sync::oneshot;
@@ -137,6 +170,7 @@ mod tests {
     #[derive(Default)]
     struct Fake {
         stops: AtomicUsize,
+        asked: Mutex<Vec<String>>,
     }
 
     impl Managed for Fake {
@@ -144,8 +178,30 @@ mod tests {
             sample()
         }
 
-        fn request_stop(&self) {
+        fn request_stop(&self, wanted: &Stop) -> Result<(), Refusal> {
+            if wanted.hand_over {
+                return Err(Refusal::Impossible("too old".into()));
+            }
             self.stops.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+
+        fn resize(&self, volume: &str, wanted: &Resize) -> Result<Resized, Refusal> {
+            self.asked.lock().unwrap().push(format!("{volume} {wanted:?}"));
+            match volume {
+                "root" if wanted.force => Err(Refusal::Impossible("not today".into())),
+                "root" => Ok(Resized { volume: volume.into(), from_bytes: 1, size_bytes: wanted.size }),
+                _ => Err(Refusal::Unknown(volume.into())),
+            }
+        }
+
+        fn refresh(&self, volume: &str, wanted: &Refresh) -> Result<Resized, Refusal> {
+            self.resize(volume, &Resize { size: 7, force: wanted.force })
+        }
+
+        fn resume(&self, volume: &str, wanted: &Resume) -> Result<Resumed, Refusal> {
+            self.asked.lock().unwrap().push(format!("{volume} {wanted:?}"));
+            Ok(Resumed { volume: volume.into(), requests: 3 })
         }
     }
 
@@ -211,7 +267,7 @@ mod tests {
         let client = Client::new(&server.path);
         assert_eq!(client.status().unwrap(), sample());
         assert_eq!(server.fake.stops.load(Ordering::SeqCst), 0);
-        client.stop().unwrap();
+        client.stop(false).unwrap();
         assert_eq!(server.fake.stops.load(Ordering::SeqCst), 1);
         server.stop();
         assert!(!server.path.exists());
@@ -225,6 +281,12 @@ mod tests {
         assert_eq!(status_of(&answer), "202");
         assert!(answer.contains("content-type: application/json"), "{answer}");
         assert!(answer.ends_with("\r\n\r\n{\"stopping\":true}\n"), "{answer}");
+        assert_eq!(post(&server, "/v1/stop", r#"{"hand_over": false}"#).0, "202");
+        let stops = || server.fake.stops.load(Ordering::SeqCst);
+        assert_eq!(stops(), 2);
+        let error = Client::new(&server.path).stop(true).unwrap_err();
+        assert_eq!(error.to_string(), "the service refused: too old (409 Conflict)");
+        assert_eq!(stops(), 2);
     }
 
     #[test]
@@ -236,9 +298,10 @@ mod tests {
             ("POST /v1/status HTTP/1.1\r\nhost: x\r\n\r\n", "405"),
             ("GET /v1/stop HTTP/1.1\r\nhost: x\r\n\r\n", "405"),
             ("BREW /v1/stop HTTP/1.1\r\nhost: x\r\n\r\n", "405"),
-            ("POST /v1/stop HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}", "413"),
-            ("POST /v1/stop HTTP/1.1\r\nhost: x\r\ncontent-length: 999999999999\r\n\r\n", "413"),
-            ("POST /v1/stop HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n", "413"),
+            ("GET /v1/status HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}", "400"),
+            ("POST /v1/volumes HTTP/1.1\r\nhost: x\r\n\r\n", "404"),
+            ("POST /v1/volumes/a/b/resize HTTP/1.1\r\nhost: x\r\n\r\n", "404"),
+            ("GET /v1/volumes/root/resize HTTP/1.1\r\nhost: x\r\n\r\n", "405"),
         ] {
             let answer = server.raw(request.as_bytes());
             assert_eq!(status_of(&answer), status, "{request}{answer}");
@@ -247,6 +310,89 @@ mod tests {
         let answer = server.raw(b"GET /v1/stop HTTP/1.1\r\nhost: x\r\n\r\n");
         assert!(answer.contains("allow: POST"), "{answer}");
         assert_eq!(server.fake.stops.load(Ordering::SeqCst), 0);
+    }
+
+    /// One request with a body, and the answer's status and body.
+    fn post(server: &Server, path: &str, body: &str) -> (String, serde_json::Value) {
+        let length = body.len();
+        let request = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n{body}");
+        let answer = server.raw(request.as_bytes());
+        let json = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{answer}")).1;
+        (status_of(&answer).to_owned(), serde_json::from_str(json).unwrap())
+    }
+
+    #[test]
+    fn a_resize_says_what_became_of_it() {
+        let server = Server::start();
+        let client = Client::new(&server.path);
+        let (status, answer) = post(&server, "/v1/volumes/root/resize", r#"{"size": 4096}"#);
+        let expected = serde_json::json!({"volume": "root", "from_bytes": 1, "size_bytes": 4096});
+        assert_eq!((&*status, answer), ("200", expected));
+        let (status, answer) = post(&server, "/v1/volumes/root/refresh", r#"{"force": true}"#);
+        assert_eq!((&*status, &answer["error"]), ("409", &"not today".into()));
+        let (status, answer) = post(&server, "/v1/volumes/roof/refresh", "");
+        assert_eq!((&*status, &answer["error"]), ("404", &"there is no volume \"roof\"".into()));
+        assert_eq!(client.resize("root", 512, false).unwrap().size_bytes, 512);
+        assert_eq!(client.refresh("root", false).unwrap().size_bytes, 7);
+        for name in ["roof", "", "a b", "a/b", "\r\n", "ä"] {
+            let error = client.resize(name, 512, false).unwrap_err();
+            assert!(error.to_string().contains("there is no volume"), "{name:?}: {error}");
+        }
+        let asked = ["root Resize { size: 4096, force: false }", "root Resize { size: 7, force: true }"];
+        assert_eq!(server.fake.asked.lock().unwrap()[..2], asked);
+    }
+
+    #[test]
+    fn a_resume_may_say_nothing_or_give_up() {
+        let server = Server::start();
+        let client = Client::new(&server.path);
+        let (status, answer) = post(&server, "/v1/volumes/root/resume", "");
+        assert_eq!((&*status, answer), ("200", serde_json::json!({"volume": "root", "requests": 3})));
+        assert_eq!(client.resume("root", true).unwrap().requests, 3);
+        assert_eq!(post(&server, "/v1/volumes/root/resume", r#"{"force": true}"#).0, "400");
+        let asked = ["root Resume { give_up: false }", "root Resume { give_up: true }"];
+        assert_eq!(*server.fake.asked.lock().unwrap(), asked);
+    }
+
+    #[test]
+    fn bodies_say_exactly_what_is_wanted() {
+        let server = Server::start();
+        for body in [
+            "",
+            "{}",
+            "null",
+            "4096",
+            "[4096]x",
+            "{\"size\": -1}",
+            "{\"size\": 1.5}",
+            "{\"size\": \"1G\"}",
+            "{\"size\": 18446744073709551616}",
+            "{\"size\": 4096",
+            "{\"size\": 4096} {}",
+            "{\"size\": 4096, \"size\": 8192}",
+            "{\"size\": 4096, \"force\": 1}",
+            "{\"size\": 4096, \"forse\": true}",
+            "\0\0\0\0",
+            &"[".repeat(4096),
+        ] {
+            let (status, answer) = post(&server, "/v1/volumes/root/resize", body);
+            assert_eq!(status, "400", "{body}: {answer}");
+        }
+        let (status, _) = post(&server, "/v1/stop", r#"{"soon": true}"#);
+        assert_eq!(status, "400");
+        let spaces = format!("{{\"size\": 1{}}}", " ".repeat(4 << 10));
+        assert_eq!(post(&server, "/v1/volumes/root/resize", &spaces).0, "413");
+        let head = "POST /v1/volumes/root/resize HTTP/1.1\r\nhost: x\r\n";
+        let chunk = format!("1000\r\n{}\r\n", " ".repeat(4096));
+        let chunked = format!("{head}transfer-encoding: chunked\r\n\r\n{}", chunk.repeat(16));
+        assert_eq!(status_of(&server.raw(chunked.as_bytes())), "413");
+        let huge = format!("{head}content-length: 999999999999\r\n\r\n{}", " ".repeat(8 << 10));
+        assert_eq!(status_of(&server.raw(huge.as_bytes())), "413");
+        assert!(server.fake.asked.lock().unwrap().is_empty());
+        assert_eq!(server.fake.stops.load(Ordering::SeqCst), 0);
+        // One that does not come is not waited for without end.
+        let silent = server.raw(format!("{head}content-length: 10\r\n\r\n").as_bytes());
+        assert_eq!(status_of(&silent), "408");
     }
 
     #[test]

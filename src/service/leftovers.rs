@@ -1,72 +1,281 @@
-//! What a service that is gone may have left: links to ublk disks.
+//! What a service that is gone may have left: ublk disks, and the links to them.
 
 #![forbid(unsafe_code)]
 
+use crate::frontend::ublk::{self, Info, Mark, Standing};
+use serde::Serialize;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-/// Where the links to our ublk disks are.
-const LINKS: &str = "/dev/ringblk";
-
-/// One link.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A disk of ours, a link to one, or both.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Leftover {
-    /// `/dev/ringblk/NAME`.
-    pub link: PathBuf,
-    /// Where it points.
+    /// `/dev/ringblk/NAME`; a service that died early has made none.
+    pub link: Option<PathBuf>,
+    /// `/dev/ublkbN`.
     pub device: PathBuf,
-    /// Whether there is a block device.
-    pub exists: bool,
+    /// What has become of it.
+    pub state: Fate,
+    /// The process that serves it.
+    pub server: Option<u32>,
 }
 
-/// All links under `/dev/ringblk`, by name.
+/// What has become of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fate {
+    /// A process serves it.
+    Served,
+    /// Its server is dead, and the kernel clears up behind it.
+    Parting,
+    /// It waits for a service.
+    Waiting,
+    /// A device without a disk.
+    Remains,
+    /// There is a disk, and the driver does not tell us more.
+    Unknown,
+    /// There is none.
+    Gone,
+}
+
+/// What is to be removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The disk of that volume.
+    Volume(String),
+    /// `/dev/ublkbN` or `/dev/ringblk/NAME`.
+    Device(PathBuf),
+    /// All that nobody serves.
+    AllDead,
+}
+
+/// Why something was not removed.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoveError {
+    /// Nothing there.
+    #[error("there is no disk of a volume {0} of ringblk's")]
+    NoVolume(String),
+    /// Nothing of ours.
+    #[error("{} is no disk of ringblk's", .0.display())]
+    NotOurs(PathBuf),
+    /// See [`ublk::Error`].
+    #[error(transparent)]
+    Ublk(#[from] ublk::Error),
+    /// A link.
+    #[error("{}", .0.display())]
+    Link(PathBuf, #[source] io::Error),
+}
+
+impl Leftover {
+    /// What a user can do about it.
+    pub fn needs(&self) -> &'static str {
+        match self.state {
+            Fate::Waiting => "start its service, or `ringblk remove`",
+            Fate::Remains | Fate::Gone => "`ringblk remove`, or nothing",
+            Fate::Parting => "a moment",
+            Fate::Served | Fate::Unknown => "nothing",
+        }
+    }
+}
+
+/// All disks of ours and all links under `/dev/ringblk`, links first, by name. Where the driver does not tell us of
+/// its devices (it tells root), only links are known.
 ///
 /// # Errors
 /// When the directory is there but cannot be read.
 pub fn devices() -> io::Result<Vec<Leftover>> {
-    devices_in(Path::new(LINKS))
+    let known = ublk::ours().inspect_err(|error| log::debug!("{error}"));
+    devices_in(Path::new(ublk::LINKS), &known.unwrap_or_default())
 }
 
-fn devices_in(dir: &Path) -> io::Result<Vec<Leftover>> {
+fn devices_in(dir: &Path, known: &[Info]) -> io::Result<Vec<Leftover>> {
+    let mut found = Vec::new();
+    for (link, device) in links_in(dir)? {
+        let info = known.iter().find(|info| info.path() == device);
+        let there = fs::metadata(&link).is_ok_and(|metadata| metadata.file_type().is_block_device());
+        let state = if there { Fate::Unknown } else { Fate::Gone };
+        found.push(info.map_or(Leftover { link: Some(link.clone()), device, state, server: None }, |info| {
+            described(info, Some(link))
+        }));
+    }
+    found.sort_by(|a, b| a.link.cmp(&b.link));
+    let linked = |info: &&Info| found.iter().any(|left| left.device == info.path());
+    let unlinked: Vec<_> =
+        known.iter().filter(|info| !linked(info)).map(|info| described(info, None)).collect();
+    found.extend(unlinked);
+    Ok(found)
+}
+
+/// Links and where they point. Anything that is no link is not ours to speak of.
+fn links_in(dir: &Path) -> io::Result<Vec<(PathBuf, PathBuf)>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries?,
     };
-    let mut found = Vec::new();
+    let mut links = Vec::new();
     for entry in entries {
         let link = entry?.path();
-        // Anything that is no link is not ours to speak of.
-        let Ok(target) = fs::read_link(&link) else {
-            continue;
-        };
-        let metadata = fs::metadata(&link);
-        found.push(Leftover {
-            device: dir.join(target),
-            exists: metadata.is_ok_and(|metadata| metadata.file_type().is_block_device()),
-            link,
-        });
+        if let Ok(target) = fs::read_link(&link) {
+            links.push((link, dir.join(target)));
+        }
     }
-    found.sort_by(|a, b| a.link.cmp(&b.link));
-    Ok(found)
+    Ok(links)
+}
+
+fn described(info: &Info, link: Option<PathBuf>) -> Leftover {
+    let (state, server) = match info.standing() {
+        Standing::Served(pid) => (Fate::Served, Some(pid)),
+        Standing::Parting => (Fate::Parting, None),
+        Standing::Waiting => (Fate::Waiting, None),
+        Standing::Remains => (Fate::Remains, None),
+    };
+    Leftover { link, device: info.path(), state, server }
+}
+
+/// Removes disks that nobody serves, with their links; what waits for them fails. Returns what is gone.
+///
+/// # Errors
+/// When there is nothing of ours by that name, or somebody serves it. What was removed by then stays removed.
+pub fn remove(which: &Which) -> Result<Vec<PathBuf>, RemoveError> {
+    remove_in(Path::new(ublk::LINKS), which, &ublk::ours()?, ublk::remove)
+}
+
+fn remove_in(
+    dir: &Path,
+    which: &Which,
+    known: &[Info],
+    mut remove: impl FnMut(&Info) -> Result<(), ublk::Error>,
+) -> Result<Vec<PathBuf>, RemoveError> {
+    let links = links_in(dir).map_err(|error| RemoveError::Link(dir.into(), error))?;
+    let target = |link: &Path| links.iter().find(|(of, _)| of == link).map(|(_, device)| device.clone());
+    let is_dead = |info: &&Info| !matches!(info.standing(), Standing::Served(_));
+    let mut gone = Vec::new();
+    let mut stale: Vec<PathBuf> = Vec::new();
+    let chosen: Vec<&Info> = match which {
+        Which::AllDead => known.iter().filter(is_dead).collect(),
+        Which::Volume(name) => {
+            stale.extend(target(&dir.join(name)));
+            known.iter().filter(|info| info.mark == Mark::of(name)).collect()
+        }
+        Which::Device(path) => {
+            let device = target(path).unwrap_or_else(|| path.clone());
+            let of = known.iter().filter(|info| info.path() == device).collect();
+            stale.push(device);
+            of
+        }
+    };
+    // A link to nothing is ours to remove, a disk that we do not know is not.
+    stale.retain(|device| device.symlink_metadata().is_err());
+    for info in &chosen {
+        remove(info)?;
+        gone.push(info.path());
+        stale.push(info.path());
+    }
+    for (link, device) in &links {
+        let dead = *which == Which::AllDead && device.symlink_metadata().is_err();
+        if stale.contains(device) || dead {
+            fs::remove_file(link).map_err(|error| RemoveError::Link(link.clone(), error))?;
+            gone.push(link.clone());
+        }
+    }
+    match which {
+        Which::Volume(name) if gone.is_empty() => Err(RemoveError::NoVolume(name.clone())),
+        Which::Device(path) if gone.is_empty() => Err(RemoveError::NotOurs(path.clone())),
+        _ => Ok(gone),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frontend::ublk::State;
     use std::os::unix::fs::symlink;
+
+    fn info(id: u32, state: State, server: Option<u32>, volume: &str) -> Info {
+        let mark = Mark::of(volume);
+        Info { id, queues: 1, depth: 1, max_io: 4096, state, server, flags: 0, mark }
+    }
+
+    /// A directory with links: `a` to number 1048575, `b` to 1048574, and a file `c`.
+    fn links() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        symlink("/dev/ublkb1048574", dir.path().join("b")).unwrap();
+        symlink("/dev/ublkb1048575", dir.path().join("a")).unwrap();
+        fs::write(dir.path().join("c"), "").unwrap();
+        dir
+    }
+
+    fn names(dir: &tempfile::TempDir) -> Vec<String> {
+        let name = |entry: io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string().unwrap();
+        let mut names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(name).collect();
+        names.sort();
+        names
+    }
 
     #[test]
     fn links_are_found_and_files_are_not() {
-        let dir = tempfile::tempdir().unwrap();
-        symlink("/dev/no-such-disk", dir.path().join("b")).unwrap();
-        symlink("/dev/null", dir.path().join("a")).unwrap();
-        fs::write(dir.path().join("c"), "").unwrap();
-        let found = devices_in(dir.path()).unwrap();
+        let dir = links();
+        let found = devices_in(dir.path(), &[]).unwrap();
         let devices: Vec<_> = found.iter().map(|left| left.device.as_path()).collect();
-        assert_eq!(devices, [Path::new("/dev/null"), Path::new("/dev/no-such-disk")]);
-        assert!(found.iter().all(|left| !left.exists));
-        assert_eq!(devices_in(&dir.path().join("none")).unwrap(), []);
+        assert_eq!(devices, [Path::new("/dev/ublkb1048575"), Path::new("/dev/ublkb1048574")]);
+        assert!(found.iter().all(|left| left.state == Fate::Gone));
+        assert_eq!(devices_in(&dir.path().join("none"), &[]).unwrap(), []);
+    }
+
+    #[test]
+    fn the_driver_knows_more_than_links_tell() {
+        let dir = links();
+        let us = std::process::id();
+        let known = [
+            info(1048575, State::Quiesced, Some(us), "a"),
+            info(1048574, State::Live, Some(us), "b"),
+            info(1048573, State::Dead, None, "lost"),
+        ];
+        let found = devices_in(dir.path(), &known).unwrap();
+        let states: Vec<_> =
+            found.iter().map(|left| (left.state, left.server, left.link.is_some())).collect();
+        let expected =
+            [(Fate::Waiting, None, true), (Fate::Served, Some(us), true), (Fate::Remains, None, false)];
+        assert_eq!(states, expected);
+    }
+
+    #[test]
+    fn what_is_asked_for_goes_and_nothing_else() {
+        let us = std::process::id();
+        let known = [
+            info(1048575, State::Quiesced, None, "a"),
+            info(1048574, State::Live, Some(us), "b"),
+            info(1048573, State::Dead, None, "lost"),
+        ];
+        let run = |which: Which| {
+            let dir = links();
+            let mut removed = Vec::new();
+            let result = remove_in(dir.path(), &which, &known, |info| {
+                removed.push(info.id);
+                Ok(())
+            });
+            (removed, names(&dir), result.is_ok())
+        };
+        let all = || ["a", "b", "c"].map(String::from).to_vec();
+        let without_a = || ["b", "c"].map(String::from).to_vec();
+        assert_eq!(run(Which::Volume("a".into())), (vec![1048575], without_a(), true));
+        assert_eq!(run(Which::Device("/dev/ublkb1048575".into())), (vec![1048575], without_a(), true));
+        assert_eq!(run(Which::Volume("lost".into())), (vec![1048573], all(), true));
+        assert_eq!(run(Which::Volume("c".into())), (vec![], all(), false));
+        assert_eq!(run(Which::Device("/dev/null".into())), (vec![], all(), false));
+        let (removed, ..) = run(Which::AllDead);
+        assert_eq!(removed, [1048575, 1048573], "not the one that is served");
+    }
+
+    #[test]
+    fn the_link_of_a_disk_that_is_gone_can_be_removed() {
+        let dir = links();
+        let link = dir.path().join("a");
+        let never = |_: &Info| panic!("there is none");
+        let gone = remove_in(dir.path(), &Which::Device(link.clone()), &[], never).unwrap();
+        assert_eq!(gone, [link]);
+        assert_eq!(names(&dir), ["b", "c"]);
     }
 }

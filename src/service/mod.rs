@@ -9,6 +9,7 @@ mod exports;
 pub mod features;
 pub mod leftovers;
 mod run;
+pub mod sandbox;
 mod socket;
 pub mod status;
 

@@ -1,15 +1,21 @@
 //! A service's life: everything is checked and opened before anything is made, and what was made is taken
 //! away again, in the opposite order.
 
+mod managed;
+mod resize;
+
 use super::config::{Config, ConfigError};
-use super::control::{self, Managed};
+use super::control;
 use super::exports::ublk::UblkExport;
 use super::exports::vhost_user::{Endpoint, VhostUserExport, passed_sockets};
-use super::exports::{Export, Placement};
+use super::exports::{Export, Farewell, Placement};
+use super::sandbox;
 use super::socket::{Access, SocketError, SocketFile};
-use super::status::{Status, VolumeStatus};
+use super::status::{SandboxStatus, VolumeStatus};
+use crate::block::Errno;
 use crate::engine::{OpenError, Volume};
-use crate::worker::{Link, Worker};
+use crate::frontend::ublk::StableName;
+use crate::worker::{Habits, Link, Worker};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +34,9 @@ pub enum Error {
     /// See [`OpenError`].
     #[error(transparent)]
     Volume(#[from] OpenError),
+    /// See [`sandbox::Error`].
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
     /// See [`SocketError`].
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -62,7 +71,7 @@ pub enum Error {
         /// Of the volume.
         name: String,
         /// The store's answer.
-        source: crate::block::Errno,
+        source: Errno,
     },
 }
 
@@ -117,7 +126,10 @@ struct Shared {
     volume_status: Vec<VolumeStatus>,
     workers: Mutex<Vec<Worker>>,
     worker_count: usize,
+    sandbox: SandboxStatus,
     stopping: AtomicBool,
+    /// The stop that was asked for first, if one was.
+    farewell: Mutex<Option<Farewell>>,
     stop: Notify,
 }
 
@@ -131,7 +143,8 @@ impl Service {
     fn start(config: &Config) -> Result<Service, Error> {
         let mut volumes = BTreeMap::new();
         for (name, volume) in &config.volumes {
-            volumes.insert(name.clone(), Arc::new(Volume::open(name, volume)?));
+            let volume = Volume::open(name, volume)?.with_policy(config.policies[name]);
+            volumes.insert(name.clone(), Arc::new(volume));
         }
         let mut passed = passed_sockets();
         let control = SocketFile::bind(&config.control, Access::PRIVATE)?;
@@ -144,10 +157,18 @@ impl Service {
         }
 
         let count = worker_count(config);
-        let patience = Duration::from_micros(config.poll_us.into());
+        let habits = Habits {
+            patience: Duration::from_micros(config.poll_us.into()),
+            slow_after: Duration::from_secs(config.slow_after),
+        };
+        if !config.ublk.is_empty() {
+            StableName::prepare();
+        }
+        // From here on we are no longer alone: what is given up, is given up by all.
+        let sandbox = sandbox::enter(&sandbox::Plan::of(config))?;
         let mut workers = Vec::new();
         for number in 0..count {
-            workers.push(Worker::start(number, patience).map_err(|source| Error::Worker { number, source })?);
+            workers.push(Worker::start(number, habits).map_err(|source| Error::Worker { number, source })?);
         }
         let shared = Shared {
             exports: Mutex::default(),
@@ -155,19 +176,21 @@ impl Service {
             volume_status: config
                 .volumes
                 .iter()
-                .map(|(name, of)| volume_status(&volumes[name], of))
+                .map(|(name, of)| managed::volume_status(&volumes[name], of))
                 .collect(),
             volumes,
             workers: Mutex::new(workers),
             worker_count: count,
+            sandbox,
             stopping: AtomicBool::new(false),
+            farewell: Mutex::default(),
             stop: Notify::new(),
         };
         let service = Service { control, shared: Arc::new(shared) };
         match service.shared.add_exports(config, endpoints) {
             Ok(()) => Ok(service),
             Err(error) => {
-                if let Err(left) = service.shared.take_down() {
+                if let Err(left) = service.shared.take_down(Farewell::Withdraw) {
                     log::error!("{left}");
                 }
                 Err(error)
@@ -188,14 +211,24 @@ impl Service {
             () = shared.stop.notified() => {}
         }
         shared.stopping.store(true, Ordering::Relaxed);
+        let farewell = *lock(&shared.farewell).get_or_insert(Farewell::Stop);
         log::info!("stopping: waiting for requests in flight");
         let (done, mut finished) = oneshot::channel();
         let stopper = shared.clone();
         thread::Builder::new()
             .name("ringblk-stop".into())
-            .spawn(move || done.send(stopper.take_down()))
+            .spawn(move || done.send(stopper.take_down(farewell)))
             .map_err(Error::Control)?;
+        let held_up = async {
+            loop {
+                shared.volumes.values().filter_map(|volume| volume.held_up()).for_each(|why| {
+                    log::warn!("stopping: {why}");
+                });
+                tokio::time::sleep(HELD_UP_EVERY).await;
+            }
+        };
         let result = tokio::select! {
+            () = held_up => unreachable!("it goes on for ever"),
             result = &mut finished => result.unwrap_or(Ok(())),
             () = signals.next() => {
                 let left = shared.left();
@@ -239,7 +272,7 @@ impl Shared {
             let on = placement.of(queues(export.queues), self.single_worker(volume));
             let started = UblkExport::start(export, volume, &on)?;
             log::info!("volume {} is served at {}", export.volume, started.status().link.display());
-            lock(&self.exports).push(Export::Ublk(started));
+            lock(&self.exports).push(Export::Ublk(Box::new(started)));
         }
         Ok(())
     }
@@ -251,14 +284,14 @@ impl Shared {
     }
 
     /// Ends every export, flushes every volume, ends the workers.
-    fn take_down(&self) -> Result<(), Error> {
+    fn take_down(&self, how: Farewell) -> Result<(), Error> {
         let mut left = Vec::new();
         // Taken out in a statement of its own, so that the list is not locked while we wait.
         let next = || lock(&self.exports).pop();
         while let Some(mut export) = next() {
             let name = export.status().name();
             *lock(&self.leaving) = Some(name.clone());
-            if let Err(abandoned) = export.stop(Instant::now() + STOP_LIMIT) {
+            if let Err(abandoned) = export.leave(how, Instant::now() + STOP_LIMIT) {
                 left.push(format!("{name}: {abandoned}"));
             }
         }
@@ -269,7 +302,9 @@ impl Shared {
             if volume.geometry().read_only || !volume.geometry().volatile_cache {
                 continue;
             }
-            if let Ok(Err(source)) = link.flush(volume.clone()).recv_timeout(STOP_LIMIT) {
+            // A flush without an answer is a flush that failed: what was acknowledged may not be on stable storage.
+            let answer = link.flush(volume.clone()).recv_timeout(STOP_LIMIT);
+            if let Err(source) = answer.unwrap_or(Err(Errno::ETIMEDOUT)) {
                 log::error!("volume {name}: flush: {source}");
                 result = Err(Error::Flush { name: name.clone(), source });
             }
@@ -277,7 +312,14 @@ impl Shared {
         if !left.is_empty() {
             return Err(Error::Abandoned(left.join("; ")));
         }
-        lock(&self.workers).clear();
+        let mut workers = lock(&self.workers);
+        match how {
+            Farewell::Stop => workers.clear(),
+            // Where the kernel cannot give the fetches of a disk back, they end with the process, and a worker that
+            // is told to end would wait for them.
+            Farewell::HandOver | Farewell::Withdraw => workers.drain(..).for_each(std::mem::forget),
+        }
+        drop(workers);
         result
     }
 
@@ -288,28 +330,14 @@ impl Shared {
     }
 }
 
+/// Between two lines about requests that a stop waits for because the store failed.
+const HELD_UP_EVERY: Duration = Duration::from_secs(5);
+
 /// How long requests that were given up may take to fail.
 const ABANDON_LIMIT: Duration = Duration::from_secs(5);
 
 /// No export's stop takes longer than this; one that does is reported and left.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
-
-impl Managed for Shared {
-    fn status(&self) -> Status {
-        Status {
-            version: env!("CARGO_PKG_VERSION").into(),
-            pid: std::process::id(),
-            workers: self.worker_count,
-            stopping: self.stopping.load(Ordering::Relaxed),
-            volumes: self.volume_status.clone(),
-            exports: lock(&self.exports).iter().map(Export::status).collect(),
-        }
-    }
-
-    fn request_stop(&self) {
-        self.stop.notify_one();
-    }
-}
 
 /// As many as asked for, or as CPUs but at most the queues; an export without a number of its own has as
 /// many queues as there are workers.
@@ -319,15 +347,4 @@ fn worker_count(config: &Config) -> usize {
     let all = config.ublk.iter().map(|export| queues(export.queues)).sum::<usize>()
         + config.vhost_user.iter().map(|export| queues(export.queues)).sum::<usize>();
     config.workers.unwrap_or(cpus.min(all).max(1))
-}
-
-fn volume_status(volume: &Volume, config: &crate::engine::config::VolumeConfig) -> VolumeStatus {
-    VolumeStatus {
-        name: volume.name().into(),
-        driver: config.driver().into(),
-        target: config.target(),
-        size_bytes: volume.geometry().bytes(),
-        block_size: volume.geometry().logical_block,
-        read_only: volume.geometry().read_only,
-    }
 }

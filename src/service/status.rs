@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -19,10 +20,40 @@ pub struct Status {
     pub workers: usize,
     /// Set once a stop was asked for.
     pub stopping: bool,
+    /// What the service has given up.
+    #[serde(default)]
+    pub sandbox: SandboxStatus,
     /// Every volume.
     pub volumes: Vec<VolumeStatus>,
     /// Every export.
     pub exports: Vec<ExportStatus>,
+}
+
+/// What a service has given up, and what of it the kernel could take.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxStatus {
+    /// `on`, `log` or `off`.
+    pub mode: String,
+    /// Version of landlock in force; `None`: none.
+    pub landlock_abi: Option<i32>,
+    /// What happens to other system calls: `refuse`, `log` or `none`.
+    pub seccomp: String,
+    /// Capabilities that are left.
+    pub capabilities: Vec<String>,
+}
+
+impl fmt::Display for SandboxStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.landlock_abi {
+            Some(abi) => write!(f, "landlock {abi}")?,
+            None => write!(f, "no landlock")?,
+        }
+        write!(f, ", seccomp {}, ", self.seccomp)?;
+        match &self.capabilities[..] {
+            [] => write!(f, "no capabilities"),
+            some => write!(f, "{}", some.join(" ")),
+        }
+    }
 }
 
 /// A volume as it was opened.
@@ -40,6 +71,15 @@ pub struct VolumeStatus {
     pub block_size: u32,
     /// Writes are refused.
     pub read_only: bool,
+    /// What becomes of requests that the store fails: `report`, `retry` or `stop`.
+    #[serde(default)]
+    pub policy: String,
+    /// The store failed, and requests wait for `ringblk resume`.
+    #[serde(default)]
+    pub paused: bool,
+    /// Requests that wait for that, or to be tried again.
+    #[serde(default)]
+    pub waiting: usize,
 }
 
 /// An export as it runs.
@@ -115,6 +155,64 @@ pub struct Stopping {
     pub stopping: bool,
 }
 
+/// The body of `POST /v1/stop`; none asks for the same as an empty one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stop {
+    /// ublk disks stay, and wait for the next service.
+    #[serde(default)]
+    pub hand_over: bool,
+}
+
+/// The body of `POST /v1/volumes/NAME/resize`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// The new capacity in bytes.
+    pub size: u64,
+    /// Even if the volume shrinks.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The body of `POST /v1/volumes/NAME/refresh`; none asks for the same as an empty one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Refresh {
+    /// Even if the volume shrinks.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The body of `POST /v1/volumes/NAME/resume`; none asks for the same as an empty one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resume {
+    /// Requests that wait fail, instead of being tried again.
+    #[serde(default)]
+    pub give_up: bool,
+}
+
+/// The answer to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resumed {
+    /// The volume.
+    pub volume: String,
+    /// How many requests were waiting.
+    pub requests: usize,
+}
+
+/// The answer to a resize or refresh.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resized {
+    /// The volume.
+    pub volume: String,
+    /// Capacity before.
+    pub from_bytes: u64,
+    /// Capacity now; the same where nothing changed.
+    pub size_bytes: u64,
+}
+
 /// The body of every error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiError {
@@ -130,6 +228,12 @@ pub(crate) fn sample() -> Status {
         pid: 42,
         workers: 2,
         stopping: false,
+        sandbox: SandboxStatus {
+            mode: "on".into(),
+            landlock_abi: Some(6),
+            seccomp: "refuse".into(),
+            capabilities: vec!["cap_sys_admin".into()],
+        },
         volumes: vec![VolumeStatus {
             name: "root".into(),
             driver: "file".into(),
@@ -137,6 +241,9 @@ pub(crate) fn sample() -> Status {
             size_bytes: 1 << 30,
             block_size: 512,
             read_only: false,
+            policy: "stop".into(),
+            paused: true,
+            waiting: 3,
         }],
         exports: vec![
             ExportStatus::Ublk(UblkStatus {
@@ -168,6 +275,8 @@ mod tests {
     fn the_documented_shape() {
         let json = serde_json::to_value(sample()).unwrap();
         assert_eq!(json["volumes"][0]["size_bytes"], 1 << 30);
+        let policy = ["policy", "paused", "waiting"].map(|key| json["volumes"][0][key].to_string());
+        assert_eq!(policy, ["\"stop\"", "true", "3"]);
         assert_eq!(json["exports"][0]["kind"], "ublk");
         assert_eq!(json["exports"][0]["device"], "/dev/ublkb0");
         assert_eq!(json["exports"][1]["kind"], "vhost-user");

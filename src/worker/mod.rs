@@ -10,6 +10,7 @@ mod mailbox;
 mod patience;
 mod run;
 mod slot;
+mod watch;
 
 use crate::block::Errno;
 use crate::engine::Volume;
@@ -27,6 +28,15 @@ pub struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
+/// How a worker spends its time.
+#[derive(Clone, Copy, Debug)]
+pub struct Habits {
+    /// After requests it looks for more of them for so long at most before it sleeps.
+    pub patience: Duration,
+    /// Requests that take longer are logged; zero for none.
+    pub slow_after: Duration,
+}
+
 /// A way to a worker, for whoever starts and stops queues on it. Cheap to clone.
 #[derive(Clone)]
 pub struct Link {
@@ -41,6 +51,7 @@ enum Command {
     EnableVring { id: VringId, enabled: bool, reply: Reply<()> },
     CallVring { id: VringId, call: Option<vhost_user::CallFd>, reply: Reply<()> },
     Flush { volume: Arc<Volume>, reply: Reply<Result<(), Errno>> },
+    Drain { volume: Arc<Volume>, limit: Duration, reply: Reply<bool> },
     Abandon,
     Quit,
 }
@@ -69,18 +80,17 @@ fn gone() -> io::Error {
 }
 
 impl Worker {
-    /// Starts worker `number`. It waits for commands and uses no CPU. After requests it looks for more of them
-    /// for `patience` at most before it sleeps.
+    /// Starts worker `number`. It waits for commands and uses no CPU.
     ///
     /// # Errors
     /// When the kernel refuses the thread or its ring.
-    pub fn start(number: usize, patience: Duration) -> io::Result<Worker> {
+    pub fn start(number: usize, habits: Habits) -> io::Result<Worker> {
         let mailbox = Arc::new(Mailbox::new()?);
         let inside = mailbox.clone();
         let (ready, made) = Reply::pair();
         let thread = thread::Builder::new().name(format!("ringblk-{number}")).spawn(move || {
             // The ring is made here because it belongs to the thread that makes it.
-            match run::Run::new(&inside, patience) {
+            match run::Run::new(&inside, habits) {
                 Ok(run) => {
                     ready.send(Ok(()));
                     run.until_quit();
@@ -157,6 +167,14 @@ impl Link {
     pub fn flush(&self, volume: Arc<Volume>) -> Receiver<Result<(), Errno>> {
         let (reply, answer) = Reply::pair();
         self.mailbox.post(Command::Flush { volume, reply });
+        answer
+    }
+
+    /// What it returns hears when every request to `volume` is over that this worker admitted before the call, or
+    /// false after `limit`. New ones go on meanwhile.
+    pub fn drain(&self, volume: Arc<Volume>, limit: Duration) -> Receiver<bool> {
+        let (reply, answer) = Reply::pair();
+        self.mailbox.post(Command::Drain { volume, limit, reply });
         answer
     }
 

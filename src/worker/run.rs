@@ -4,7 +4,8 @@ use super::affinity::Affinity;
 use super::mailbox::Mailbox;
 use super::patience::Patience;
 use super::slot::{Queue, Seat, sit};
-use super::{Command, Reply, VringId};
+use super::watch::{Watch, Watchdog};
+use super::{Command, Habits, Reply, VringId};
 use crate::block::{Data, Errno, Flags, Op, Request};
 use crate::engine::{Attached, Volume, execute};
 use crate::frontend::{ublk, vhost_user};
@@ -27,6 +28,8 @@ struct Place {
     volume: Rc<Attached<Uring>>,
     /// The slot of each tag. A vring's are made as its depth is first reached: an idle one has none.
     slots: Vec<u32>,
+    /// What each of them is at.
+    watches: Vec<Rc<Watch>>,
     alive: Rc<Cell<usize>>,
     /// Told when a ublk queue has ended.
     ended: Option<Reply<()>>,
@@ -36,19 +39,19 @@ struct Place {
 pub(super) struct Run {
     core: Rc<Core<Uring>>,
     mailbox: Arc<Mailbox>,
-    patience: Duration,
+    habits: Habits,
 }
 
 impl Run {
     /// Makes the calling thread a worker's.
-    pub fn new(mailbox: &Arc<Mailbox>, patience: Duration) -> io::Result<Run> {
+    pub fn new(mailbox: &Arc<Mailbox>, habits: Habits) -> io::Result<Run> {
         let ring = Uring::new(Setup { buffers: BUFFERS, ..Setup::default() })?;
         // The disks we serve may be where the kernel writes to when memory is short; a thread that it waits
         // for must not itself wait for that. Needs CAP_SYS_RESOURCE; without it we serve all the same.
         if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
             log::debug!("PR_SET_IO_FLUSHER: {error}");
         }
-        Ok(Run { core: Core::new(ring), mailbox: mailbox.clone(), patience })
+        Ok(Run { core: Core::new(ring), mailbox: mailbox.clone(), habits })
     }
 
     /// Serves until told to quit.
@@ -65,7 +68,8 @@ impl Run {
             stopping: Vec::new(),
             deserted: Rc::default(),
             kicks: 0,
-            patience: Patience::up_to(self.patience),
+            patience: Patience::up_to(self.habits.patience),
+            watchdog: Watchdog::new(self.habits.slow_after),
             quit: false,
         }
         .run();
@@ -81,6 +85,7 @@ struct Loop<F, M> {
     places: Vec<Option<Place>>,
     affinity: Affinity,
     patience: Patience,
+    watchdog: Watchdog,
     /// Volumes in use here: the queues of one share what it keeps for a worker.
     attached: Vec<(std::sync::Weak<Volume>, Weak<Attached<Uring>>)>,
     /// Vrings to look at in each pass: kicked, or with requests in flight. Idle ones cost nothing.
@@ -113,6 +118,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     Some(Kind::Slot) => self.tasks.complete(&cqe),
                     Some(Kind::Kick) => self.kicked(&cqe),
                     Some(Kind::Mailbox) => self.read_mail(&cqe),
+                    Some(Kind::Watch) => self.tell_slow(),
                     Some(Kind::Nobody) | None => {}
                 }
             }
@@ -139,11 +145,28 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     }
 
     fn enter(&self, wait: bool) {
+        self.watchdog.arm(self.core.ring());
         if let Err(error) = self.core.ring().enter(wait) {
             // Nothing in flight can complete any more. The process ends, and every client hears of it;
             // silence would leave them waiting.
             log::error!("io_uring_enter: {error}: giving up");
             std::process::abort();
+        }
+    }
+
+    /// Logs the requests that take too long.
+    fn tell_slow(&self) {
+        let all = self.places.iter().flatten().flat_map(|place| {
+            place.watches.iter().enumerate().map(move |(tag, watch)| ((place, tag), &**watch))
+        });
+        for ((place, tag), doing, age) in self.watchdog.look(all) {
+            let waits_for = place.volume.waits_for(place.slots[tag]);
+            log::warn!(
+                "volume {}: {}: tag {tag}: {doing}: not done after {} s: it waits for {waits_for}",
+                place.volume.name(),
+                place.queue.label(),
+                age.as_secs()
+            );
         }
     }
 
@@ -206,6 +229,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     reply.send(());
                 }
                 Command::Flush { volume, reply } => self.flush(&volume, reply),
+                Command::Drain { volume, limit, reply } => self.drain(&volume, limit, reply),
                 Command::Abandon => {
                     self.attached.iter().filter_map(|(_, of)| of.upgrade()).for_each(|of| of.abandon());
                 }
@@ -220,6 +244,20 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             let mut request =
                 Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data: Data::None };
             reply.send(execute(&attached, &io, &mut request).await);
+        });
+    }
+
+    fn drain(&mut self, volume: &Arc<Volume>, limit: Duration, reply: Reply<bool>) {
+        let ours = |of: &std::sync::Weak<Volume>| of.as_ptr() == Arc::as_ptr(volume);
+        let used =
+            self.attached.iter().filter(|(of, _)| ours(of)).filter_map(|(_, attached)| attached.upgrade());
+        let used: Vec<_> = used.collect();
+        self.core.spawn(|io| async move {
+            let mut drained = true;
+            for attached in used {
+                drained &= attached.drain(&io, limit).await;
+            }
+            reply.send(drained);
         });
     }
 
@@ -268,7 +306,8 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     }
 
     fn place(&mut self, queue: Queue, volume: Rc<Attached<Uring>>, ended: Option<Reply<()>>) -> u32 {
-        let place = Place { queue, volume, slots: Vec::new(), alive: Rc::default(), ended };
+        let place =
+            Place { queue, volume, slots: Vec::new(), watches: Vec::new(), alive: Rc::default(), ended };
         let free = self.places.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.places.push(None);
@@ -283,12 +322,15 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     fn add_slot(&mut self, index: u32, tag: u16) {
         let Some(place) = self.places[index as usize].as_mut() else { return };
         place.alive.set(place.alive.get() + 1);
+        let watch = self.watchdog.watch();
+        place.watches.push(watch.clone());
         let slot = self.tasks.add(|io| {
             (self.make)(Seat {
                 io,
                 queue: place.queue.clone(),
                 volume: place.volume.clone(),
                 tag,
+                watch,
                 place: index,
                 alive: place.alive.clone(),
                 deserted: self.deserted.clone(),

@@ -1,5 +1,6 @@
 //! A slot: one request after the other, for as long as its queue lives. Here a door meets a volume.
 
+use super::watch::Watch;
 use crate::engine::{Attached, execute};
 use crate::frontend::{Source, ublk, vhost_user};
 use crate::ring::{Io, Uring};
@@ -13,12 +14,23 @@ pub(super) enum Queue {
     Vring(Rc<vhost_user::Vring>),
 }
 
+impl Queue {
+    /// For messages.
+    pub fn label(&self) -> String {
+        match self {
+            Queue::Ublk(queue) => format!("ublk queue {}", queue.number()),
+            Queue::Vring(vring) => vring.label(),
+        }
+    }
+}
+
 /// What a slot's future is made from.
 pub(super) struct Seat {
     pub io: Io<Uring>,
     pub queue: Queue,
     pub volume: Rc<Attached<Uring>>,
     pub tag: u16,
+    pub watch: Rc<Watch>,
     pub place: u32,
     /// Slots of this queue that have not ended.
     pub alive: Rc<Cell<usize>>,
@@ -27,10 +39,14 @@ pub(super) struct Seat {
 }
 
 /// A slot's life. Everything that happens to a request happens on its way through here.
-async fn serve<S: Source<Uring>>(io: &Io<Uring>, source: &S, volume: &Attached<Uring>, tag: u16) {
-    let mut state = S::State::default();
+async fn serve<S: Source<Uring>>(seat: &Seat, source: &S) {
+    let Seat { io, volume, tag, watch, .. } = seat;
+    let (tag, mut state) = (*tag, S::State::default());
+    io.set_tag(tag);
     while let Some(mut request) = source.next(io, tag, &mut state).await {
+        watch.begin(&request);
         let result = execute(volume, io, &mut request).await;
+        watch.end();
         source.complete(tag, &mut state, result);
     }
 }
@@ -38,8 +54,8 @@ async fn serve<S: Source<Uring>>(io: &Io<Uring>, source: &S, volume: &Attached<U
 /// The one future type of all slots: the door is a match, not a pointer.
 pub(super) async fn sit(seat: Seat) {
     match &seat.queue {
-        Queue::Ublk(queue) => serve(&seat.io, &**queue, &seat.volume, seat.tag).await,
-        Queue::Vring(vring) => serve(&seat.io, &**vring, &seat.volume, seat.tag).await,
+        Queue::Ublk(queue) => serve(&seat, &**queue).await,
+        Queue::Vring(vring) => serve(&seat, &**vring).await,
     }
     seat.alive.set(seat.alive.get() - 1);
     if seat.alive.get() == 0 {

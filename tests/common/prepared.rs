@@ -126,6 +126,7 @@ impl Prepared {
             kick: self.kick.clone(),
             call: called.then(|| CallFd::new(call.into()).unwrap()),
             err: None,
+            inflight: None,
         }
     }
 

@@ -143,10 +143,16 @@ impl RawQueue {
     pub fn settle(&mut self, used: &[super::ring::Used]) -> Vec<(usize, u8)> {
         let mut all = Vec::new();
         for used in used {
-            let (slot, len) = self.busy.remove(&used.head).expect("a completion of a request in flight");
-            all.push((slot, self.status(slot, len)));
+            all.push(self.completed(used.head).expect("a completion of a request in flight"));
         }
         all
+    }
+
+    /// The slot of the request with this head, which is not in flight any more, and its status byte; `None` where there
+    /// is no such request.
+    pub fn completed(&mut self, head: u16) -> Option<(usize, u8)> {
+        let (slot, len) = self.busy.remove(&head)?;
+        Some((slot, self.status(slot, len)))
     }
 }
 

@@ -116,8 +116,15 @@ impl Setup {
                 inside.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..count]));
             }
         });
-        let mut service =
-            Service { child, setup: self, log, reader: Some(reader), ended: None, may_complain: false };
+        let mut service = Service {
+            child,
+            setup: self,
+            log,
+            reader: Some(reader),
+            ended: None,
+            may_complain: false,
+            code: 0,
+        };
         let start = Instant::now();
         // It answers on the control socket when everything is there.
         while Client::new(service.control()).status().is_err() {
@@ -146,12 +153,19 @@ pub struct Service {
     reader: Option<JoinHandle<()>>,
     ended: Option<ExitStatus>,
     may_complain: bool,
+    code: i32,
 }
 
 impl Service {
     /// Errors in its log are what this test wants.
     pub fn may_complain(mut self) -> Service {
         self.may_complain = true;
+        self
+    }
+
+    /// It is to end with another exit status than 0.
+    pub fn ends_with(mut self, code: i32) -> Service {
+        self.code = code;
         self
     }
 
@@ -227,7 +241,7 @@ impl Service {
         }
         let status = self.wait();
         let log = self.log();
-        assert!(status.success(), "the service ended with {status}:\n{log}");
+        assert_eq!(status.code(), Some(self.code), "the service ended with {status}:\n{log}");
         let left: Vec<_> = fs::read_dir(self.setup.dir.path())
             .unwrap()
             .map(|entry| entry.unwrap())

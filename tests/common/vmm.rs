@@ -52,6 +52,24 @@ impl Vmm {
 
     /// As far as features, without memory.
     pub fn shake_hands(socket: &Path, mask: u64, memory: GuestMemory) -> Vmm {
+        Vmm::shake_hands_with(socket, mask, memory, VhostUserProtocolFeatures::empty())
+    }
+
+    /// Accepts everything, and keeps notes of requests in flight and a socket for what the device has to say.
+    pub fn connect_with_notes(socket: &Path) -> Vmm {
+        let more = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::BACKEND_REQ;
+        let mut vmm = Vmm::shake_hands_with(socket, u64::MAX, GuestMemory::new(BASE, MEMORY), more);
+        vmm.frontend.set_mem_table(&vmm.memory.infos()).unwrap();
+        vmm.free = BASE;
+        vmm
+    }
+
+    fn shake_hands_with(
+        socket: &Path,
+        mask: u64,
+        memory: GuestMemory,
+        more: VhostUserProtocolFeatures,
+    ) -> Vmm {
         let stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -65,7 +83,8 @@ impl Vmm {
                     & (VhostUserProtocolFeatures::MQ
                         | VhostUserProtocolFeatures::CONFIG
                         | VhostUserProtocolFeatures::REPLY_ACK
-                        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS),
+                        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+                        | more),
             )
             .unwrap();
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);

@@ -25,10 +25,13 @@ pub mod code {
     pub const SET_VRING_KICK: u32 = 12;
     pub const SET_VRING_ENABLE: u32 = 18;
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
+    pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
     pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
     pub const ADD_MEM_REG: u32 = 37;
+    pub const REM_MEM_REG: u32 = 38;
 }
 
 /// A message.
@@ -62,13 +65,18 @@ impl Wire {
 
     /// Connects and gets as far as accepted features.
     pub fn greeted(socket: &Path) -> Wire {
+        Wire::greeted_with(socket, 0)
+    }
+
+    /// The same, with more protocol features than everybody has.
+    pub fn greeted_with(socket: &Path, more: u64) -> Wire {
         let wire = Wire::connect(socket);
         wire.send(&message(code::SET_OWNER, VERSION, &[]), &[]);
         wire.send(&message(code::GET_FEATURES, VERSION, &[]), &[]);
         let mut reply = [0; 20];
         (&wire.0).read_exact(&mut reply).unwrap();
         wire.send(
-            &message(code::SET_PROTOCOL_FEATURES, VERSION, &words(&[1 | 1 << 3 | 1 << 9 | 1 << 15])),
+            &message(code::SET_PROTOCOL_FEATURES, VERSION, &words(&[1 | 1 << 3 | 1 << 9 | 1 << 15 | more])),
             &[],
         );
         wire.send(&message(code::SET_FEATURES, VERSION, &reply[12..]), &[]);

@@ -72,7 +72,7 @@ impl FileVolume {
     pub fn open(options: &FileConfig) -> Result<(FileVolume, Geometry), Error> {
         let file = open(&options.path, options)?;
         if options.lock {
-            match lock::take(&file, options.read_only) {
+            match lock::take(&file, options.read_only, &options.path) {
                 Ok(true) => {}
                 Ok(false) => return Err(Error::InUse),
                 // As QEMU does by default: a file system without locks is no reason not to serve.
@@ -117,6 +117,27 @@ impl FileVolume {
     /// Whether it goes past the page cache.
     pub fn is_direct(&self) -> bool {
         self.memory_alignment > 1
+    }
+
+    /// Whether its length is ours to change: a block device's is not.
+    pub fn is_regular(&self) -> bool {
+        self.kind == Kind::Regular
+    }
+
+    /// Bytes it has now.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn size(&self) -> io::Result<u64> {
+        probe::size(&self.file)
+    }
+
+    /// Cuts a regular file, or extends it with a hole.
+    ///
+    /// # Errors
+    /// The kernel's: `EFBIG` for more than the file system holds in a file, `EINVAL` for what is no regular file.
+    pub fn set_size(&self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)
     }
 
     /// Whether writes cannot be tried without waiting, where that is known. Direct ones can, and only a write can
@@ -200,10 +221,10 @@ mod tests {
         assert!(matches!(FileVolume::open(&options(file.path())), Err(Error::Geometry(_))));
         file.as_file().set_len(3 * 4096 + 512 + 17).unwrap();
         let (_, geometry) = FileVolume::open(&options(file.path())).unwrap();
-        assert_eq!((geometry.sectors, geometry.logical_block), (25, 512));
+        assert_eq!((geometry.sectors(), geometry.logical_block), (25, 512));
         let coarse = FileConfig { block_size: Some(4096), ..options(file.path()) };
         let (_, geometry) = FileVolume::open(&coarse).unwrap();
-        assert_eq!((geometry.sectors, geometry.logical_block), (24, 4096));
+        assert_eq!((geometry.sectors(), geometry.logical_block), (24, 4096));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::Error;
 use crate::block::DiscardLimits;
 use rustix::io::{ReadWriteFlags, preadv2};
 use std::fs::{self, File};
-use std::io::{IoSliceMut, Seek, SeekFrom};
+use std::io::{self, IoSliceMut, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -44,8 +44,7 @@ impl Store {
         let (memory, offset) = if direct { direct_alignment(file)? } else { (1, 512) };
         let reads_wait = !direct && reads_wait(file);
         if metadata.file_type().is_block_device() {
-            let mut end = file;
-            let bytes = end.seek(SeekFrom::End(0)).map_err(io("its size cannot be found"))?;
+            let bytes = size(file).map_err(io("its size cannot be found"))?;
             return Ok(Store { reads_wait, ..Store::device(metadata.rdev(), bytes, memory, offset) });
         }
         if !metadata.file_type().is_file() {
@@ -98,6 +97,12 @@ impl Store {
             reads_wait: false,
         }
     }
+}
+
+/// Bytes in a regular file or a block device, now.
+pub(super) fn size(mut file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if metadata.file_type().is_block_device() { file.seek(SeekFrom::End(0)) } else { Ok(metadata.len()) }
 }
 
 /// Whether the file cannot be read without waiting, so that io_uring hands each read to a thread (`FMODE_NOWAIT` of

@@ -30,6 +30,8 @@ mod connect;
 mod connection;
 mod dial;
 mod exchange;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod handshake;
 mod inflight;
 mod ledger;
@@ -41,6 +43,7 @@ mod tasks;
 #[cfg(test)]
 mod tests;
 
+pub use connect::Address as Server;
 pub(super) use ops::NbdOps;
 
 use super::config::NbdConfig;
@@ -94,6 +97,14 @@ pub enum Error {
     /// See [`GeometryError`].
     #[error(transparent)]
     Geometry(#[from] GeometryError),
+}
+
+/// The server that `uri` names.
+///
+/// # Errors
+/// [`Error::Uri`].
+pub fn server(uri: &str) -> Result<Server, Error> {
+    connect::parse(uri).map(|(server, _)| server)
 }
 
 /// How long a connection may take to be made.

@@ -9,9 +9,10 @@ mod world;
 use super::handshake::Blocks;
 use super::protocol::*;
 use super::{Error, NbdVolume};
-use crate::block::{Errno, Geometry};
+use crate::block::{Data, Errno, Flags, Geometry, Op, Request};
 use crate::engine::backend::Backend;
-use crate::engine::config::NbdConfig;
+use crate::engine::config::{NbdConfig, OnError, PolicyConfig, VolumeConfig};
+use crate::engine::{Volume, execute};
 use bench::*;
 use server::{ALL_FLAGS, Fault, Manners, Server};
 use std::cell::{Cell, RefCell};
@@ -288,6 +289,43 @@ fn with_reconnect_requests_survive_a_restart() {
     assert_eq!(bench.read(&ops, 0, 1536).unwrap(), [[1; 512], [7; 512], [7; 512]].concat());
     assert_eq!(bench.flush(&ops), Ok(()), "every write was FUA");
     bench.finish(ops);
+}
+
+/// Where connections are not waited for, the volume's policy is: also for a flush, which never left.
+#[test]
+fn a_policy_outlasts_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let volume = Volume::open("far", &VolumeConfig::Nbd(config(&server.uri(), 0))).unwrap();
+    let policy = PolicyConfig { on_error: OnError::Retry, retry_for: Some(60) };
+    let volume = volume.with_policy(policy);
+    let mut bench = Bench::new();
+    let attached = Rc::new(volume.attach(&bench.core, false));
+    let results = Rc::new(RefCell::new(Vec::new()));
+    let begin = |bench: &mut Bench, op: Op| {
+        let (attached, results) = (attached.clone(), results.clone());
+        bench.start(move |io| async move {
+            let sectors = if op == Op::Flush { 0 } else { 8 };
+            let (flags, data) = (Flags::default(), Data::None);
+            let mut request = Request { op, flags, sector: 0, sectors, data };
+            let result = execute(&attached, &io, &mut request).await;
+            results.borrow_mut().push(result);
+        });
+    };
+    begin(&mut bench, Op::WriteZeroes);
+    begin(&mut bench, Op::Flush);
+    bench.until("requests before the crash", || results.borrow().len() == 2);
+    begin(&mut bench, Op::Flush);
+    bench.until("a flush before the crash", || results.borrow().len() == 3);
+    server.crash();
+    // Until the loss is noticed.
+    bench.rest(Duration::from_millis(300));
+    begin(&mut bench, Op::WriteZeroes);
+    begin(&mut bench, Op::Flush);
+    bench.until("requests that wait", || volume.policy_state().waiting == 2);
+    server.listen();
+    bench.until("requests after the restart", || results.borrow().len() == 5);
+    assert_eq!(*results.borrow(), [Ok(()); 5]);
 }
 
 #[test]

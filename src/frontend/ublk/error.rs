@@ -2,11 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+use super::driver::Failed;
 use super::name::NameError;
-use super::support::{NoZeroCopy, Unavailable};
+use super::options::Recovery;
+use super::support::{NoRecovery, NoZeroCopy, Unavailable};
 use crate::block::Errno;
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// A step in a device's life.
@@ -14,8 +17,20 @@ use std::time::Duration;
 pub enum Verb {
     /// `UBLK_U_CMD_ADD_DEV`.
     Add,
+    /// Opening its character device.
+    Open,
+    /// `UBLK_U_CMD_GET_DEV_INFO` and the like.
+    Look,
+    /// `UBLK_U_CMD_START_USER_RECOVERY`.
+    Recover,
+    /// `UBLK_U_CMD_END_USER_RECOVERY`.
+    TakeOver,
     /// `UBLK_U_CMD_START_DEV`.
     Start,
+    /// `UBLK_U_CMD_UPDATE_SIZE`.
+    Resize,
+    /// `UBLK_U_CMD_QUIESCE_DEV`.
+    Quiesce,
     /// `UBLK_U_CMD_STOP_DEV`.
     Stop,
     /// `UBLK_U_CMD_DEL_DEV`.
@@ -31,6 +46,71 @@ pub enum Error {
     /// Zero copy was asked for.
     #[error("zero-copy=on is not possible")]
     ZeroCopy(#[from] NoZeroCopy),
+    /// A way to outlive the service was asked for.
+    #[error("recovery={wish} is not possible")]
+    Recovery {
+        /// What was asked for.
+        wish: Recovery,
+        /// Why not.
+        source: NoRecovery,
+    },
+    /// A live server has the volume's device.
+    #[error("{} is volume {volume}'s already, and process {pid} serves it: is another ringblk running?", .device.display())]
+    Served {
+        /// Its disk.
+        device: PathBuf,
+        /// The volume.
+        volume: String,
+        /// The server.
+        pid: u32,
+    },
+    /// A live server has a device that was to be removed.
+    #[error("{} is served by process {pid}: stop that (`ringblk stop`) instead", .device.display())]
+    InService {
+        /// Its disk.
+        device: PathBuf,
+        /// The server.
+        pid: u32,
+    },
+    /// A dead server's descriptors do not go away.
+    #[error(
+        "{}: {} s after its server died the kernel still waits for that server's requests; is its store stuck?",
+        .device.display(), .after.as_secs()
+    )]
+    Parting {
+        /// Its disk.
+        device: PathBuf,
+        /// Waited for so long.
+        after: Duration,
+    },
+    /// Which one it is cannot be told.
+    #[error(
+        "{devices} all wait for a server of volume {volume}: remove all but one with `ringblk remove DEVICE`"
+    )]
+    Several {
+        /// The disks.
+        devices: String,
+        /// The volume.
+        volume: String,
+    },
+    /// A disk cannot be changed while it waits.
+    #[error(
+        "{} waits for a server of volume {volume}, and cannot be served with this configuration: {differences}. \
+         Serve it with the one that it was made with, or give it up with `ringblk remove {volume}` (then what it \
+         waits for fails)",
+        .device.display()
+    )]
+    Differs {
+        /// Its disk.
+        device: PathBuf,
+        /// The volume.
+        volume: String,
+        /// All of them.
+        differences: String,
+    },
+    /// The size of a disk stays as it is.
+    #[error(transparent)]
+    NoResize(#[from] NoResize),
     /// The stable name is not free.
     #[error(transparent)]
     Name(#[from] NameError),
@@ -71,13 +151,55 @@ pub enum Error {
     },
 }
 
+/// Why a disk keeps its size.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoResize {
+    /// `UBLK_F_UPDATE_SIZE` is missing.
+    #[error(
+        "the kernel ({release}) cannot change the size of a ublk disk: UBLK_F_UPDATE_SIZE came with Linux 6.16; \
+         the disk gets its new size when it is made again (stop the service and start it)"
+    )]
+    Kernel {
+        /// Of the kernel.
+        release: String,
+    },
+    /// Not whole blocks, which the driver would take all the same.
+    #[error("{sectors} sectors are no whole number of logical blocks of {block} bytes")]
+    Ragged {
+        /// Asked for.
+        sectors: u64,
+        /// Of the disk, in bytes.
+        block: u32,
+    },
+    /// It is being stopped, or handed over.
+    #[error("the disk is not in service")]
+    NotLive,
+}
+
+impl Error {
+    /// What became of a command, which was waited for no longer than `limit`.
+    pub(super) fn of(verb: Verb, failed: Failed, id: Option<u32>, limit: Duration) -> Error {
+        match failed {
+            Failed::Refused(errno) => Error::Refused { verb, errno, id },
+            Failed::NoAnswer => Error::TimedOut { verb, after: limit },
+        }
+    }
+}
+
 /// What an errno means for a command, where that is known.
 fn hint(verb: Verb, errno: Errno, id: Option<u32>) -> String {
     match (verb, errno.raw(), id) {
         (Verb::Add, libc::EPERM, _) => " (it wants CAP_SYS_ADMIN: run as root)".into(),
-        (Verb::Add, libc::EACCES, _) => {
-            " (its character device /dev/ublkcN cannot be opened: run as root)".into()
+        (Verb::Open, libc::EACCES | libc::EPERM, Some(id)) => {
+            format!(" (/dev/ublkc{id} is not ours to open: run as root)")
         }
+        (Verb::Recover, libc::EBUSY, Some(id)) => {
+            format!(" /dev/ublkb{id} (its old server, or another one, has it open)")
+        }
+        (Verb::Recover, libc::EINVAL, Some(id)) => format!(
+            " /dev/ublkb{id} (a server died while it recovered it, or it was made without recovery: give it up with \
+             `ringblk remove /dev/ublkb{id}`)"
+        ),
         (Verb::Add, libc::EEXIST, Some(id)) => format!(
             " (number {id} is taken by a running device, by one whose server died, or by one that is gone and \
              still open somewhere: choose another, or leave the choice to the kernel)"
@@ -91,7 +213,13 @@ impl fmt::Display for Verb {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Verb::Add => "add",
+            Verb::Open => "open",
+            Verb::Look => "describe",
+            Verb::Recover => "recover",
+            Verb::TakeOver => "take over",
             Verb::Start => "start",
+            Verb::Resize => "resize",
+            Verb::Quiesce => "quiesce",
             Verb::Stop => "stop",
             Verb::Delete => "delete",
         })
@@ -107,6 +235,7 @@ mod tests {
         let told = |verb, raw, id| Error::Refused { verb, errno: Errno::new(raw), id }.to_string();
         assert!(told(Verb::Add, libc::EPERM, None).contains("CAP_SYS_ADMIN"));
         assert!(told(Verb::Add, libc::EEXIST, Some(7)).contains("number 7 is taken"));
+        assert!(told(Verb::Recover, libc::EINVAL, Some(7)).contains("ringblk remove /dev/ublkb7"));
         assert!(told(Verb::Start, libc::EIO, None).starts_with("the kernel refused to start the device: "));
     }
 }

@@ -1,8 +1,8 @@
 //! The ublk door: a volume as `/dev/ublkbN` of the kernel we run on.
 //!
 //! Two halves that meet in [`QueueSetup`]:
-//! - [`Device`], the control side: adds, starts, stops and deletes the device through libublk, on a thread of
-//!   its own, with a time limit on every command. It never touches a request.
+//! - [`Device`], the control side: adds, recovers, starts, stops and deletes the device, with a time limit on every
+//!   command. It never touches a request.
 //! - [`Queue`], the data path: fetches requests on a worker's ring and commits their results. It knows
 //!   nothing of the device's life but its end, which it is told by an aborted fetch.
 //!
@@ -10,19 +10,32 @@
 //! waits until all of them fetch), serve; [`Device::stop`], wait until all queues have ended,
 //! [`Device::delete`]. Until the last queue has ended the kernel may write to its memory.
 //!
+//! A device outlives a server that dies. The next one [`find`]s it, and [`Device::recover`] stands for the add.
+//!
 //! [`support`] tells what the running kernel offers, and [`StableName`] keeps `/dev/ringblk/NAME`.
 
+mod brake;
 mod control;
 mod descriptor;
+mod driver;
 mod error;
+mod info;
 mod name;
 pub mod options;
+mod orders;
 mod params;
 mod queue;
+mod recover;
 pub mod support;
+mod wish;
 
-pub use control::{Answer, Device, Wish};
+pub use brake::Brake;
+pub use control::Device;
 pub use descriptor::{Asked, Descriptor};
-pub use error::{Error, Verb};
-pub use name::{NameError, StableName};
+pub use error::{Error, NoResize, Verb};
+pub use info::{Info, Mark, Standing, State};
+pub use name::{DIRECTORY as LINKS, NameError, StableName};
+pub use orders::Answer;
 pub use queue::{Queue, QueueSetup, command};
+pub use recover::{check, find, ours, remove};
+pub use wish::Wish;

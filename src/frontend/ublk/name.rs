@@ -8,7 +8,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Component, Path, PathBuf};
 
 /// Where the links are.
-const DIRECTORY: &str = "/dev/ringblk";
+pub const DIRECTORY: &str = "/dev/ringblk";
 
 /// What a link of ours points to, before its number.
 const DEVICE: &str = "/dev/ublkb";
@@ -29,7 +29,7 @@ pub enum NameError {
     /// Something that is not a link of ours.
     #[error("{} exists and is no link to a ublk device: move it away", .0.display())]
     Foreign(PathBuf),
-    /// A link of ours, to a device that is there.
+    /// A link of ours, to a device that is there and not this volume's.
     #[error("{} points to {}, which is in use: is another ringblk serving this name?", .0.display(), .1.display())]
     Taken(PathBuf, PathBuf),
     /// The kernel says no.
@@ -45,22 +45,30 @@ pub enum NameError {
 }
 
 impl StableName {
-    /// Checks that `/dev/ringblk/NAME` is free: not there, or a link that a server left behind when it died.
-    /// Changes nothing.
+    /// Makes the links' directory, for a process that will soon not be able to. What goes wrong is told when a link is
+    /// made.
+    pub fn prepare() {
+        let _ = fs::create_dir(DIRECTORY);
+    }
+
+    /// Checks that `/dev/ringblk/NAME` is free: not there, a link that a server left behind when it died, or one to
+    /// `own`, the device that it is to lead to. Changes nothing.
     ///
     /// # Errors
     /// When it is anything else.
-    pub fn check(name: &str) -> Result<StableName, NameError> {
-        StableName::check_in(Path::new(DIRECTORY), name)
+    pub fn check(name: &str, own: Option<&Path>) -> Result<StableName, NameError> {
+        StableName::check_in(Path::new(DIRECTORY), name, own)
     }
 
-    fn check_in(directory: &Path, name: &str) -> Result<StableName, NameError> {
+    fn check_in(directory: &Path, name: &str, own: Option<&Path>) -> Result<StableName, NameError> {
         let mut parts = Path::new(name).components();
         if !matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name) {
             return Err(NameError::NotAName(name.into()));
         }
         let path = directory.join(name);
-        is_stale(&path)?;
+        if own.is_none() || fs::read_link(&path).ok().as_deref() != own {
+            is_stale(&path)?;
+        }
         Ok(StableName { path, device: None })
     }
 
@@ -69,7 +77,7 @@ impl StableName {
         &self.path
     }
 
-    /// Makes the link.
+    /// Makes the link, or takes over the one that a dead server made for this very device.
     ///
     /// # Errors
     /// When the name was taken since it was checked, or `/dev` cannot be written to.
@@ -86,12 +94,21 @@ impl StableName {
                 _ => {}
             }
         }
+        if fs::read_link(&self.path).is_ok_and(|target| target == device) {
+            self.device = Some(device.into());
+            return Ok(());
+        }
         if is_stale(&self.path)? {
             fs::remove_file(&self.path).map_err(failed("remove the link of a device that is gone"))?;
         }
         symlink(device, &self.path).map_err(failed("make the link"))?;
         self.device = Some(device.into());
         Ok(())
+    }
+
+    /// Leaves the link to whoever serves the device next.
+    pub fn leave(&mut self) {
+        self.device = None;
     }
 
     /// Removes the link, if it is still the one we made. Doing it twice is no error.
@@ -149,7 +166,7 @@ mod tests {
     #[test]
     fn the_link_comes_and_goes_with_its_owner() {
         let (_keep, dir) = directory();
-        let mut name = StableName::check_in(&dir, "root").unwrap();
+        let mut name = StableName::check_in(&dir, "root", None).unwrap();
         assert!(!dir.exists(), "a check changes nothing");
         name.point_to(Path::new(GONE)).unwrap();
         assert_eq!(fs::read_link(dir.join("root")).unwrap(), Path::new(GONE));
@@ -157,7 +174,7 @@ mod tests {
         name.remove();
         assert!(dir.join("root").symlink_metadata().is_err());
 
-        let mut name = StableName::check_in(&dir, "root").unwrap();
+        let mut name = StableName::check_in(&dir, "root", None).unwrap();
         name.point_to(Path::new(GONE)).unwrap();
         drop(name);
         assert!(dir.join("root").symlink_metadata().is_err());
@@ -168,9 +185,28 @@ mod tests {
         let (_keep, dir) = directory();
         fs::create_dir(&dir).unwrap();
         symlink(GONE, dir.join("root")).unwrap();
-        let mut name = StableName::check_in(&dir, "root").unwrap();
+        let mut name = StableName::check_in(&dir, "root", None).unwrap();
         name.point_to(Path::new("/dev/ublkb7")).unwrap();
         assert_eq!(fs::read_link(dir.join("root")).unwrap(), Path::new("/dev/ublkb7"));
+    }
+
+    #[test]
+    fn the_link_of_a_device_that_stayed_is_taken_over() {
+        let (_keep, dir) = directory();
+        fs::create_dir(&dir).unwrap();
+        // Only its target counts, and that it is there: no ublk device is, where this runs.
+        let own = Path::new(GONE);
+        symlink(own, dir.join("root")).unwrap();
+        let mut name = StableName::check_in(&dir, "root", Some(own)).unwrap();
+        name.point_to(own).unwrap();
+        assert_eq!(fs::read_link(dir.join("root")).unwrap(), own);
+        name.leave();
+        drop(name);
+        assert_eq!(fs::read_link(dir.join("root")).unwrap(), own, "left to the next server");
+
+        fs::remove_file(dir.join("root")).unwrap();
+        symlink("/dev/null", dir.join("root")).unwrap();
+        assert!(StableName::check_in(&dir, "root", Some(own)).is_err(), "somebody else's");
     }
 
     #[test]
@@ -183,7 +219,7 @@ mod tests {
         symlink("/dev/ublkb", dir.join("short")).unwrap();
         symlink("/dev/ublkb0/../sda", dir.join("sly")).unwrap();
         for name in ["file", "dir", "link", "short", "sly"] {
-            let error = StableName::check_in(&dir, name).unwrap_err();
+            let error = StableName::check_in(&dir, name, None).unwrap_err();
             assert!(matches!(error, NameError::Foreign(_)), "{name}: {error}");
         }
         assert_eq!(fs::read(dir.join("file")).unwrap(), b"precious");
@@ -192,7 +228,7 @@ mod tests {
     #[test]
     fn a_name_taken_in_the_meantime_is_not_overwritten() {
         let (_keep, dir) = directory();
-        let mut name = StableName::check_in(&dir, "root").unwrap();
+        let mut name = StableName::check_in(&dir, "root", None).unwrap();
         fs::create_dir(&dir).unwrap();
         fs::write(dir.join("root"), "other").unwrap();
         assert!(name.point_to(Path::new(GONE)).is_err());
@@ -203,7 +239,7 @@ mod tests {
     #[test]
     fn a_link_that_was_changed_stays() {
         let (_keep, dir) = directory();
-        let mut name = StableName::check_in(&dir, "root").unwrap();
+        let mut name = StableName::check_in(&dir, "root", None).unwrap();
         name.point_to(Path::new(GONE)).unwrap();
         fs::remove_file(dir.join("root")).unwrap();
         symlink("/dev/ublkb99999", dir.join("root")).unwrap();
@@ -215,7 +251,7 @@ mod tests {
     fn names_are_names() {
         let (_keep, dir) = directory();
         for name in ["", ".", "..", "a/b", "/etc/passwd", "../x", "a/"] {
-            let error = StableName::check_in(&dir, name).unwrap_err();
+            let error = StableName::check_in(&dir, name, None).unwrap_err();
             assert!(matches!(error, NameError::NotAName(_)), "{name}: {error}");
         }
     }

@@ -27,6 +27,23 @@ pub struct UblkConfig {
     /// The largest request in bytes: whole pages of 4 KiB, up to [`UblkConfig::MAX_IO`].
     #[serde(default = "default_max_io", deserialize_with = "bytes")]
     pub max_io: u32,
+    /// What becomes of the disk when the service dies; `None`: [`Recovery::Reissue`] where the volume's data outlives
+    /// the service, else [`Recovery::Off`].
+    pub recovery: Option<Recovery>,
+}
+
+/// What becomes of a disk whose server died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recovery {
+    /// It stays, and every request waits for the next server, also those that the dead one had.
+    Reissue,
+    /// It stays and new requests wait, but those that the dead server had fail.
+    Queue,
+    /// It stays, and requests fail until there is a server again.
+    FailIo,
+    /// It goes.
+    Off,
 }
 
 /// Whether the data of a request is used where the kernel has it, without a copy.
@@ -72,6 +89,7 @@ impl UblkConfig {
             zero_copy: ZeroCopy::Auto,
             id: None,
             max_io: UblkConfig::DEFAULT_MAX_IO,
+            recovery: None,
         }
     }
 
@@ -108,6 +126,17 @@ fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     let size = Size::deserialize(deserializer)?;
     u32::try_from(size.bytes())
         .map_err(|_| de::Error::custom(format_args!("max-io: {size} is too large, at most 32M")))
+}
+
+impl fmt::Display for Recovery {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Recovery::Reissue => "reissue",
+            Recovery::Queue => "queue",
+            Recovery::FailIo => "fail-io",
+            Recovery::Off => "off",
+        })
+    }
 }
 
 impl fmt::Display for ZeroCopy {
@@ -179,6 +208,17 @@ mod tests {
             assert_eq!(config.zero_copy, expected);
         }
         assert!(read(r#"{"volume": "v", "zero-copy": "maybe"}"#).unwrap_err().contains("maybe"));
+    }
+
+    #[test]
+    fn recovery_is_one_of_four() {
+        use Recovery::{FailIo, Off, Queue, Reissue};
+        for recovery in [Reissue, Queue, FailIo, Off] {
+            let config = read(&format!(r#"{{"volume": "v", "recovery": "{recovery}"}}"#)).unwrap();
+            assert_eq!(config.recovery, Some(recovery));
+        }
+        assert_eq!(read(r#"{"volume": "v"}"#).unwrap().recovery, None);
+        assert!(read(r#"{"volume": "v", "recovery": "on"}"#).unwrap_err().contains("reissue"));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use crate::block::{Geometry, SECTOR};
 use libublk::sys::{self, ublk_param_basic, ublk_param_discard};
 
-/// A device's parameters. They cannot be changed once it has started.
+/// A device's parameters. Once it has started they cannot be changed, but for its size.
 #[derive(Clone, Debug)]
 pub(super) struct Params {
     basic: ublk_param_basic,
@@ -37,7 +37,7 @@ impl Params {
             io_min_shift: hint(geometry.io_min, physical),
             io_opt_shift: hint(geometry.io_opt, physical),
             max_sectors: max_io / SECTOR as u32,
-            dev_sectors: geometry.sectors,
+            dev_sectors: geometry.sectors(),
             ..Default::default()
         };
         // The client's pages go to the store as they are, so the store's alignment is the client's. The kernel
@@ -58,9 +58,9 @@ impl Params {
         ] {
             types |= if there { kind } else { 0 };
         }
-        let mut bytes = Vec::with_capacity(LEN as usize);
+        let mut bytes = Vec::with_capacity(LEN);
         let mut put = |field: &[u8]| bytes.extend_from_slice(field);
-        put(&LEN.to_ne_bytes());
+        put(&(LEN as u32).to_ne_bytes());
         put(&types.to_ne_bytes());
         put(&basic.attrs.to_ne_bytes());
         put(&[basic.logical_bs_shift, basic.physical_bs_shift, basic.io_opt_shift, basic.io_min_shift]);
@@ -80,14 +80,90 @@ impl Params {
         put(&[0; 4]);
         bytes.into()
     }
+
+    /// What the kernel wrote; `None` for too few bytes. Fields that we never set are not looked at.
+    pub fn read(bytes: &[u8]) -> Option<Params> {
+        let byte = |at: usize| bytes.get(at).copied();
+        let half = |at: usize| Some(u16::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
+        let word = |at: usize| Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
+        let long = |at: usize| Some(u64::from_ne_bytes(*bytes.get(at..)?.first_chunk()?));
+        let types = word(4)?;
+        let basic = ublk_param_basic {
+            attrs: word(8)?,
+            logical_bs_shift: byte(12)?,
+            physical_bs_shift: byte(13)?,
+            io_opt_shift: byte(14)?,
+            io_min_shift: byte(15)?,
+            max_sectors: word(16)?,
+            chunk_sectors: word(20)?,
+            dev_sectors: long(24)?,
+            virt_boundary_mask: long(32)?,
+        };
+        let discard = ublk_param_discard {
+            discard_alignment: word(40)?,
+            discard_granularity: word(44)?,
+            max_discard_sectors: word(48)?,
+            max_write_zeroes_sectors: word(52)?,
+            max_discard_segments: half(56)?,
+            reserved0: half(58)?,
+        };
+        Some(Params {
+            basic,
+            discard: (types & sys::UBLK_PARAM_TYPE_DISCARD != 0).then_some(discard),
+            dma: if types & sys::UBLK_PARAM_TYPE_DMA_ALIGN != 0 { Some(word(DMA)?) } else { None },
+        })
+    }
+
+    /// Capacity in sectors.
+    pub fn sectors(&self) -> u64 {
+        self.basic.dev_sectors
+    }
+
+    /// What a device with these parameters has that one with the parameters `wanted` would not have: name, what it
+    /// has, what is wanted. The size is not among it, because it alone can be changed.
+    pub fn differences(&self, wanted: &Params) -> Vec<(&'static str, u64, u64)> {
+        let names = [
+            "attributes (read-only, cache)",
+            "logical block",
+            "physical block",
+            "preferred request",
+            "least request",
+            "largest request in sectors",
+            "discard granularity",
+            "largest discard in sectors",
+            "largest write-zeroes in sectors",
+            "data alignment",
+        ];
+        let values = |params: &Params| {
+            let (basic, discard) = (&params.basic, params.discard.unwrap_or_default());
+            let size = |shift: u8| 1 << shift.min(63);
+            [
+                basic.attrs.into(),
+                size(basic.logical_bs_shift),
+                size(basic.physical_bs_shift),
+                size(basic.io_opt_shift),
+                size(basic.io_min_shift),
+                basic.max_sectors.into(),
+                discard.discard_granularity.into(),
+                discard.max_discard_sectors.into(),
+                discard.max_write_zeroes_sectors.into(),
+                params.dma.map_or(0, |mask| u64::from(mask) + 1),
+            ]
+        };
+        let (own, wanted) = (values(self), values(wanted));
+        let all = names.into_iter().zip(own.into_iter().zip(wanted));
+        all.filter(|(_, (own, wanted))| own != wanted)
+            .map(|(name, (own, wanted))| (name, own, wanted))
+            .collect()
+    }
 }
 
 /// Offsets in `struct ublk_params`.
 const DEVT: usize = 60;
 const DMA: usize = 108;
 
-/// Bytes that we send: up to and with the DMA alignment.
-const LEN: u32 = (DMA + size_of::<sys::ublk_param_dma_align>()) as u32;
+/// Bytes that we send and read: up to and with the DMA alignment.
+pub(super) const LEN: usize = DMA + size_of::<sys::ublk_param_dma_align>();
 
 const _: () = {
     use std::mem::offset_of;
@@ -191,6 +267,35 @@ mod tests {
             let params = Params::new(&Geometry { dma_alignment: alignment, ..geometry() }, 4096, true);
             assert_eq!(params.dma, Some(mask), "{alignment}");
         }
+    }
+
+    #[test]
+    fn what_was_sent_is_read_back_and_told_from_others() {
+        let limits = DiscardLimits { granularity: 4096, max_sectors: 1000 };
+        let geometry = Geometry { discard: Some(limits), ..geometry() };
+        let sent = Params::new(&geometry, 512 << 10, true);
+        let read = Params::read(&sent.bytes()).unwrap();
+        assert!(read.differences(&sent).is_empty());
+        assert_eq!(read.sectors(), 1 << 21);
+        assert!(Params::read(&sent.bytes()[..100]).is_none());
+
+        let differences = |geometry: &Geometry, zero_copy| {
+            let other = Params::new(geometry, 512 << 10, zero_copy);
+            read.differences(&other).iter().map(|(name, ..)| *name).collect::<Vec<_>>()
+        };
+        assert_eq!(differences(&geometry, false), ["data alignment"]);
+        let grown = Geometry { discard: Some(limits), ..Geometry::new(2 << 30, 512).unwrap() };
+        let grown = Geometry { volatile_cache: true, dma_alignment: 512, ..grown };
+        assert!(differences(&grown, true).is_empty(), "the size may change");
+        let other = Geometry { discard: None, physical_block: 4096, ..geometry.clone() };
+        let found = differences(&other, true);
+        assert!(
+            found.contains(&"physical block") && found.contains(&"largest discard in sectors"),
+            "{found:?}"
+        );
+        assert!(!found.contains(&"logical block"), "{found:?}");
+        let read_only = Geometry { read_only: true, ..geometry };
+        assert!(differences(&read_only, true).contains(&"attributes (read-only, cache)"));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //!
 //! The kernel wants a queue's commands from the thread that fetched first, which is the worker's.
 
+use super::brake::Brake;
 use super::descriptor::{Asked, Descriptor};
 use crate::block::{Data, Errno, Iovec, Request};
 use crate::frontend::Source;
@@ -31,6 +32,10 @@ pub struct QueueSetup {
     pub zero_copy: bool,
     /// Writes are refused.
     pub read_only: bool,
+    /// Another server may get the device after us.
+    pub recoverable: bool,
+    /// Stops the queue from taking requests.
+    pub brake: Arc<Brake>,
     /// CPUs whose requests come to this queue.
     pub cpus: Vec<usize>,
 }
@@ -46,6 +51,7 @@ pub struct Queue {
     depth: u16,
     max_io: u32,
     cpus: Vec<usize>,
+    brake: Arc<Brake>,
     complained: Cell<bool>,
     /// Behind `file`, which is a number. Last, so that it is closed after everything else is gone.
     _device: Arc<File>,
@@ -89,10 +95,10 @@ impl Queue {
     /// Gets the memory of a queue. Nothing is fetched before [`next`](Source::next).
     ///
     /// # Errors
-    /// When the descriptors cannot be mapped, there is no address space for the buffers, or (zero copy) the
-    /// worker's buffer table has not `depth` places left.
+    /// When the descriptors cannot be mapped, there is no address space for the buffers, (zero copy) the worker's
+    /// buffer table has not `depth` places left, or (with recovery) its file table none.
     pub fn new(core: &Rc<Core<Uring>>, setup: QueueSetup) -> io::Result<Queue> {
-        let QueueSetup { device, queue, depth, max_io, zero_copy, cpus, .. } = setup;
+        let QueueSetup { device, queue, depth, max_io, zero_copy, recoverable, brake, cpus, .. } = setup;
         let bytes = usize::from(depth) * size_of::<Descriptor>();
         let descriptors = Mapping::shared_read(device.as_fd(), area(queue, page_size()), bytes)?;
         let buffers = if zero_copy {
@@ -106,18 +112,36 @@ impl Queue {
         } else {
             Buffers::Copied(Mapping::sparse(usize::from(depth) * max_io as usize)?)
         };
+        let file = core.ring().register(device.as_raw_fd());
+        // It is the file table that keeps the device ours until our last write to the store is over, whatever
+        // becomes of us: see `recover`.
+        if recoverable && matches!(file, Target::Fd(_)) {
+            if let Buffers::Registered(places) = &buffers {
+                core.ring().return_buffers(places);
+            }
+            return Err(io::Error::other(
+                "recovery needs a place in the file table of its worker, which has none left: use more workers, or \
+                 recovery=off",
+            ));
+        }
         Ok(Queue {
             core: core.clone(),
-            file: core.ring().register(device.as_raw_fd()),
+            file,
             descriptors,
             buffers,
             queue,
             depth,
             max_io,
             cpus,
+            brake,
             complained: Cell::new(false),
             _device: device,
         })
+    }
+
+    /// Its number in the device, from 0.
+    pub fn number(&self) -> u16 {
+        self.queue
     }
 
     /// Tags: `0..depth`.
@@ -195,6 +219,10 @@ impl Source<Uring> for Queue {
                 Err(errno) => state.step = Step::Done(-errno.raw()),
             }
         };
+        if self.brake.is_pulled() {
+            // It stays ours, so the kernel gives it to the next server.
+            std::future::pending::<()>().await;
+        }
         state.step = Step::Lent { full: asked.bytes as i32 };
         let Asked { op, flags, sector, sectors, bytes } = asked;
         Some(Request { op, flags, sector, sectors, data: self.data(tag, bytes, &mut state.iovec) })

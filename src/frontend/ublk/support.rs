@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::options::ZeroCopy;
+use super::options::{Recovery, ZeroCopy};
 use libublk::ctrl::UblkCtrl;
 use libublk::{UblkError, UblkFlags, sys};
 use rustix::thread::CapabilitySet;
@@ -92,6 +92,24 @@ pub enum NoZeroCopy {
     NotGranted,
 }
 
+/// Why a disk would not outlive its server as it was asked to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoRecovery {
+    /// There would be nothing to serve.
+    #[error("the data of a memory volume ends with the service: only recovery=off is possible")]
+    Volume,
+    /// The feature is missing.
+    #[error("the kernel ({release}) cannot do it: UBLK_F_{feature} came with Linux {since}")]
+    Kernel {
+        /// Of the kernel.
+        release: String,
+        /// Its name, without the prefix.
+        feature: &'static str,
+        /// The first kernel that has it.
+        since: &'static str,
+    },
+}
+
 /// A feature of the driver.
 #[derive(Clone, Copy, Debug)]
 pub struct Feature {
@@ -125,26 +143,26 @@ pub const FEATURES: [Feature; 20] = [
     ),
     feature(sys::UBLK_F_URING_CMD_COMP_IN_TASK, "URING_CMD_COMP_IN_TASK", "6.0", "completions by task work"),
     feature(sys::UBLK_F_NEED_GET_DATA, "NEED_GET_DATA", "6.1", "buffers chosen for each write"),
-    feature(sys::UBLK_F_USER_RECOVERY, "USER_RECOVERY", "6.1", "a disk outlives its server"),
-    feature(
+    used(feature(sys::UBLK_F_USER_RECOVERY, "USER_RECOVERY", "6.1", "a disk outlives its server")),
+    used(feature(
         sys::UBLK_F_USER_RECOVERY_REISSUE,
         "USER_RECOVERY_REISSUE",
         "6.1",
         "requests in flight are issued again",
-    ),
+    )),
     feature(sys::UBLK_F_UNPRIVILEGED_DEV, "UNPRIVILEGED_DEV", "6.3", "devices without CAP_SYS_ADMIN"),
     used(feature(sys::UBLK_F_CMD_IOCTL_ENCODE, "CMD_IOCTL_ENCODE", "6.4", "commands numbered like ioctls")),
     feature(sys::UBLK_F_USER_COPY, "USER_COPY", "6.5", "data by pread and pwrite"),
     feature(sys::UBLK_F_ZONED, "ZONED", "6.6", "zoned disks"),
-    feature(
+    used(feature(
         sys::UBLK_F_USER_RECOVERY_FAIL_IO,
         "USER_RECOVERY_FAIL_IO",
         "6.13",
         "requests fail while no server runs",
-    ),
-    feature(sys::UBLK_F_UPDATE_SIZE, "UPDATE_SIZE", "6.16", "resize while in use"),
+    )),
+    used(feature(sys::UBLK_F_UPDATE_SIZE, "UPDATE_SIZE", "6.16", "resize while in use")),
     used(feature(sys::UBLK_F_AUTO_BUF_REG, "AUTO_BUF_REG", "6.16", "zero copy without extra commands")),
-    feature(sys::UBLK_F_QUIESCE, "QUIESCE", "6.16", "hand-over to a new server"),
+    used(feature(sys::UBLK_F_QUIESCE, "QUIESCE", "6.16", "hand-over to a new server")),
     feature(sys::UBLK_F_PER_IO_DAEMON, "PER_IO_DAEMON", "6.16", "several threads a queue"),
     feature(sys::UBLK_F_BUF_REG_OFF_DAEMON, "BUF_REG_OFF_DAEMON", "6.16", "zero copy from any thread"),
     feature(sys::UBLK_F_BATCH_IO, "BATCH_IO", "7.0", "requests fetched and committed in batches"),
@@ -181,7 +199,7 @@ pub fn probe() -> Result<Offer, Unavailable> {
     thread::Builder::new()
         .name("ringblk-probe".into())
         .spawn(move || {
-            super::control::block_signals();
+            super::orders::block_signals();
             let asked = UblkCtrl::new(None, -1, 0, 0, 0, 0, 0, UblkFlags::empty());
             let _ = sender.send(asked.map(|control| control.get_driver_features()));
         })
@@ -213,6 +231,51 @@ impl Offer {
             return Ok(true);
         };
         if wish == ZeroCopy::On { Err(obstacle) } else { Ok(false) }
+    }
+
+    /// Whether a disk in use can get another size.
+    pub fn resizes(&self) -> bool {
+        self.features & u64::from(sys::UBLK_F_UPDATE_SIZE) != 0
+    }
+
+    /// Whether the kernel notices at once that a server has died, whatever requests it had: since Linux 6.15, and there
+    /// is no flag that tells, so that of the next version must do.
+    pub fn notices_deaths(&self) -> bool {
+        self.features & u64::from(sys::UBLK_F_QUIESCE) != 0
+    }
+
+    /// What becomes of a disk of a volume that `persists` or not, when its server dies.
+    ///
+    /// # Errors
+    /// When it was asked for and is not possible.
+    pub fn recovery(&self, wish: Option<Recovery>, persists: bool) -> Result<Recovery, NoRecovery> {
+        let recovery = match wish {
+            None if persists => Recovery::Reissue,
+            None | Some(Recovery::Off) => return Ok(Recovery::Off),
+            Some(_) if !persists => return Err(NoRecovery::Volume),
+            Some(recovery) => recovery,
+        };
+        let missing = |bit: &u64| self.features & bit == 0;
+        let flags = recovery.flags();
+        match FEATURES.iter().find(|feature| flags & feature.bit != 0 && missing(&feature.bit)) {
+            None => Ok(recovery),
+            Some(Feature { name, since, .. }) => {
+                Err(NoRecovery::Kernel { release: self.release.clone(), feature: name, since })
+            }
+        }
+    }
+}
+
+impl Recovery {
+    /// The `UBLK_F_*` that a device is added with for it.
+    pub(super) fn flags(self) -> u64 {
+        let flags = match self {
+            Recovery::Reissue => sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE,
+            Recovery::Queue => sys::UBLK_F_USER_RECOVERY,
+            Recovery::FailIo => sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_FAIL_IO,
+            Recovery::Off => 0,
+        };
+        flags.into()
     }
 }
 
@@ -278,6 +341,23 @@ mod tests {
         assert_eq!(new.zero_copy(ZeroCopy::On, false), Err(NoZeroCopy::Volume));
         let refused = old.zero_copy(ZeroCopy::On, true).unwrap_err().to_string();
         assert!(refused.contains("6.12.1") && refused.contains("6.16"), "{refused}");
+    }
+
+    #[test]
+    fn recovery_needs_kernel_and_volume() {
+        let old = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE;
+        let offer = |features: u32| Offer { features: features.into(), release: "6.12.1".into() };
+        let (old, new) = (offer(old), offer(old | sys::UBLK_F_USER_RECOVERY_FAIL_IO));
+        assert_eq!(old.recovery(None, true), Ok(Recovery::Reissue));
+        assert_eq!(old.recovery(None, false), Ok(Recovery::Off));
+        assert_eq!(old.recovery(Some(Recovery::Off), true), Ok(Recovery::Off));
+        assert_eq!(old.recovery(Some(Recovery::Queue), true), Ok(Recovery::Queue));
+        assert_eq!(old.recovery(Some(Recovery::Queue), false), Err(NoRecovery::Volume));
+        assert_eq!(new.recovery(Some(Recovery::FailIo), true), Ok(Recovery::FailIo));
+        let refused = old.recovery(Some(Recovery::FailIo), true).unwrap_err().to_string();
+        for word in ["6.12.1", "USER_RECOVERY_FAIL_IO", "6.13"] {
+            assert!(refused.contains(word), "{refused}");
+        }
     }
 
     #[test]

@@ -64,7 +64,7 @@ pub fn space(geometry: &Geometry, queues: u16, queue_size: u16, writeback: bool)
     let mut space = [0; CONFIG_SPACE];
     let mut put = |offset: usize, bytes: &[u8]| space[offset..offset + bytes.len()].copy_from_slice(bytes);
     let blocks = |bytes: u32| bytes / geometry.logical_block;
-    put(0, &geometry.sectors.to_le_bytes());
+    put(0, &geometry.sectors().to_le_bytes());
     put(12, &seg_max(queue_size).to_le_bytes());
     put(20, &geometry.logical_block.to_le_bytes());
     // Topology: log2 of logical blocks in a physical one, offset of the first, then sizes in logical blocks.

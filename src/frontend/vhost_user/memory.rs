@@ -1,6 +1,8 @@
 //! A VMM's memory as a worker sees it: guest addresses resolved to ours, and nothing else reachable.
 
+use super::fault::Guard;
 use crate::block::Iovec;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -10,6 +12,8 @@ use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, G
 #[derive(Clone)]
 pub struct Memory {
     regions: Arc<[Region]>,
+    /// Before the mappings, which they must not outlive.
+    guards: Arc<[Guard]>,
     _mappings: Arc<GuestMemoryMmap<()>>,
 }
 
@@ -51,6 +55,14 @@ pub enum MemoryError {
         /// The kernel's answer.
         source: std::io::Error,
     },
+    /// Too many regions.
+    #[error("memory region at {start:#x} cannot be guarded")]
+    Guard {
+        /// Guest address.
+        start: u64,
+        /// Why.
+        source: std::io::Error,
+    },
     /// No host address.
     #[error("memory region at {start:#x} is not mapped")]
     NotMapped {
@@ -60,11 +72,35 @@ pub enum MemoryError {
 }
 
 impl Memory {
-    /// Takes the table as it is now.
+    /// Takes the table as it is now, of memory that nobody can take away.
     ///
     /// # Errors
     /// When a region reaches past the end of its file.
     pub fn new(mappings: Arc<GuestMemoryMmap<()>>) -> Result<Memory, MemoryError> {
+        Memory::take(mappings, None)
+    }
+
+    /// Takes the table as it is now, of a VMM that is hung up on (by `socket`) when it takes memory away.
+    ///
+    /// # Errors
+    /// When a region reaches past the end of its file, or there are too many.
+    pub(super) fn guarded(
+        mappings: Arc<GuestMemoryMmap<()>>,
+        socket: &Arc<UnixStream>,
+    ) -> Result<Memory, MemoryError> {
+        Memory::take(mappings, Some(socket))
+    }
+
+    /// Whether the VMM took some of it away.
+    pub(super) fn is_lost(&self) -> bool {
+        self.guards.iter().any(Guard::is_lost)
+    }
+
+    fn take(
+        mappings: Arc<GuestMemoryMmap<()>>,
+        socket: Option<&Arc<UnixStream>>,
+    ) -> Result<Memory, MemoryError> {
+        let mut guards = Vec::new();
         let mut regions = Vec::with_capacity(mappings.num_regions());
         for region in mappings.iter() {
             let (start, len) = (region.start_addr().0, region.len());
@@ -78,10 +114,14 @@ impl Memory {
             let host = mappings
                 .get_host_address(GuestAddress(start))
                 .map_err(|_| MemoryError::NotMapped { start })?;
+            if let Some(socket) = socket {
+                let guard = Guard::new(host, len as usize, socket);
+                guards.push(guard.map_err(|source| MemoryError::Guard { start, source })?);
+            }
             regions.push(Region { start, len, host });
         }
         regions.sort_by_key(|region| region.start);
-        Ok(Memory { regions: regions.into(), _mappings: mappings })
+        Ok(Memory { regions: regions.into(), guards: guards.into(), _mappings: mappings })
     }
 
     /// Our address of guest address `at`, and how many bytes from there on are contiguous, `len` at most.

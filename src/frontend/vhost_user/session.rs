@@ -4,86 +4,123 @@
 
 use super::config;
 use super::device::Device;
+use super::gate::{BackendChannel, Ended, Gate, Refusal, Vmm, connection};
+use super::inflight::Inflight;
 use super::memory::Memory;
 use super::session_vring::{Host, SessionVring, Shared, Table};
 use std::io;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vhost::vhost_user::Listener;
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{Error as DaemonError, ShutdownHandle, VhostUserBackend, VhostUserDaemon};
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
-/// Why a session ended, other than by the VMM's leaving.
+/// Why a session ended, other than by the VMM's leaving or a stop.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct SessionError(DaemonError);
-
-impl From<DaemonError> for SessionError {
-    fn from(error: DaemonError) -> SessionError {
-        SessionError(error)
-    }
+pub enum SessionError {
+    /// The gate refused a message, or gave up on the VMM.
+    #[error("{0}")]
+    Refused(#[from] Refusal),
+    /// A request cannot be carried out.
+    #[error("{request:?}: {cause}")]
+    Failed {
+        /// What was asked.
+        request: FrontendReq,
+        /// What vhost-user-backend says.
+        cause: String,
+    },
+    /// It truncated a file that it had shown us as memory.
+    #[error("it took away memory that it had shown us")]
+    MemoryGone,
+    /// There are no descriptors, threads or memory for it.
+    #[error("no session for it: {0}")]
+    Start(DaemonError),
+    /// The connection between the gate and the daemon.
+    #[error("its daemon cannot be reached: {0}")]
+    Private(io::Error),
 }
-
-/// Ends a session from outside.
-pub type Hangup = ShutdownHandle;
 
 /// The device as one VMM negotiates it.
 pub struct Session {
     shared: Arc<Shared>,
     queues: u16,
     queue_size: u16,
+    /// The VMM's own, to hang up by.
+    socket: Arc<UnixStream>,
     vrings: OnceLock<Vec<SessionVring>>,
 }
 
 impl Session {
-    /// Serves the connection that waits on `listener`, until either side ends it. When it returns, every
-    /// request of the VMM's is complete and nothing of its memory is in use.
+    /// Serves one VMM, until either side ends it. When it returns, every request of the VMM's is complete and nothing
+    /// of its memory is in use; only then does the VMM see that we hung up.
     ///
-    /// `connected` is given the way to end it.
+    /// `channel` is open for as long as the VMM has one.
     ///
     /// # Errors
     /// When the VMM broke the protocol.
     pub fn serve(
-        listener: &UnixListener,
+        mut vmm: Vmm<'_>,
         device: &Arc<Device>,
         host: &Arc<dyn Host>,
         (queues, queue_size): (u16, u16),
-        connected: impl FnOnce(Option<Hangup>),
+        channel: &BackendChannel,
     ) -> Result<(), SessionError> {
         let shared = Arc::new(Shared {
             device: device.clone(),
             host: host.clone(),
             features: AtomicU64::new(0),
             memory: Mutex::new(None),
+            inflight: Mutex::new(None),
         });
-        let session =
-            Arc::new(Session { shared: shared.clone(), queues, queue_size, vrings: OnceLock::new() });
+        let socket = Arc::new(vmm.socket().map_err(SessionError::Private)?);
+        let vrings = OnceLock::new();
+        let session = Arc::new(Session { shared: shared.clone(), queues, queue_size, socket, vrings });
         let table: Table = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let (daemon, vrings) = SessionVring::make_for(&shared, || {
             VhostUserDaemon::new("ringblk-session".into(), session.clone(), table)
         });
-        let mut daemon = daemon?;
+        let mut daemon = daemon.map_err(SessionError::Start)?;
         let vrings = session.vrings.get_or_init(|| vrings);
-        let result = listener
-            .try_clone()
-            .map_err(DaemonError::StartDaemon)
-            .and_then(|listener| daemon.start(&mut Listener::from(listener)))
-            .and_then(|()| {
-                connected(daemon.shutdown_handle());
-                daemon.wait()
-            });
+        let (listener, private) = connection().map_err(SessionError::Private)?;
+        daemon.start(&mut Listener::from(listener)).map_err(SessionError::Start)?;
+        // The gate hangs up on the daemon when it returns.
+        let result = Gate::new(&mut vmm, private, &session, channel).run();
+        let ended = daemon.wait();
         for vring in vrings {
             vring.stop();
         }
-        match result {
-            Err(DaemonError::HandleRequest(
-                vhost::vhost_user::Error::Disconnected | vhost::vhost_user::Error::PartialMessage,
-            )) => Ok(()),
-            other => Ok(other?),
+        channel.close();
+        if session.memory().as_ref().is_some_and(Memory::is_lost) {
+            return Err(SessionError::MemoryGone);
         }
+        result.map_err(|error| match error {
+            Ended::Refused(refusal) => refusal.into(),
+            Ended::Private(error) => SessionError::Private(error),
+            Ended::Daemon(request) => SessionError::Failed { request, cause: explain(ended) },
+        })
+    }
+
+    /// Queues and descriptors in each, at most.
+    pub(super) fn shape(&self) -> (u16, u16) {
+        (self.queues, self.queue_size)
+    }
+
+    /// What a VMM may accept of the protocol.
+    pub(super) fn offered(&self) -> VhostUserProtocolFeatures {
+        self.protocol_features()
+    }
+
+    /// Has every vring note there what it has in flight. No message may be with the daemon meanwhile.
+    pub(super) fn set_inflight(&self, inflight: Inflight) {
+        *self.shared.inflight.lock().unwrap_or_else(PoisonError::into_inner) = Some(inflight);
+        self.vrings().iter().for_each(SessionVring::restart);
+    }
+
+    fn memory(&self) -> MutexGuard<'_, Option<Memory>> {
+        self.shared.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn vrings(&self) -> &[SessionVring] {
@@ -118,6 +155,9 @@ impl VhostUserBackend for Session {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            // The gate serves these; the daemon never sees a message of theirs.
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::BACKEND_REQ
     }
 
     fn set_event_idx(&self, _: bool) {
@@ -155,14 +195,14 @@ impl VhostUserBackend for Session {
 
     fn update_memory(&self, table: Table) -> io::Result<()> {
         // The old table's mappings live until the last vring that uses them has drained.
-        let memory = Memory::new(table.memory().into_inner()).map_err(|error| {
+        let memory = Memory::guarded(table.memory().into_inner(), &self.socket).map_err(|error| {
             log::error!("{}: {error}", self.shared.device.name());
             io::Error::new(io::ErrorKind::InvalidInput, error)
         })?;
         for vring in self.vrings() {
             vring.stop();
         }
-        *self.shared.memory.lock().unwrap_or_else(PoisonError::into_inner) = Some(memory);
+        *self.memory() = Some(memory);
         for vring in self.vrings() {
             vring.start();
         }
@@ -183,5 +223,14 @@ impl VhostUserBackend for Session {
 
     fn handle_event(&self, _: u16, _: EventSet, _: &[SessionVring], _: usize) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// What the daemon said at its end.
+fn explain(ended: Result<(), DaemonError>) -> String {
+    match ended {
+        Ok(()) => "the daemon hung up".into(),
+        Err(DaemonError::HandleRequest(error)) => error.to_string(),
+        Err(error) => error.to_string(),
     }
 }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 use super::device::Device;
+use super::inflight::Inflight;
 use super::memory::Memory;
 use super::notify::{CallFd, check_eventfd};
 use super::vring::VringSetup;
@@ -55,6 +56,8 @@ pub(super) struct Shared {
     pub features: AtomicU64,
     /// The memory table in force; `None` before the first.
     pub memory: Mutex<Option<Memory>>,
+    /// Where the vrings note what is in flight; `None` for a VMM that keeps no such notes.
+    pub inflight: Mutex<Option<Inflight>>,
 }
 
 /// One vring of a session.
@@ -126,6 +129,9 @@ impl SessionVring {
                 kick,
                 call: lock(&link.call).clone(),
                 err: lock(&link.err).clone(),
+                inflight: lock(&link.shared.inflight)
+                    .as_ref()
+                    .and_then(|inflight| inflight.queue(link.index)),
             }
         };
         match link.shared.host.start(setup) {

@@ -9,6 +9,7 @@
 
 use super::areas::{Avail, Used};
 use super::device::Device;
+use super::inflight::{InflightQueue, Notes};
 use super::memory::{Memory, Table, scatter};
 use super::notify::CallFd;
 use super::request::{Parsed, Range, Scratch, Status, parse};
@@ -72,6 +73,8 @@ pub struct VringSetup {
     pub call: Option<CallFd>,
     /// Written when the vring is broken.
     pub err: Option<CallFd>,
+    /// Where to note what is in flight, and to find what was when we were killed.
+    pub inflight: Option<InflightQueue>,
 }
 
 /// A running vring. Its requests' tags are ours: they are used last in, first out, so that a guest that keeps
@@ -104,6 +107,10 @@ pub struct Vring {
     /// Heads in flight.
     busy: Box<[Cell<bool>]>,
     in_flight: Cell<u16>,
+    /// What is in flight, noted for whoever comes after us.
+    notes: Option<Notes>,
+    /// Heads that were in flight when we were killed and have not been taken again, the first last.
+    again: RefCell<Vec<u16>>,
     enabled: Cell<bool>,
     stopped: Cell<bool>,
     broken: Cell<bool>,
@@ -116,8 +123,9 @@ impl Vring {
     /// Resolves the rings.
     ///
     /// # Errors
-    /// `InvalidInput` for a size that is no power of two, or an area that is misaligned or not the guest's.
-    pub fn new(setup: VringSetup) -> io::Result<Vring> {
+    /// `InvalidInput` for a size that is no power of two, an area that is misaligned or not the guest's, or notes
+    /// of what was in flight that make no sense.
+    pub fn new(mut setup: VringSetup) -> io::Result<Vring> {
         let (size, memory) = (setup.size, &setup.memory);
         let refuse = |what: &str| {
             let message = format!("vring {}: {what}", setup.index);
@@ -137,8 +145,30 @@ impl Vring {
             return refuse("its used ring is not in the guest's memory");
         };
         let next_used = used.idx();
+        let table = memory.table(setup.desc_table, size);
+        let (mut notes, mut again) = (None, Vec::new());
+        if let Some(queue) = setup.inflight.take() {
+            if queue.size() < size {
+                return refuse(&format!("{size} descriptors, but room to note {} in flight", queue.size()));
+            }
+            let found = queue.recover(next_used)?;
+            if found.heads.iter().any(|head| *head >= size) {
+                return refuse("a descriptor that it does not have is noted as in flight");
+            }
+            if !found.fresh {
+                // What the VMM remembers is the used index: it cannot know how much had been taken.
+                setup.next_avail = next_used.wrapping_add(found.heads.len() as u16);
+            }
+            if !found.heads.is_empty() {
+                let (device, count) = (setup.device.name(), found.heads.len());
+                log::info!("{device}: vring {}: {count} requests are carried out again", setup.index);
+            }
+            again = found.heads;
+            again.reverse();
+            notes = Some(Notes::new(queue, found.counter));
+        }
         Ok(Vring {
-            table: memory.table(setup.desc_table, size),
+            table,
             avail,
             used,
             next_avail: Cell::new(setup.next_avail),
@@ -155,6 +185,8 @@ impl Vring {
             fresh: vec![Cell::new(None); size as usize].into(),
             busy: vec![Cell::new(false); size as usize].into(),
             in_flight: Cell::new(0),
+            notes,
+            again: RefCell::new(again),
             enabled: Cell::new(setup.enabled),
             stopped: Cell::new(false),
             broken: Cell::new(false),
@@ -165,14 +197,19 @@ impl Vring {
         })
     }
 
+    /// For messages: its device and its index there.
+    pub fn label(&self) -> String {
+        format!("{}: vring {}", self.setup.device.name(), self.setup.index)
+    }
+
     /// Descriptors, and so the most requests in flight.
     pub fn size(&self) -> u16 {
         self.setup.size
     }
 
-    /// Requests taken and not completed.
+    /// Requests taken and not completed, by us or by the one before us.
     pub fn in_flight(&self) -> u16 {
-        self.in_flight.get()
+        self.in_flight.get() + self.again.borrow().len() as u16
     }
 
     /// Where the next request would be taken from: what GET_VRING_BASE asks for, once drained.
@@ -219,14 +256,45 @@ impl Vring {
     ///
     /// Costs a load of a cache line that the driver writes when the last seen end of its ring is reached.
     pub fn take(&self) -> Option<u16> {
-        if !self.enabled.get() || self.stopped.get() || self.broken.get() {
+        let again = !self.again.borrow().is_empty();
+        // What is carried out again had been taken: only what is new can be left.
+        if !again && !self.takes_new() {
             return None;
         }
-        let next = self.next_avail.get();
         let most = (self.crest.get() / 2).clamp(PASS_LEAST, PASS_MOST);
         if self.taken.get() >= most || self.bytes_left.get() == 0 {
             return None;
         }
+        let head = if again { self.again.borrow_mut().pop()? } else { self.next_head()? };
+        let Some(busy) = self.busy.get(head as usize) else {
+            self.give_up(&format!("there is no descriptor {head}"));
+            return None;
+        };
+        if busy.replace(true) {
+            self.give_up(&format!("descriptor {head} is in flight already"));
+            return None;
+        }
+        // There is a free tag for every head that is not in flight.
+        let tag = self.free.borrow_mut().pop()?;
+        // What is carried out again is noted, and keeps its place in the order.
+        if !again && let Some(notes) = &self.notes {
+            notes.taken(head);
+        }
+        self.taken.set(self.taken.get() + 1);
+        self.owed.set(false);
+        self.idle_passes.set(0);
+        self.in_flight.set(self.in_flight.get() + 1);
+        self.fresh[tag as usize].set(Some(head));
+        Some(tag)
+    }
+
+    fn takes_new(&self) -> bool {
+        self.enabled.get() && !self.stopped.get() && !self.broken.get()
+    }
+
+    /// The next head in the avail ring, if there is one.
+    fn next_head(&self) -> Option<u16> {
+        let next = self.next_avail.get();
         if next == self.seen_avail.get() {
             let idx = self.avail.idx();
             if idx == next {
@@ -240,29 +308,14 @@ impl Vring {
             self.crest.set(self.crest.get().max(idx.wrapping_sub(next)));
             self.refuse_kicks();
         }
-        let head = self.avail.head(next);
-        let Some(busy) = self.busy.get(head as usize) else {
-            self.give_up(&format!("there is no descriptor {head}"));
-            return None;
-        };
-        if busy.replace(true) {
-            self.give_up(&format!("descriptor {head} is in flight already"));
-            return None;
-        }
-        // There is a free tag for every head that is not in flight.
-        let tag = self.free.borrow_mut().pop()?;
         self.next_avail.set(next.wrapping_add(1));
-        self.taken.set(self.taken.get() + 1);
-        self.owed.set(false);
-        self.idle_passes.set(0);
-        self.in_flight.set(self.in_flight.get() + 1);
-        self.fresh[tag as usize].set(Some(head));
-        Some(tag)
+        Some(self.avail.head(next))
     }
 
     fn give_up(&self, why: &str) {
         log::error!("{}: vring {}: {why}: it is stopped", self.setup.device.name(), self.setup.index);
         self.broken.set(true);
+        self.again.borrow_mut().clear();
         if let Some(err) = &self.setup.err {
             err.signal();
         }
@@ -277,7 +330,7 @@ impl Vring {
 
     /// Asks for a kick at the next request. False when there is one already, which nobody will kick for.
     pub fn ask_for_kick(&self) -> bool {
-        if !self.enabled.get() || self.stopped.get() || self.broken.get() {
+        if !self.takes_new() {
             return true;
         }
         self.kicks_wanted.set(true);
@@ -302,6 +355,9 @@ impl Vring {
             return false;
         }
         self.used.set_idx(new);
+        if let Some(notes) = &self.notes {
+            notes.given_back(new);
+        }
         self.published.set(new);
         self.owed.set(true);
         self.idle_passes.set(0);
@@ -361,6 +417,9 @@ impl Vring {
         };
         let next = self.next_used.get();
         self.used.set(next, state.head, written);
+        if let Some(notes) = &self.notes {
+            notes.finished(state.head);
+        }
         self.next_used.set(next.wrapping_add(1));
         self.busy[state.head as usize].set(false);
         self.in_flight.set(self.in_flight.get() - 1);

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::{Path, PathBuf};
 
-use crate::engine::config::VolumeConfig;
+use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::frontend::vhost_user::options::VhostUserConfig;
 
 use super::origin::{Item, Origin};
@@ -31,6 +31,12 @@ fn check_values(loader: &Loader) -> Result<(), ConfigError> {
         let most = Config::MAX_POLL_US;
         return Err(origin.key_error("poll-us", format!("must be at most {most}, not {value}")));
     }
+    if let Some(Item { value, origin }) = &loader.slow_after
+        && *value > Config::MAX_SLOW_AFTER
+    {
+        let most = Config::MAX_SLOW_AFTER;
+        return Err(origin.key_error("slow-after", format!("must be at most {most} seconds, not {value}")));
+    }
     if let Some(Item { value, origin }) = &loader.workers
         && !(1..=Config::MAX_WORKERS).contains(value)
     {
@@ -43,7 +49,8 @@ fn check_values(loader: &Loader) -> Result<(), ConfigError> {
     }
     for (name, Item { value, origin }) in &loader.volumes {
         check_name(name).map_err(|reason| origin.error(reason))?;
-        let checked = value.check();
+        let checked =
+            value.check().and_then(|()| loader.policies.get(name).map_or(Ok(()), PolicyConfig::check));
         checked.map_err(|(key, reason)| origin.key_error(key, reason))?;
     }
     for Item { value, origin } in &loader.ublk {
@@ -202,6 +209,7 @@ mod tests {
                 "control" => loader.set_control(text.into()),
                 "workers" => loader.set_workers(text.parse().unwrap()),
                 "poll-us" => loader.set_poll_us(text.parse().unwrap()),
+                "slow-after" => loader.set_slow_after(text.parse().unwrap()),
                 other => panic!("{other}"),
             }
         }
@@ -223,6 +231,13 @@ mod tests {
             refused(&[A, UBLK_A, ("workers", workers)], "--workers", "1024");
         }
         refused(&[A, UBLK_A, ("poll-us", "10001")], "--poll-us", "10000");
+        refused(&[A, UBLK_A, ("slow-after", "86401")], "--slow-after", "86400");
+        refused(
+            &[("volume", "a=null:1G,on-error=retry,retry-for=0"), UBLK_A],
+            "--volume a=null",
+            "retry-for",
+        );
+        refused(&[("volume", "a=null:1G,retry-for=9"), UBLK_A], "--volume a=null", "on-error=retry");
         refused(&[A, UBLK_A, ("control", "")], "--control", "path");
         refused(&[A, UBLK_A, ("control", &"x".repeat(108))], "--control", "107");
         refused(&[("volume", "a=null:1000"), UBLK_A], "--volume a=null:1000", "size");

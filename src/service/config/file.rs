@@ -12,13 +12,15 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
-use crate::engine::config::VolumeConfig;
+use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::service::sandbox::Mode;
 
 use super::ConfigError;
 use super::origin::{Item, Origin};
@@ -26,13 +28,18 @@ use super::origin::{Item, Origin};
 /// A larger file is not a configuration of ours.
 const MAX_BYTES: u64 = 1 << 20;
 
+/// A volume, and what becomes of the requests that its store fails.
+pub(super) type Volume = Item<(VolumeConfig, PolicyConfig)>;
+
 /// What one file says.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub workers: Option<Item<usize>>,
     pub poll_us: Option<Item<u32>>,
+    pub slow_after: Option<Item<u64>>,
     pub control: Option<Item<PathBuf>>,
-    pub volumes: Vec<(String, Item<VolumeConfig>)>,
+    pub sandbox: Option<Item<Mode>>,
+    pub volumes: Vec<(String, Volume)>,
     pub ublk: Vec<Item<UblkConfig>>,
     pub vhost_user: Vec<Item<VhostUserConfig>>,
 }
@@ -65,13 +72,15 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Found, ConfigError> {
         match key.get_ref().as_ref() {
             "workers" => found.workers = Some(document.scalar(at, value)?),
             "poll-us" => found.poll_us = Some(document.scalar(at, value)?),
+            "slow-after" => found.slow_after = Some(document.scalar(at, value)?),
             "control" => found.control = Some(document.scalar(at, value)?),
+            "sandbox" => found.sandbox = Some(document.scalar(at, value)?),
             "volume" => found.volumes = document.volumes(at, value)?,
             "ublk" => found.ublk = document.exports("ublk", at, value)?,
             "vhost-user" => found.vhost_user = document.exports("vhost-user", at, value)?,
             other => {
                 let reason = format!(
-                    "unknown key \"{other}\", there are: workers, poll-us, control, [volume.NAME], [[ublk]], [[vhost-user]]"
+                    "unknown key \"{other}\", there are: workers, poll-us, slow-after, control, sandbox, [volume.NAME], [[ublk]], [[vhost-user]]"
                 );
                 return Err(document.error_at(at, reason));
             }
@@ -97,11 +106,7 @@ impl<'a> Document<'a> {
     }
 
     /// `[volume.NAME]` tables.
-    fn volumes(
-        &self,
-        at: usize,
-        value: Spanned<DeValue<'a>>,
-    ) -> Result<Vec<(String, Item<VolumeConfig>)>, ConfigError> {
+    fn volumes(&self, at: usize, value: Spanned<DeValue<'a>>) -> Result<Vec<(String, Volume)>, ConfigError> {
         let DeValue::Table(volumes) = value.into_inner() else {
             return Err(self.error_at(at, "volumes are written as [volume.NAME] tables"));
         };
@@ -115,7 +120,7 @@ impl<'a> Document<'a> {
             .collect()
     }
 
-    fn volume(&self, at: usize, value: Spanned<DeValue<'a>>) -> Result<Item<VolumeConfig>, ConfigError> {
+    fn volume(&self, at: usize, value: Spanned<DeValue<'a>>) -> Result<Volume, ConfigError> {
         let span = value.span();
         let DeValue::Table(mut table) = value.into_inner() else {
             return Err(self.error_at(at, "a volume is written as a [volume.NAME] table"));
@@ -132,12 +137,16 @@ impl<'a> Document<'a> {
             // Let the one place that knows all drivers word it, and point at the word itself.
             let empty = table_value(DeTable::new(), driver_at.clone());
             return VolumeConfig::from_driver(&driver, empty)
-                .map(|volume| Item::new(volume, origin))
+                .map(|volume| Item::new((volume, PolicyConfig::default()), origin))
                 .map_err(|error| self.error(&error, driver_at.start));
         }
+        let mut policy = DeTable::new();
+        policy.extend(PolicyConfig::KEYS.iter().filter_map(|key| table.remove_entry(*key)));
+        let policy = PolicyConfig::deserialize(table_value(policy, span.clone()))
+            .map_err(|error| self.error(&error, at))?;
         let volume = VolumeConfig::from_driver(&driver, table_value(table, span))
             .map_err(|error| self.error(&error, at))?;
-        Ok(Item::new(volume, origin))
+        Ok(Item::new((volume, policy), origin))
     }
 
     /// `[[ublk]]` or `[[vhost-user]]` tables.

@@ -10,12 +10,12 @@ use serde::de::value::{Error, MapDeserializer, StrDeserializer};
 use serde::de::{Deserializer, Error as _, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
-use crate::engine::config::VolumeConfig;
+use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 
 /// `NAME=DRIVER:TARGET[,key=value...]`
-pub(super) fn volume(text: &str) -> Result<(String, VolumeConfig), String> {
+pub(super) fn volume(text: &str) -> Result<(String, VolumeConfig, PolicyConfig), String> {
     let form = "write NAME=DRIVER:TARGET[,key=value...]";
     let parts = split(text)?;
     let (head, options) = parts.split_first().ok_or(form)?;
@@ -23,9 +23,9 @@ pub(super) fn volume(text: &str) -> Result<(String, VolumeConfig), String> {
     let (driver, target) = rest.split_once(':').ok_or(form)?;
     // An unknown driver has no target key; from_driver is the one that says so.
     let key = VolumeConfig::target_key(driver).unwrap_or("target");
-    let settings = settings(&[(key, target)], options)?;
+    let (policy, settings) = settings(&[(key, target)], options)?.split(&PolicyConfig::KEYS);
     let volume = VolumeConfig::from_driver(driver, settings.map()).map_err(|error| error.to_string())?;
-    Ok((name.to_owned(), volume))
+    Ok((name.to_owned(), volume, read(&policy)?))
 }
 
 /// `VOLUME[,key=value...]`
@@ -67,6 +67,12 @@ struct Settings<'a>(Vec<(&'a str, Setting<'a>)>);
 impl<'a> Settings<'a> {
     fn map(&self) -> MapDeserializer<'a, std::vec::IntoIter<(&'a str, Setting<'a>)>, Error> {
         MapDeserializer::new(self.0.clone().into_iter())
+    }
+
+    /// Those with one of the keys, and the others.
+    fn split(self, keys: &[&str]) -> (Settings<'a>, Settings<'a>) {
+        let (with, without) = self.0.into_iter().partition(|(key, _)| keys.contains(key));
+        (Settings(with), Settings(without))
     }
 }
 
@@ -182,14 +188,14 @@ mod tests {
 
     #[test]
     fn commas_are_doubled_inside_values() {
-        let (_, found) = volume("a=file:/x,,y,,,direct=on").unwrap();
+        let (_, found, _) = volume("a=file:/x,,y,,,direct=on").unwrap();
         assert_eq!(found.target(), "/x,y,");
         assert_eq!(split("a,,,,b,c").unwrap(), ["a,,b", "c"]);
     }
 
     #[test]
     fn targets_keep_their_colons_and_equal_signs() {
-        let (name, found) = volume("n=nbd:nbd+unix:///e?socket=/run/a=b.sock,reconnect=5").unwrap();
+        let (name, found, _) = volume("n=nbd:nbd+unix:///e?socket=/run/a=b.sock,reconnect=5").unwrap();
         assert_eq!(name, "n");
         assert_eq!(found.target(), "nbd+unix:///e?socket=/run/a=b.sock");
         let found = vhost_user("v=/run/a=b.sock").unwrap();
@@ -218,6 +224,9 @@ mod tests {
             ("a=file:/x,direct=maybe", "direct: \"maybe\" is neither on nor off"),
             ("a=file:/x,direct=", "direct: \"\""),
             ("a=nbd:nbd://h,connections=65536", "connections"),
+            ("a=null:1G,on-error=hope", "on-error"),
+            ("a=null:1G,on-error=stop,on-error=stop", "duplicate"),
+            ("a=null:1G,retry-for=soon", "retry-for"),
         ] {
             let error = volume(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
@@ -265,7 +274,7 @@ mod tests {
 
         #[test]
         fn any_path_survives_the_doubling(path in "/[^\0]+") {
-            let (_, found) = volume(&format!("a=file:{},direct=on", path.replace(',', ",,"))).unwrap();
+            let (_, found, _) = volume(&format!("a=file:{},direct=on", path.replace(',', ",,"))).unwrap();
             prop_assert_eq!(found.target(), path);
         }
     }

@@ -35,9 +35,7 @@ pub(super) enum Origin {
 
 impl Origin {
     pub fn flag(name: &str, text: &str) -> Origin {
-        // A flag can hold anything, a line feed or an escape sequence too; none of that belongs in a log.
-        let text: String = text.chars().flat_map(shown).collect();
-        Origin::Flag(format!("{name} {text}"))
+        Origin::Flag(format!("{name} {}", printable(text)))
     }
 
     /// The place in words. For a file it is the line of `key`, or where that is not written, of the whole item.
@@ -62,6 +60,8 @@ impl Origin {
     }
 }
 
-fn shown(c: char) -> Vec<char> {
-    if c.is_control() { c.escape_default().collect() } else { vec![c] }
+/// A flag or a key can hold anything, a line feed or an escape sequence too; none of that belongs in a log.
+pub(super) fn printable(text: &str) -> String {
+    let shown = |c: char| if c.is_control() { c.escape_default().collect() } else { vec![c] };
+    text.chars().flat_map(shown).collect()
 }

@@ -2,64 +2,158 @@
 
 #![forbid(unsafe_code)]
 
-use http_body_util::Full;
+use std::sync::Arc;
+
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Bytes};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
-use super::Managed;
+use super::{BODY_TIME, Managed, Refusal};
 use crate::service::status::{ApiError, Stopping};
 
 type Answer = Response<Full<Bytes>>;
 
+/// The most bytes in a request's body.
+pub(super) const MAX_BODY: usize = 4 << 10;
+
 /// One endpoint.
 struct Route {
+    /// `NAME` stands for any one segment: the volume's name.
     path: &'static str,
     method: Method,
-    answer: fn(&dyn Managed) -> Answer,
+    /// May block.
+    answer: fn(&dyn Managed, &Call) -> Result<Answer, Refusal>,
+}
+
+/// What came with the request.
+struct Call {
+    /// What stood for `NAME`; empty where the path has none.
+    name: String,
+    body: Bytes,
 }
 
 /// Every endpoint. A path may be there with several methods.
 const ROUTES: &[Route] = &[
     Route { path: "/v1/status", method: Method::GET, answer: status },
     Route { path: "/v1/stop", method: Method::POST, answer: stop },
+    Route { path: "/v1/volumes/NAME/resize", method: Method::POST, answer: resize },
+    Route { path: "/v1/volumes/NAME/refresh", method: Method::POST, answer: refresh },
+    Route { path: "/v1/volumes/NAME/resume", method: Method::POST, answer: resume },
 ];
 
-fn status(managed: &dyn Managed) -> Answer {
-    json(StatusCode::OK, &managed.status())
+fn status(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+    call.without_body()?;
+    Ok(json(StatusCode::OK, &managed.status()))
 }
 
-fn stop(managed: &dyn Managed) -> Answer {
-    managed.request_stop();
-    json(StatusCode::ACCEPTED, &Stopping { stopping: true })
+fn stop(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+    managed.request_stop(&call.optional_body()?)?;
+    Ok(json(StatusCode::ACCEPTED, &Stopping { stopping: true }))
 }
 
-/// Finds the endpoint and asks it.
-pub(super) fn answer<B: Body>(managed: &dyn Managed, request: &Request<B>) -> Answer {
-    let path = request.uri().path();
-    let here: Vec<&Route> = ROUTES.iter().filter(|route| route.path == path).collect();
-    if here.is_empty() {
-        return error(StatusCode::NOT_FOUND, "there is nothing at this path");
+fn resize(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+    let resized = managed.resize(&call.name, &call.body()?)?;
+    Ok(json(StatusCode::OK, &resized))
+}
+
+fn refresh(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+    let resized = managed.refresh(&call.name, &call.optional_body()?)?;
+    Ok(json(StatusCode::OK, &resized))
+}
+
+fn resume(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+    let resumed = managed.resume(&call.name, &call.optional_body()?)?;
+    Ok(json(StatusCode::OK, &resumed))
+}
+
+impl Call {
+    /// What a POST asks for.
+    fn body<T: DeserializeOwned>(&self) -> Result<T, Refusal> {
+        serde_json::from_slice(&self.body).map_err(|error| Refusal::Body(format!("the body: {error}")))
     }
-    let Some(route) = here.iter().find(|route| route.method == request.method()) else {
-        let allowed: Vec<&str> = here.iter().map(|route| route.method.as_str()).collect();
-        let mut answer = error(StatusCode::METHOD_NOT_ALLOWED, "this path does not take this method");
-        if let Ok(allowed) = HeaderValue::from_str(&allowed.join(", ")) {
-            answer.headers_mut().insert(ALLOW, allowed);
-        }
-        return answer;
+
+    /// The same, where no body asks for nothing special.
+    fn optional_body<T: DeserializeOwned + Default>(&self) -> Result<T, Refusal> {
+        if self.body.is_empty() { Ok(T::default()) } else { self.body() }
+    }
+
+    fn without_body(&self) -> Result<(), Refusal> {
+        if self.body.is_empty() { Ok(()) } else { Err(Refusal::Body("this request takes no body".into())) }
+    }
+}
+
+/// Finds the endpoint and asks it, on a thread that may block.
+pub(super) async fn answer<B>(managed: Arc<dyn Managed>, request: Request<B>) -> Answer
+where
+    B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>>,
+{
+    let (route, name) = match find(request.method(), request.uri().path()) {
+        Ok(found) => found,
+        Err(answer) => return *answer,
     };
-    // Nothing here takes a body, so none is ever read: the limit on its size is zero.
-    if !request.body().is_end_stream() {
-        return error(StatusCode::PAYLOAD_TOO_LARGE, "this request takes no body");
+    let body = match timeout(BODY_TIME, Limited::new(request.into_body(), MAX_BODY).collect()).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Err(_) => return refused(StatusCode::REQUEST_TIMEOUT, "the body does not come".into()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+            let reason = format!("the body is longer than {MAX_BODY} bytes");
+            return refused(StatusCode::PAYLOAD_TOO_LARGE, reason);
+        }
+        Ok(Err(error)) => return refused(StatusCode::BAD_REQUEST, format!("the body: {error}")),
+    };
+    let call = Call { name, body };
+    match tokio::task::spawn_blocking(move || (route.answer)(&*managed, &call)).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(refusal)) => match refusal {
+            Refusal::Unknown(name) => refused(StatusCode::NOT_FOUND, format!("there is no volume {name:?}")),
+            Refusal::Body(reason) => refused(StatusCode::BAD_REQUEST, reason),
+            Refusal::Impossible(reason) => refused(StatusCode::CONFLICT, reason),
+        },
+        // Panics abort the release build; in a test's build one must not be taken for silence.
+        Err(error) => refused(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
     }
-    (route.answer)(managed)
 }
 
-fn error(status: StatusCode, reason: &str) -> Answer {
-    let body = ApiError { error: reason.to_owned() };
-    json(status, &body)
+/// The endpoint for a path, and what stands there for `NAME`.
+fn find(method: &Method, path: &str) -> Result<(&'static Route, String), Box<Answer>> {
+    let mut here = ROUTES.iter().filter_map(|route| Some((route, matches(route.path, path)?))).peekable();
+    if here.peek().is_none() {
+        return Err(Box::new(refused(StatusCode::NOT_FOUND, "there is nothing at this path".into())));
+    }
+    let mut allowed = Vec::new();
+    for (route, name) in here {
+        if route.method == method {
+            return Ok((route, name.to_owned()));
+        }
+        allowed.push(route.method.as_str());
+    }
+    let mut answer = refused(StatusCode::METHOD_NOT_ALLOWED, "this path does not take this method".into());
+    if let Ok(allowed) = HeaderValue::from_str(&allowed.join(", ")) {
+        answer.headers_mut().insert(ALLOW, allowed);
+    }
+    Err(Box::new(answer))
+}
+
+/// What stands for `NAME` in a path of this form, nothing being "". Names need no escapes: see the configuration.
+fn matches<'a>(form: &str, path: &'a str) -> Option<&'a str> {
+    let mut name = "";
+    let mut segments = path.split('/');
+    for wanted in form.split('/') {
+        let segment = segments.next()?;
+        if wanted == "NAME" {
+            name = segment;
+        } else if wanted != segment {
+            return None;
+        }
+    }
+    segments.next().is_none().then_some(name)
+}
+
+fn refused(status: StatusCode, error: String) -> Answer {
+    json(status, &ApiError { error })
 }
 
 fn json(status: StatusCode, body: &impl Serialize) -> Answer {
@@ -77,4 +171,27 @@ fn json(status: StatusCode, body: &impl Serialize) -> Answer {
     *answer.status_mut() = status;
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_has_its_form_or_not() {
+        let form = "/v1/volumes/NAME/resize";
+        assert_eq!(matches(form, "/v1/volumes/root/resize"), Some("root"));
+        assert_eq!(matches(form, "/v1/volumes//resize"), Some(""));
+        for path in [
+            "",
+            "/",
+            "/v1/volumes/a/b/resize",
+            "/v1/volumes/a/resize/",
+            "/v1/volumes/a",
+            "v1/volumes/a/resize",
+        ] {
+            assert_eq!(matches(form, path), None, "{path}");
+        }
+        assert_eq!(matches("/v1/status", "/v1/status"), Some(""));
+    }
 }

@@ -14,10 +14,21 @@ use vhost_user::VhostUserExport;
 #[error("{0}")]
 pub struct Abandoned(pub String);
 
+/// How an export ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Farewell {
+    /// Its disk or socket goes.
+    Stop,
+    /// Its disk stays, and waits for the next service.
+    HandOver,
+    /// As if the service had never been: a disk goes, unless an earlier service has left it.
+    Withdraw,
+}
+
 /// A running export of either door.
 pub enum Export {
     /// A disk of the host.
-    Ublk(UblkExport),
+    Ublk(Box<UblkExport>),
     /// A socket for VMMs.
     VhostUser(VhostUserExport),
 }
@@ -31,14 +42,54 @@ impl Export {
         }
     }
 
-    /// Takes no more requests, waits for those that it has, and takes the door away.
+    /// Whether its clients can be shown another size.
+    ///
+    /// # Errors
+    /// Why not, for people.
+    pub fn can_resize(&self) -> Result<(), String> {
+        match self {
+            Export::Ublk(export) => export.can_resize().map_err(|error| error.to_string()),
+            Export::VhostUser(_) => Ok(()),
+        }
+    }
+
+    /// Shows its clients the capacity of the volume, which is `sectors` now.
+    ///
+    /// # Errors
+    /// Why that did not work, for people.
+    pub fn resize(&mut self, sectors: u64) -> Result<(), String> {
+        match self {
+            Export::Ublk(export) => export.resize(sectors).map_err(|error| error.to_string()),
+            Export::VhostUser(export) => {
+                // Its configuration space is made from the capacity at each look.
+                export.resize();
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether it would survive a [`Farewell::HandOver`].
+    ///
+    /// # Errors
+    /// Why not, for people.
+    pub fn can_hand_over(&self) -> Result<(), String> {
+        match self {
+            Export::Ublk(export) => export.can_hand_over().map_err(|error| error.to_string()),
+            Export::VhostUser(_) => Ok(()),
+        }
+    }
+
+    /// Takes no more requests, waits for those that it has, and takes leave of the door.
     ///
     /// # Errors
     /// When they are not complete by `deadline`.
-    pub fn stop(&mut self, deadline: Instant) -> Result<(), Abandoned> {
-        match self {
-            Export::Ublk(export) => export.stop(deadline),
-            Export::VhostUser(export) => export.stop(deadline),
+    pub fn leave(&mut self, how: Farewell, deadline: Instant) -> Result<(), Abandoned> {
+        match (self, how) {
+            (Export::Ublk(export), Farewell::Stop) => export.stop(deadline),
+            (Export::Ublk(export), Farewell::HandOver) => export.hand_over(deadline),
+            (Export::Ublk(export), Farewell::Withdraw) => export.withdraw(deadline),
+            // A VMM comes back by itself, to whoever listens by then.
+            (Export::VhostUser(export), _) => export.stop(deadline),
         }
     }
 }

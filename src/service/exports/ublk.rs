@@ -2,47 +2,39 @@
 
 #![forbid(unsafe_code)]
 
-use super::Abandoned;
+mod leave;
+
+use crate::block::SECTOR;
 use crate::engine::Volume;
-use crate::frontend::ublk::options::{UblkConfig, ZeroCopy};
-use crate::frontend::ublk::support::{self, NoZeroCopy};
-use crate::frontend::ublk::{self, Answer, Device, StableName, Wish};
+use crate::frontend::ublk::options::{Recovery, UblkConfig, ZeroCopy};
+use crate::frontend::ublk::support::{self, NoZeroCopy, Offer};
+use crate::frontend::ublk::{self, Device, NoResize, StableName, Wish};
 use crate::service::status::UblkStatus;
 use crate::worker::Link;
-use std::fmt::Display;
+use leave::Phase;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 /// How often a start is looked at for a reason why it will never finish.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
-/// The longest that undoing a start which failed may take.
-const UNDO_LIMIT: Duration = Duration::from_secs(10);
+/// The longest that a new size may take.
+const RESIZE_LIMIT: Duration = Duration::from_secs(10);
 
-/// A ublk disk in service. [`stop`](Self::stop) it; one that is only dropped goes in the background, with
-/// nobody to say when.
+/// A ublk disk in service. [`stop`](Self::stop) it or [`hand it over`](Self::hand_over); one that is only dropped
+/// stays in the kernel, as if we had died.
 pub struct UblkExport {
     device: Device,
     name: StableName,
     status: UblkStatus,
+    volume: Arc<Volume>,
+    links: Vec<Link>,
+    offer: Offer,
+    recovery: Recovery,
     /// Queues that have not ended: each hears when it has.
     ends: Vec<Receiver<()>>,
     phase: Phase,
-}
-
-/// How far a stop has come, so that one that ran out of time can be gone on with.
-enum Phase {
-    /// Serving, or about to.
-    Live,
-    /// The kernel waits for requests in flight.
-    Stopping(Answer),
-    /// The queues' last fetches come back.
-    Draining,
-    /// The kernel forgets the device.
-    Deleting(Answer),
-    /// Nothing is left.
-    Gone,
 }
 
 /// Why a volume is not behind the ublk door.
@@ -56,17 +48,26 @@ pub struct Error {
 }
 
 impl UblkExport {
-    /// Makes the device, and serves its queues on `links`, one for each queue that is asked for (the kernel
-    /// may grant fewer). Returns when the disk and its stable name are there.
+    /// Makes the device, or takes over the one that an earlier server of the volume left, and serves its queues on
+    /// `links`, one for each queue that is asked for (the kernel may grant fewer). Returns when the disk and its
+    /// stable name are there.
     ///
     /// # Errors
     /// When the name is not free, there is no ublk to be used, the kernel cannot do what was asked, or does
-    /// not do it in time. What had been made by then is undone.
+    /// not do it in time; or when there is a device already that another configuration made, or another process
+    /// serves. What had been made by then is undone; a device that was there before stays.
     pub fn start(config: &UblkConfig, volume: &Arc<Volume>, links: &[Link]) -> Result<UblkExport, Error> {
         let failed = |source| Error { volume: config.volume.clone(), source };
-        let mut export = UblkExport::add(config, volume, links).map_err(failed)?;
-        match export.serve(config, volume, links) {
-            Ok(()) => Ok(export),
+        let since = Instant::now();
+        let mut export = UblkExport::get(config, volume, links).map_err(failed)?;
+        match export.serve(config) {
+            Ok(()) => {
+                if export.device.recovered() {
+                    let (device, took) = (export.status.device.display(), since.elapsed().as_millis());
+                    log::info!("{device}: recovered, {took} ms after it was found");
+                }
+                Ok(export)
+            }
             Err(error) => {
                 export.undo();
                 Err(failed(error))
@@ -74,23 +75,42 @@ impl UblkExport {
         }
     }
 
-    /// Checks all that can be checked, and adds the device.
-    fn add(config: &UblkConfig, volume: &Volume, links: &[Link]) -> Result<UblkExport, ublk::Error> {
-        let name = StableName::check(&config.volume)?;
-        let wish = match config.zero_copy {
+    /// Checks all that can be checked, and adds or recovers the device.
+    fn get(config: &UblkConfig, volume: &Arc<Volume>, links: &[Link]) -> Result<UblkExport, ublk::Error> {
+        let offer = support::probe()?;
+        let copy = match config.zero_copy {
             ZeroCopy::Auto if !volume.prefers_registered() => ZeroCopy::Off,
             wish => wish,
         };
-        let zero_copy = support::probe()?.zero_copy(wish, volume.takes_registered())?;
+        let zero_copy = offer.zero_copy(copy, volume.takes_registered())?;
+        let recovery = offer.recovery(config.recovery, volume.persists()).map_err(|source| {
+            ublk::Error::Recovery { wish: config.recovery.unwrap_or(Recovery::Reissue), source }
+        })?;
         let wish = Wish {
-            name: config.volume.clone(),
+            volume: config.volume.clone(),
             id: config.id,
             queues: u16::try_from(links.len()).unwrap_or(UblkConfig::MAX_QUEUES),
             depth: config.depth,
             max_io: config.max_io,
             zero_copy,
+            recovery,
+            features: offer.features,
         };
-        let device = Device::add(&wish, volume.geometry())?;
+        let found = ublk::find(&config.volume)?;
+        let name = StableName::check(&config.volume, found.map(|info| info.path()).as_deref())?;
+        let device = match found {
+            None => Device::add(&wish, volume.geometry())?,
+            Some(info) => {
+                let (device, server) =
+                    (info.path(), info.server.map_or(String::new(), |pid| format!(" {pid}")));
+                log::info!(
+                    "{}: waits for a server since process{server} ended: recovering",
+                    device.display()
+                );
+                ublk::check(&info, &wish, volume.geometry())?;
+                Device::recover(&info, &wish, volume.geometry())?
+            }
+        };
         let status = UblkStatus {
             volume: config.volume.clone(),
             device: device.path(),
@@ -100,7 +120,9 @@ impl UblkExport {
             zero_copy: device.zero_copy(),
             read_only: volume.geometry().read_only,
         };
-        Ok(UblkExport { device, name, status, ends: Vec::new(), phase: Phase::Live })
+        let (volume, links) = (volume.clone(), links.to_vec());
+        let (ends, phase) = (Vec::new(), Phase::Live);
+        Ok(UblkExport { device, name, status, volume, links, offer, recovery, ends, phase })
     }
 
     /// How it runs.
@@ -108,64 +130,74 @@ impl UblkExport {
         self.status.clone()
     }
 
-    /// Takes the disk away: its name first, then new requests fail, those in flight are served, and at last
-    /// the device is deleted. Writes that were not flushed are left to the volume. To be called from a
-    /// thread that serves nothing. Once it has returned `Ok`, further calls do nothing; after an error they
-    /// go on where it gave up.
+    /// Whether the disk can be given another size.
     ///
     /// # Errors
-    /// When it is not over at `deadline`.
-    pub fn stop(&mut self, deadline: Instant) -> Result<(), Abandoned> {
-        loop {
-            self.phase = match &self.phase {
-                Phase::Live => {
-                    self.name.remove();
-                    Phase::Stopping(self.device.stop())
-                }
-                Phase::Stopping(answer) => {
-                    done(answer.wait(deadline)).map_err(|error| self.abandoned(&error))?;
-                    Phase::Draining
-                }
-                Phase::Draining => {
-                    self.ends.retain(|end| {
-                        let left = deadline.saturating_duration_since(Instant::now());
-                        matches!(end.recv_timeout(left), Err(RecvTimeoutError::Timeout))
-                    });
-                    if !self.ends.is_empty() {
-                        let reason = format!("{} of its queues have requests in flight", self.ends.len());
-                        return Err(self.abandoned(&reason));
-                    }
-                    self.device.close();
-                    Phase::Deleting(self.device.delete())
-                }
-                Phase::Deleting(answer) => {
-                    done(answer.wait(deadline)).map_err(|error| self.abandoned(&error))?;
-                    Phase::Gone
-                }
-                Phase::Gone => return Ok(()),
-            };
+    /// Why it cannot.
+    pub fn can_resize(&self) -> Result<(), ublk::Error> {
+        if !self.offer.resizes() {
+            return Err(NoResize::Kernel { release: self.offer.release.clone() }.into());
+        }
+        match self.phase {
+            Phase::Live => Ok(()),
+            _ => Err(NoResize::NotLive.into()),
         }
     }
 
+    /// Gives the disk `sectors`. The volume must have them all by then.
+    ///
+    /// # Errors
+    /// See [`can_resize`](Self::can_resize); also when they are no whole blocks, or the kernel refuses.
+    pub fn resize(&mut self, sectors: u64) -> Result<(), ublk::Error> {
+        self.can_resize()?;
+        let block = self.volume.geometry().logical_block;
+        if !(sectors * SECTOR).is_multiple_of(block.into()) {
+            return Err(NoResize::Ragged { sectors, block }.into());
+        }
+        self.device.update_size(sectors).wait(Instant::now() + RESIZE_LIMIT)
+    }
+
     /// Hands the queues out, starts the device and names it.
-    fn serve(
-        &mut self,
-        config: &UblkConfig,
-        volume: &Arc<Volume>,
-        links: &[Link],
-    ) -> Result<(), ublk::Error> {
+    fn serve(&mut self, config: &UblkConfig) -> Result<(), ublk::Error> {
         if config.zero_copy == ZeroCopy::On && !self.status.zero_copy {
             return Err(NoZeroCopy::NotGranted.into());
         }
-        for (setup, link) in self.device.queues().into_iter().zip(links) {
+        for (setup, link) in self.device.queues().into_iter().zip(&self.links) {
             let queue = setup.queue;
-            let end = link.add_ublk(setup, volume.clone());
+            let end = link.add_ublk(setup, self.volume.clone());
             self.ends.push(end.map_err(|source| ublk::Error::Queue { queue, source })?);
             self.status.queues += 1;
         }
         self.wait_for_start()?;
         self.name.point_to(&self.status.device)?;
+        if self.recovery != Recovery::Off
+            && !self.offer.notices_deaths()
+            && let Err(error) = self.device.look_often()
+        {
+            let device = self.status.device.display();
+            log::info!("{device}: recovery may take half a minute: its io_timeout cannot be set: {error}");
+        }
+        if self.device.recovered() {
+            self.catch_up();
+        }
         Ok(())
+    }
+
+    /// Gives a recovered disk the size that its volume has by now, where that is possible.
+    fn catch_up(&mut self) {
+        let (own, volume) = (self.device.sectors(), self.volume.geometry().sectors());
+        if own == volume {
+            return;
+        }
+        let device = self.status.device.display().to_string();
+        match self.resize(volume) {
+            Ok(()) => {
+                log::info!("{device}: resized from {own} to {volume} sectors, as its volume was meanwhile")
+            }
+            Err(error) => {
+                log::warn!("{device}: its volume has grown, and it keeps its {own} sectors: {error}")
+            }
+        }
     }
 
     /// Starts the device, unless a queue ends first: then its fetches were refused, and the kernel would wait
@@ -182,42 +214,5 @@ impl UblkExport {
                 return Err(ublk::Error::Fetch { queue });
             }
         }
-    }
-
-    /// Removes what a failed start has made, as far as that goes in time.
-    fn undo(&mut self) {
-        if let Err(abandoned) = self.stop(Instant::now() + UNDO_LIMIT) {
-            log::error!("ublk:{}: {abandoned}", self.status.volume);
-        }
-    }
-
-    fn abandoned(&self, reason: &dyn Display) -> Abandoned {
-        Abandoned(format!("{}: {reason}", self.status.device.display()))
-    }
-}
-
-/// A device that somebody else has deleted is as good as one that we have.
-fn done(result: Result<(), ublk::Error>) -> Result<(), ublk::Error> {
-    match result {
-        Err(ublk::Error::Refused { errno, .. }) if [libc::ENODEV, libc::ENOENT].contains(&errno.raw()) => {
-            Ok(())
-        }
-        other => other,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::block::Errno;
-    use crate::frontend::ublk::Verb;
-
-    #[test]
-    fn a_device_deleted_by_others_is_gone() {
-        let refused = |raw| Err(ublk::Error::Refused { verb: Verb::Stop, errno: Errno::new(raw), id: None });
-        assert!(done(refused(libc::ENODEV)).is_ok());
-        assert!(done(refused(libc::ENOENT)).is_ok());
-        assert!(done(refused(libc::EBUSY)).is_err());
-        assert!(done(Err(ublk::Error::TimedOut { verb: Verb::Stop, after: Duration::ZERO })).is_err());
     }
 }

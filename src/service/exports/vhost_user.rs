@@ -1,29 +1,27 @@
 //! A volume on a vhost-user socket: VMMs come and go, one at a time, and the export stays.
 
+mod door;
+mod workers;
+
 use super::Abandoned;
 use crate::engine::Volume;
+use crate::frontend::vhost_user::Device;
+use crate::frontend::vhost_user::gate::{BackendChannel, Told};
 use crate::frontend::vhost_user::options::VhostUserConfig;
-use crate::frontend::vhost_user::{CallFd, Device, Hangup, Host, Running, Session, VringSetup};
 use crate::service::socket::{Access, SocketError, SocketFile};
 use crate::service::status::VhostUserStatus;
-use crate::worker::{Link, VringId};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use crate::worker::Link;
+use door::Door;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use std::cell::RefCell;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
-
-/// A VMM that breaks the protocol is not served again for this long, so that one that does nothing else
-/// costs little.
-const BACK_OFF: Duration = Duration::from_millis(100);
-
-/// A drain that takes longer is told of, and again after as long.
-const SLOW: Duration = Duration::from_secs(5);
+use std::time::Instant;
+use workers::Workers;
 
 /// Where VMMs connect.
 pub enum Endpoint {
@@ -74,7 +72,7 @@ struct Shared {
     connected: AtomicBool,
     /// Readable once the export is to stop.
     stop: EventFd,
-    hangup: Mutex<Option<Hangup>>,
+    channel: BackendChannel,
 }
 
 impl VhostUserExport {
@@ -101,17 +99,21 @@ impl VhostUserExport {
             stopping: AtomicBool::new(false),
             connected: AtomicBool::new(false),
             stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
-            hangup: Mutex::new(None),
+            channel: BackendChannel::default(),
         });
         let socket = config.socket.display().to_string();
         let device =
             Arc::new(Device::new(volume.name(), &socket, volume.geometry().clone(), config.read_only));
+        let listener = endpoint.listener()?;
+        // A connection may be gone again before it is accepted.
+        listener.set_nonblocking(true)?;
         let door = Door {
-            listener: endpoint.listener()?,
+            listener,
             device,
             host: Arc::new(Workers { links, volume: volume.clone() }),
             shape: (queues, config.queue_size),
             shared: shared.clone(),
+            next: RefCell::new(None),
         };
         let (end, ended) = channel();
         thread::Builder::new().name("ringblk-vhost".into()).spawn(move || {
@@ -126,6 +128,21 @@ impl VhostUserExport {
         VhostUserStatus { connected: self.shared.connected.load(Ordering::Relaxed), ..self.status.clone() }
     }
 
+    /// Tells the VMM, if there is one, that the volume's size has changed: it reads the new one itself.
+    pub fn resize(&self) {
+        let name = self.status.socket.display();
+        match self.shared.channel.config_changed() {
+            Told::Sent => log::info!("vhost-user:{name}: the VMM is told of the new size"),
+            Told::NoChannel if self.shared.connected.load(Ordering::Relaxed) => log::warn!(
+                "vhost-user:{name}: the VMM cannot be told of the new size: it sees it when it reads the configuration again"
+            ),
+            Told::NoChannel => {}
+            Told::Failed(error) => {
+                log::warn!("vhost-user:{name}: the VMM cannot be told of the new size: {error}");
+            }
+        }
+    }
+
     /// Lets the VMM go, when its requests are complete.
     ///
     /// # Errors
@@ -133,137 +150,12 @@ impl VhostUserExport {
     pub fn stop(&mut self, deadline: Instant) -> Result<(), Abandoned> {
         self.shared.stopping.store(true, Ordering::SeqCst);
         let _ = self.shared.stop.write(1);
-        if let Some(hangup) = &*self.shared.hangup() {
-            hangup.shutdown();
-        }
         let left = deadline.saturating_duration_since(Instant::now());
         match self.ended.recv_timeout(left) {
             Err(RecvTimeoutError::Timeout) => {
                 Err(Abandoned("requests of its VMM are still in flight".into()))
             }
             _ => Ok(()),
-        }
-    }
-}
-
-impl Shared {
-    fn hangup(&self) -> MutexGuard<'_, Option<Hangup>> {
-        self.hangup.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Sleeps until `fd` is readable, the time is over or the export is to stop. False in the last case.
-    fn wait(&self, fd: Option<&UnixListener>, time: PollTimeout) -> io::Result<bool> {
-        let mut fds = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
-        fds.extend(fd.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
-        loop {
-            match poll(&mut fds, time) {
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
-                Ok(_) => return Ok(!self.stopping.load(Ordering::SeqCst)),
-            }
-        }
-    }
-}
-
-/// The export's thread.
-struct Door {
-    listener: UnixListener,
-    device: Arc<Device>,
-    host: Arc<dyn Host>,
-    shape: (u16, u16),
-    shared: Arc<Shared>,
-}
-
-impl Door {
-    /// One session after the other. The next VMM waits in the listen queue until the last one's requests are
-    /// complete: two never share the volume through one door.
-    fn keep(&self) {
-        loop {
-            match self.shared.wait(Some(&self.listener), PollTimeout::NONE) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(error) => return log::error!("{}: cannot wait for a VMM: {error}", self.device.name()),
-            }
-            log::info!("{}: a VMM connects", self.device.name());
-            let result = Session::serve(&self.listener, &self.device, &self.host, self.shape, |hangup| {
-                self.shared.connected.store(true, Ordering::Relaxed);
-                *self.shared.hangup() = hangup;
-                // The stop may have come before there was anything to hang up.
-                if self.shared.stopping.load(Ordering::SeqCst)
-                    && let Some(hangup) = &*self.shared.hangup()
-                {
-                    hangup.shutdown();
-                }
-            });
-            *self.shared.hangup() = None;
-            self.shared.connected.store(false, Ordering::Relaxed);
-            match result {
-                Ok(()) => log::info!("{}: the VMM is gone", self.device.name()),
-                Err(error) => {
-                    log::warn!("{}: the VMM is dropped: {error}", self.device.name());
-                    let time = PollTimeout::try_from(BACK_OFF).unwrap_or(PollTimeout::ZERO);
-                    if !matches!(self.shared.wait(None, time), Ok(true)) {
-                        return;
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// The workers as a session sees them: each queue has its own.
-struct Workers {
-    links: Vec<Link>,
-    volume: Arc<Volume>,
-}
-
-impl Host for Workers {
-    fn start(&self, setup: VringSetup) -> io::Result<Box<dyn Running>> {
-        let link = self.links[setup.index % self.links.len()].clone();
-        let name = format!("{}: vring {}", setup.device.name(), setup.index);
-        let id = link.start_vring(setup, self.volume.clone())?;
-        Ok(Box::new(OnWorker { link, id, name }))
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        let answer = self.links[0].flush(self.volume.clone()).recv();
-        answer.map_err(io::Error::other)?.map_err(io::Error::from)
-    }
-}
-
-/// A vring on its worker.
-struct OnWorker {
-    link: Link,
-    id: VringId,
-    name: String,
-}
-
-impl Running for OnWorker {
-    fn stop(self: Box<Self>) -> u16 {
-        let answer = self.link.stop_vring(self.id);
-        loop {
-            match answer.recv_timeout(SLOW) {
-                // Answering before the kernel is done with the guest's memory would let the VMM use it for
-                // something else, so there is no other way out of here.
-                Err(RecvTimeoutError::Timeout) => {
-                    log::warn!("{}: still waiting for its requests in flight", self.name);
-                }
-                Ok(Some(next)) => return next,
-                // The worker is gone, with all that it had in flight: the process ends.
-                Ok(None) | Err(RecvTimeoutError::Disconnected) => return 0,
-            }
-        }
-    }
-
-    fn enable(&self, enabled: bool) {
-        if let Err(error) = self.link.enable_vring(self.id, enabled) {
-            log::error!("{}: {error}", self.name);
-        }
-    }
-
-    fn set_call(&self, call: Option<CallFd>) {
-        if let Err(error) = self.link.call_vring(self.id, call) {
-            log::error!("{}: {error}", self.name);
         }
     }
 }

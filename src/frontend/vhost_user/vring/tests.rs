@@ -1,6 +1,7 @@
 //! A vring between a driver that writes its rings by hand and a disk in memory.
 
 mod driver;
+mod killed;
 
 use super::*;
 use crate::ring::double::Faults;

@@ -121,6 +121,7 @@ impl Driver {
             kick: Arc::new(self.kick.file()),
             call: Some(self.call.call()),
             err: Some(self.err.call()),
+            inflight: None,
         }
     }
 
@@ -250,7 +251,12 @@ impl Driver {
 
     /// Whether there is a completion to harvest.
     pub fn anything(&self) -> bool {
-        self.seen != self.get_u16(USED + 2)
+        self.seen != self.used_idx()
+    }
+
+    /// The device's end of the used ring: all that a VMM knows of a device that was killed.
+    pub fn used_idx(&self) -> u16 {
+        self.get_u16(USED + 2)
     }
 
     pub fn in_flight(&self) -> usize {

@@ -1,0 +1,72 @@
+//! `ringblk remove`.
+
+#![forbid(unsafe_code)]
+
+use super::Failure;
+use super::output;
+use crate::service::leftovers::{self, Which};
+
+/// Remove disks whose service is dead.
+///
+/// The ublk disk of a service that died waits for the service to come back. This gives it up: what waits for the disk
+/// fails, and it is gone. A disk that is served is left alone; stop its service instead.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  ringblk remove root
+  ringblk remove /dev/ublkb0
+  ringblk remove --all-dead")]
+pub(super) struct Args {
+    /// Names of volumes, or paths of their disks
+    #[arg(value_name = "NAME|DEVICE", required_unless_present = "all_dead")]
+    disks: Vec<String>,
+    /// Every disk of ringblk's that nobody serves
+    #[arg(long, conflicts_with = "disks")]
+    all_dead: bool,
+}
+
+impl Args {
+    fn which(&self) -> Vec<Which> {
+        if self.all_dead {
+            return vec![Which::AllDead];
+        }
+        let which = |disk: &String| match disk.contains('/') {
+            true => Which::Device(disk.into()),
+            false => Which::Volume(disk.clone()),
+        };
+        self.disks.iter().map(which).collect()
+    }
+}
+
+pub(super) fn run(args: &Args) -> Result<(), Failure> {
+    for which in args.which() {
+        for gone in leftovers::remove(&which).map_err(Failure::failed)? {
+            output::print(&format!("removed {}\n", gone.display()))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn names_and_paths_are_told_apart() {
+        let which = |words: &[&str]| {
+            Line::try_parse_from([&["remove"], words].concat()).map(|line| line.args.which()).ok()
+        };
+        let both = vec![Which::Volume("root".into()), Which::Device("/dev/ublkb0".into())];
+        assert_eq!(which(&["root", "/dev/ublkb0"]), Some(both));
+        assert_eq!(which(&["--all-dead"]), Some(vec![Which::AllDead]));
+        assert_eq!(which(&["--all-dead", "root"]), None);
+        assert_eq!(which(&[]), None);
+    }
+}

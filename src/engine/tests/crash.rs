@@ -1,0 +1,198 @@
+//! The power goes at any moment: what was promised to be on stable storage is there.
+//!
+//! Requests of several slots change the same sectors at once, with faults in between. Each sector keeps a history of
+//! its changes, and with it which of them a cut may leave: the last one that is durable, or one that is not known to
+//! have been over when that began.
+
+use super::*;
+use crate::engine::config::{OnError, PolicyConfig};
+use crate::engine::execute;
+use crate::ring::{Io, Ring, Tasks};
+use std::cell::RefCell;
+use std::future::Future;
+
+/// Sectors of the volume: few, so that requests meet.
+const SECTORS: u64 = 24;
+/// The most sectors of a request.
+const MOST: u32 = 6;
+
+#[derive(Clone, Debug)]
+struct Step {
+    op: Op,
+    flags: Flags,
+    sector: u64,
+    sectors: u32,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let op = prop_oneof![
+        5 => Just(Op::Write),
+        2 => Just(Op::Flush),
+        1 => Just(Op::Discard),
+        2 => Just(Op::WriteZeroes),
+    ];
+    let flags = (prop::bool::weighted(0.3), any::<bool>()).prop_map(|(fua, unmap)| Flags { fua, unmap });
+    (op, flags, 0..SECTORS - u64::from(MOST), 1..=MOST).prop_map(|(op, flags, sector, sectors)| match op {
+        Op::Flush => Step { op, flags: Flags::default(), sector: 0, sectors: 0 },
+        Op::Write => Step { op, flags: Flags { unmap: false, ..flags }, sector, sectors },
+        Op::Discard => Step { op, flags: Flags::default(), sector, sectors },
+        _ => Step { op, flags, sector, sectors },
+    })
+}
+
+fn slots() -> impl Strategy<Value = Vec<Vec<Step>>> {
+    prop::collection::vec(prop::collection::vec(step(), 1..16), 1..8)
+}
+
+/// One change of one sector.
+struct Change {
+    request: u64,
+    /// What it makes of the sector; `None` for a discard, which may make anything of it.
+    bytes: Option<[u8; 512]>,
+    begun: u64,
+    /// When it was acknowledged.
+    ended: Option<u64>,
+    durable: bool,
+}
+
+/// What happened, sector by sector. Time counts beginnings and ends.
+struct History {
+    sectors: Vec<Vec<Change>>,
+    now: u64,
+}
+
+impl History {
+    fn new(bytes: &[u8]) -> History {
+        let first = |bytes: &[u8]| {
+            let bytes = Some(bytes.try_into().unwrap());
+            vec![Change { request: 0, bytes, begun: 0, ended: Some(0), durable: true }]
+        };
+        History { sectors: bytes.chunks_exact(512).map(first).collect(), now: 0 }
+    }
+
+    fn tick(&mut self) -> u64 {
+        self.now += 1;
+        self.now
+    }
+
+    /// A request begins, and is called by the time of it. What it writes is its own.
+    fn begin(&mut self, step: &Step) -> u64 {
+        let request = self.tick();
+        for number in step.range() {
+            let bytes = match step.op {
+                Op::Write => Some(pattern(request, number)),
+                Op::WriteZeroes => Some([0; 512]),
+                _ => None,
+            };
+            let change = Change { request, bytes, begun: request, ended: None, durable: false };
+            self.sectors[number as usize].push(change);
+        }
+        request
+    }
+
+    /// It is acknowledged.
+    fn end(&mut self, request: u64, step: &Step) {
+        let now = self.tick();
+        if step.op == Op::Flush {
+            let changes = self.sectors.iter_mut().flatten();
+            changes
+                .filter(|change| change.ended.is_some_and(|ended| ended < request))
+                .for_each(|of| of.durable = true);
+        }
+        for number in step.range() {
+            let changes = &mut self.sectors[number as usize];
+            let change = changes.iter_mut().find(|change| change.request == request).unwrap();
+            change.ended = Some(now);
+            change.durable |= step.flags.fua;
+        }
+    }
+
+    /// Holds against it what the cut has left.
+    fn check(&self, left: &[u8]) {
+        for (number, (changes, found)) in self.sectors.iter().zip(left.chunks_exact(512)).enumerate() {
+            let newest_begin = changes.iter().filter(|of| of.durable).map(|of| of.begun).max().unwrap();
+            let may_stay = |of: &&Change| of.ended.is_none_or(|ended| ended >= newest_begin);
+            let explained = |of: &Change| of.bytes.is_none_or(|bytes| bytes == found);
+            assert!(
+                changes.iter().filter(may_stay).any(explained),
+                "sector {number} has lost what was durable"
+            );
+        }
+    }
+}
+
+impl Step {
+    fn range(&self) -> std::ops::Range<u64> {
+        self.sector..self.sector + u64::from(self.sectors)
+    }
+}
+
+fn pattern(request: u64, sector: u64) -> [u8; 512] {
+    Random(request << 32 | sector).bytes(512).try_into().unwrap()
+}
+
+async fn live(io: Io<Double>, volume: Rc<Attached<Double>>, history: Rc<RefCell<History>>, steps: Vec<Step>) {
+    let memory = Mapping::anonymous(MOST as usize * 512).unwrap();
+    for step in steps {
+        let called = history.borrow_mut().begin(&step);
+        let mut iovecs = [memory.iovec(0, step.sectors as usize * 512)];
+        let data = if step.op == Op::Write { Data::Iovecs(&mut iovecs) } else { Data::None };
+        if step.op == Op::Write {
+            let bytes: Vec<u8> = step.range().flat_map(|sector| pattern(called, sector)).collect();
+            put(&memory, 0, &bytes);
+        }
+        let Step { op, flags, sector, sectors } = step;
+        let result = execute(&volume, &io, &mut Request { op, flags, sector, sectors, data }).await;
+        // One that fails may have been done in part, now or never.
+        if result.is_ok() {
+            history.borrow_mut().end(called, &step);
+        }
+    }
+}
+
+/// Runs everything up to so many completions.
+fn run_until_cut<F: Future<Output = ()>>(core: &Core<Double>, tasks: &mut Tasks<Double, F>, mut left: usize) {
+    let mut cqes = Vec::new();
+    while tasks.run_ready() || core.in_flight() > 0 {
+        core.ring().enter(core.in_flight() > 0).unwrap();
+        core.ring().reap(&mut cqes);
+        for cqe in cqes.drain(..) {
+            if left == 0 {
+                return;
+            }
+            left -= 1;
+            tasks.complete(&cqe);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn what_was_promised_survives_a_power_cut(
+        slots in slots(),
+        faults in faults(),
+        seed: u64,
+        retry: bool,
+        cut_after in 0..120usize,
+        written_back in 0..=100u8,
+    ) {
+        let (file, bytes) = image("/tmp", SECTORS as usize * 512);
+        let on_error = if retry { OnError::Retry } else { OnError::Report };
+        let policy = PolicyConfig { on_error, retry_for: None };
+        let volume = open(file.path(), false, None).unwrap().with_policy(policy);
+        // Whole sectors; and a failed sync, after which nothing is promised, is the model's business.
+        let faults = Faults { direct: Some((1, 512)), sync_error: 0, ..faults };
+        let core = Core::new(Double::new(seed, faults));
+        let attached = Rc::new(volume.attach(&core, false));
+        let history = Rc::new(RefCell::new(History::new(&bytes)));
+        let mut tasks = Tasks::new(core.clone());
+        for steps in slots {
+            tasks.add(|io| live(io, attached.clone(), history.clone(), steps));
+        }
+        run_until_cut(&core, &mut tasks, cut_after);
+        core.ring().power_cut(written_back);
+        history.borrow().check(&core.ring().contents().unwrap());
+    }
+}

@@ -1,0 +1,307 @@
+//! Finding the device that an earlier server of a volume left, and deciding what to do with it.
+//!
+//! Why no write of the dead server can land after one of ours: its ring has the character device in its file table,
+//! and the kernel frees that table only when every operation of the ring is over, writes to the store included; and
+//! it lets nobody recover a device whose character device is open. A server that lives does not get here at all.
+//! (An NBD server may hold a dead client's last write back for longer than that; no kernel can know.)
+
+#![forbid(unsafe_code)]
+
+use super::control::{LOOK_EVERY, until};
+use super::driver::{Driver, Failed};
+use super::error::{Error, Verb};
+use super::info::{Info, Mark, Standing};
+use super::orders::delete;
+use super::params::Params;
+use super::wish::Wish;
+use crate::block::{Geometry, SECTOR};
+use libublk::sys;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Where the kernel lists the devices of the driver.
+const DEVICES: &str = "/sys/class/ublk-char";
+
+/// How long a server that was killed may take to be gone: as long as the store takes for its last requests.
+pub(super) const PARTING_LIMIT: Duration = Duration::from_secs(60);
+
+/// After so long it is said that we wait.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The longest that a look may take.
+const LOOK_LIMIT: Duration = Duration::from_secs(10);
+
+/// Every device of ours, by number, whoever serves it.
+///
+/// # Errors
+/// When the driver does not tell us.
+pub fn ours() -> Result<Vec<Info>, Error> {
+    let mut ids = numbers(Path::new(DEVICES));
+    if ids.is_empty() {
+        return Ok(Vec::new());
+    }
+    ids.sort_unstable();
+    let failed = |failed| Error::of(Verb::Look, failed, None, LOOK_LIMIT);
+    let mut driver = Driver::open().map_err(|error| failed(error.into()))?;
+    let mut found = Vec::new();
+    for id in ids {
+        match driver.info(id, until(LOOK_LIMIT)) {
+            Ok(info) if info.mark.is_ours() => found.push(info),
+            Ok(_) => {}
+            // It went in the meantime, or was made without privileges, as ours are not.
+            Err(Failed::Refused(errno)) if [libc::ENODEV, libc::EINVAL].contains(&errno.raw()) => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(found)
+}
+
+/// Numbers of all the devices there are.
+fn numbers(directory: &Path) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    let number = |entry: io::Result<fs::DirEntry>| {
+        entry.ok()?.file_name().to_str()?.strip_prefix("ublkc")?.parse::<u32>().ok()
+    };
+    entries.filter_map(number).collect()
+}
+
+/// The device that waits for a server of `volume`. Waits for a dead server to be gone; removes what is left of a
+/// device without a disk.
+///
+/// # Errors
+/// When a process serves it, or it does not get free in a minute.
+pub fn find(volume: &str) -> Result<Option<Info>, Error> {
+    let since = Instant::now();
+    let mut told = false;
+    loop {
+        let mut found = ours()?;
+        found.retain(|info| info.mark == Mark::of(volume));
+        let [info] = found[..] else {
+            if found.is_empty() {
+                return Ok(None);
+            }
+            let devices = found.iter().map(|info| info.path().display().to_string()).collect::<Vec<_>>();
+            return Err(Error::Several { volume: volume.into(), devices: devices.join(", ") });
+        };
+        let device = info.path();
+        match info.standing() {
+            Standing::Served(pid) => return Err(Error::Served { device, volume: volume.into(), pid }),
+            Standing::Waiting => return Ok(Some(info)),
+            Standing::Remains => {
+                remove_remains(&info, volume)?;
+                return Ok(None);
+            }
+            Standing::Parting => {}
+        }
+        if since.elapsed() > PARTING_LIMIT {
+            return Err(Error::Parting { device, after: since.elapsed() });
+        }
+        if since.elapsed() > PATIENCE && !told {
+            told = true;
+            log::info!("{}: waiting for its dead server's last requests", device.display());
+        }
+        thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// Deletes a device that has no disk, unless somebody is about to make it one.
+fn remove_remains(info: &Info, volume: &str) -> Result<(), Error> {
+    let node = PathBuf::from(format!("/dev/ublkc{}", info.id));
+    match File::options().read(true).write(true).open(node) {
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            let pid = info.server.unwrap_or(0);
+            return Err(Error::Served { device: info.path(), volume: volume.into(), pid });
+        }
+        _ => log::info!("{}: its disk is gone; removing what is left", info.path().display()),
+    }
+    let refused = |failed| Error::of(Verb::Delete, failed, Some(info.id), LOOK_LIMIT);
+    let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
+    delete(&mut driver, info.id).map_err(refused)
+}
+
+/// Whether `found` is as `wish` would have made it for a volume that looks like `geometry`. Only its size may differ,
+/// and only be smaller than the volume.
+///
+/// # Errors
+/// All that differs, and what to do; or that the driver does not tell.
+pub fn check(found: &Info, wish: &Wish, geometry: &Geometry) -> Result<(), Error> {
+    let refused = |failed| Error::of(Verb::Look, failed, Some(found.id), LOOK_LIMIT);
+    let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
+    let params = driver.params(found.id, until(LOOK_LIMIT)).map_err(refused)?;
+    let wanted = Params::new(geometry, wish.max_io, wish.zero_copy);
+    let differences = differences(found, &params, wish, &wanted, possible_cpus());
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let volume = wish.volume.clone();
+    Err(Error::Differs { device: found.path(), volume, differences: differences.join("; ") })
+}
+
+/// What differs, in words.
+fn differences(found: &Info, params: &Params, wish: &Wish, wanted: &Params, cpus: u16) -> Vec<String> {
+    let asked = wish.info();
+    let mut all = Vec::new();
+    let mut compare = |name: &str, own: u64, wanted: u64| {
+        if own != wanted {
+            all.push(format!("{name}: it has {own}, the configuration asks for {wanted}"));
+        }
+    };
+    compare("id", found.id.into(), wish.id.unwrap_or(found.id).into());
+    // The kernel grants one a CPU at most.
+    compare("queues", found.queues.into(), asked.queues.min(cpus).into());
+    compare("depth", found.depth.into(), asked.depth.into());
+    compare("max-io", found.max_io.into(), asked.max_io.into());
+    for (name, own, wanted) in params.differences(wanted) {
+        compare(name, own, wanted);
+    }
+    for (name, flag) in [
+        ("USER_RECOVERY", sys::UBLK_F_USER_RECOVERY),
+        ("USER_RECOVERY_REISSUE", sys::UBLK_F_USER_RECOVERY_REISSUE),
+        ("USER_RECOVERY_FAIL_IO", sys::UBLK_F_USER_RECOVERY_FAIL_IO),
+        ("AUTO_BUF_REG (zero copy)", sys::UBLK_F_AUTO_BUF_REG),
+    ] {
+        let word = |has| if has { "on" } else { "off" };
+        if found.has(flag) != asked.has(flag) {
+            let (own, wanted) = (word(found.has(flag)), word(asked.has(flag)));
+            all.push(format!("{name}: it is {own}, the configuration asks for {wanted}"));
+        }
+    }
+    if params.sectors() > wanted.sectors() {
+        let (own, wanted) = (params.sectors() * SECTOR, wanted.sectors() * SECTOR);
+        all.push(format!("size: it has {own} bytes, the volume only {wanted}"));
+    }
+    all
+}
+
+/// CPUs that the kernel could have; the most there can be where it does not say.
+fn possible_cpus() -> u16 {
+    let text = fs::read_to_string("/sys/devices/system/cpu/possible").unwrap_or_default();
+    last_number(&text).and_then(|last| last.checked_add(1)).unwrap_or(u16::MAX)
+}
+
+/// The last number of a list like `0-3,8`.
+fn last_number(text: &str) -> Option<u16> {
+    text.trim().rsplit([',', '-']).next()?.parse().ok()
+}
+
+/// Stops and deletes a device that nobody serves. What waits for it fails.
+///
+/// # Errors
+/// When a process serves it, or the driver refuses or does not answer in a minute.
+pub fn remove(info: &Info) -> Result<(), Error> {
+    let refused = |failed| Error::of(Verb::Delete, failed, Some(info.id), PARTING_LIMIT);
+    let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
+    let mut go_on = until(PARTING_LIMIT);
+    loop {
+        let info = match driver.info(info.id, &mut go_on) {
+            Ok(now) if now.mark == info.mark => now,
+            // Gone, or another device by now.
+            Ok(_) => return Ok(()),
+            Err(failed) if is_gone(failed) => return Ok(()),
+            Err(failed) => return Err(refused(failed)),
+        };
+        match info.standing() {
+            Standing::Served(pid) => return Err(Error::InService { device: info.path(), pid }),
+            // A stop would wait for requests that nobody answers.
+            Standing::Parting if go_on() => thread::sleep(LOOK_EVERY),
+            Standing::Parting => return Err(Error::Parting { device: info.path(), after: PARTING_LIMIT }),
+            Standing::Waiting | Standing::Remains => break,
+        }
+    }
+    let gone = |failed| if is_gone(failed) { Ok(()) } else { Err(refused(failed)) };
+    driver.plain(sys::UBLK_U_CMD_STOP_DEV, info.id, 0, &mut go_on).or_else(gone)?;
+    delete(&mut driver, info.id).or_else(gone)
+}
+
+/// Somebody else was quicker.
+fn is_gone(failed: Failed) -> bool {
+    matches!(failed, Failed::Refused(errno) if errno.raw() == libc::ENODEV)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::info::sample;
+    use super::super::options::Recovery;
+    use super::*;
+
+    fn wish() -> Wish {
+        Wish {
+            volume: "root".into(),
+            id: None,
+            queues: 2,
+            depth: 128,
+            max_io: 512 << 10,
+            zero_copy: false,
+            recovery: Recovery::Reissue,
+            features: u64::MAX,
+        }
+    }
+
+    fn geometry(bytes: u64) -> Geometry {
+        Geometry::new(bytes, 512).unwrap()
+    }
+
+    /// What keeps a server of `wish` from a device that was made with `made`.
+    fn between(made: &Wish, wish: &Wish, sizes: (u64, u64)) -> Vec<String> {
+        let info = Info { flags: made.info().flags, depth: made.depth, queues: made.queues, ..sample() };
+        let params = |wish: &Wish, bytes| Params::new(&geometry(bytes), wish.max_io, wish.zero_copy);
+        differences(&info, &params(made, sizes.0), wish, &params(wish, sizes.1), 8)
+    }
+
+    #[test]
+    fn the_same_configuration_recovers() {
+        let same = (1 << 20, 1 << 20);
+        assert!(between(&wish(), &wish(), same).is_empty());
+        // The kernel of another boot is out of the question, but a driver that has more to offer now is not.
+        assert!(between(&Wish { features: 0, ..wish() }, &wish(), same).is_empty());
+        assert!(between(&wish(), &Wish { id: Some(3), ..wish() }, same).is_empty());
+        // Sixteen queues on eight CPUs are eight.
+        assert!(between(&Wish { queues: 8, ..wish() }, &Wish { queues: 16, ..wish() }, same).is_empty());
+    }
+
+    #[test]
+    fn whatever_differs_is_named() {
+        let same = (1 << 20, 1 << 20);
+        for (other, word) in [
+            (Wish { queues: 4, ..wish() }, "queues: it has 2, the configuration asks for 4"),
+            (Wish { depth: 64, ..wish() }, "depth: it has 128, the configuration asks for 64"),
+            (Wish { max_io: 4096, ..wish() }, "max-io: it has 524288"),
+            (Wish { id: Some(4), ..wish() }, "id: it has 3"),
+            (Wish { recovery: Recovery::Off, ..wish() }, "USER_RECOVERY: it is on"),
+            (Wish { recovery: Recovery::Queue, ..wish() }, "USER_RECOVERY_REISSUE: it is on"),
+            (Wish { zero_copy: true, ..wish() }, "zero copy"),
+        ] {
+            let found = between(&wish(), &other, same);
+            assert!(found.iter().any(|text| text.contains(word)), "{word}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_volume_may_have_grown_and_not_shrunk() {
+        assert!(between(&wish(), &wish(), (1 << 20, 1 << 21)).is_empty());
+        let found = between(&wish(), &wish(), (1 << 21, 1 << 20));
+        assert_eq!(found, ["size: it has 2097152 bytes, the volume only 1048576"]);
+    }
+
+    #[test]
+    fn lists_of_cpus() {
+        assert_eq!(last_number("0-3\n"), Some(3));
+        assert_eq!(last_number("0"), Some(0));
+        assert_eq!(last_number("0-3,8"), Some(8));
+        assert_eq!(last_number(""), None);
+        assert!(possible_cpus() > 0);
+    }
+
+    #[test]
+    fn devices_are_numbers() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["ublkc3", "ublkc", "ublkcx", "ublkb1"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        assert_eq!(numbers(dir.path()), [3]);
+        assert!(numbers(&dir.path().join("none")).is_empty());
+    }
+}

@@ -1,0 +1,87 @@
+//! The gate: between a VMM's connection and vhost-user-backend, which it shields and completes.
+//!
+//! It owns the VMM's socket and passes each message on over a private connection, once it is whole and within the
+//! limits of its kind; the answer comes back the same way. Three requests it answers itself, because the crate
+//! cannot: GET_INFLIGHT_FD, SET_INFLIGHT_FD and SET_BACKEND_REQ_FD. What it refuses has changed nothing; the VMM
+//! is dropped.
+//!
+//! One message at a time: the next is read when the crate has answered the last, so that nothing ever happens on
+//! both sides of the gate at once. The gate has no thread of its own. It runs on its export's, which sleeps
+//! while the VMM says nothing; data never passes here.
+
+#![forbid(unsafe_code)]
+
+mod channel;
+mod message;
+mod private;
+mod regions;
+mod relay;
+mod socket;
+
+pub use channel::{BackendChannel, Told};
+pub use message::{Message, Receive};
+pub(super) use private::connection;
+pub use regions::Regions;
+pub(super) use relay::{Ended, Gate};
+pub use socket::{Interest, Vmm, Wake, Watch};
+
+use std::time::Duration;
+use vhost::vhost_user::message::FrontendReq;
+
+/// Why a VMM is dropped.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// A request that we do not know or did not offer.
+    #[error("request {0} was not offered")]
+    Unknown(u32),
+    /// Not version 1, or a reply, or bits that mean nothing.
+    #[error("request {request} with flags {flags:#x}")]
+    Flags {
+        /// Its number.
+        request: u32,
+        /// As they came.
+        flags: u32,
+    },
+    /// Shorter or longer than any such message.
+    #[error("{request:?} with {bytes} bytes")]
+    Body {
+        /// What was asked.
+        request: FrontendReq,
+        /// Of its body.
+        bytes: usize,
+    },
+    /// Too many or too few.
+    #[error("{request:?} with {count} descriptors")]
+    Descriptors {
+        /// What was asked.
+        request: FrontendReq,
+        /// How many came.
+        count: usize,
+    },
+    /// More than any message has, or than this process may open.
+    #[error("more descriptors than can be taken")]
+    Flood,
+    /// The rest of a message did not come.
+    #[error("half a message, and no more within {0:?}")]
+    Stalled(Duration),
+    /// It does not read.
+    #[error("it did not take an answer within {0:?}")]
+    Deaf(Duration),
+    /// A request that belongs to a protocol feature it did not accept.
+    #[error("{0:?} without its protocol feature")]
+    Feature(FrontendReq),
+    /// Accepted, but never offered.
+    #[error("protocol features {0:#x} were not offered")]
+    Unoffered(u64),
+    /// What a request says cannot be.
+    #[error("{request:?}: {cause}")]
+    Content {
+        /// What was asked.
+        request: FrontendReq,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// The connection itself.
+    #[error("its connection: {0}")]
+    Connection(#[from] std::io::Error),
+}

@@ -1,0 +1,278 @@
+//! Requests in flight, noted in memory that outlives us (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`).
+//!
+//! The VMM keeps a file of ours in which each vring says which heads it has taken and not given back. When we are
+//! killed, whoever serves the VMM next finds there what was in flight, and carries it out again: reads and writes
+//! may be repeated, as long as nobody was told that they are done. The layout and the order of the notes are those
+//! of the vhost-user specification, "Inflight I/O tracking", split virtqueues; numbers are in the machine's order.
+//!
+//! A kill leaves every store up to some point of the program, and none after it. So the order of the stores is all
+//! that matters, and the compiler is told to keep it.
+//!
+//! The VMM can write to the file. What is read from it is checked, and a vring whose notes make no sense is not started.
+
+use crate::ring::Mapping;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::cell::{Cell, RefCell};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+/// The one layout there is.
+const VERSION: u16 = 1;
+
+/// `QueueRegionSplit`: features (64 bits), version, desc_num, last_batch_head, used_idx (16 bits each).
+const HEADER: usize = 16;
+const VERSION_AT: usize = 8;
+const DESC_NUM_AT: usize = 10;
+const LAST_BATCH_HEAD_AT: usize = 12;
+const USED_IDX_AT: usize = 14;
+
+/// `DescStateSplit`: inflight (8 bits), padding, next (16 bits), counter (64 bits).
+const ENTRY: usize = 16;
+const NEXT_AT: usize = 6;
+const COUNTER_AT: usize = 8;
+
+/// Each queue's part begins on a line of its own.
+const ALIGN: usize = 64;
+
+/// More than any device of ours has.
+const MAX_QUEUES: u16 = 256;
+const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// The notes of a device's vrings.
+#[derive(Clone)]
+pub struct Inflight {
+    map: Arc<Mapping>,
+    queues: u16,
+    queue_size: u16,
+}
+
+/// The notes of one vring. Written by one worker at a time.
+#[derive(Clone)]
+pub struct InflightQueue {
+    map: Arc<Mapping>,
+    /// Where its part begins; a multiple of [`ALIGN`].
+    at: usize,
+    /// Heads it has room for: `0..size`.
+    size: u16,
+}
+
+fn refused(why: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, format!("in-flight region: {why}"))
+}
+
+/// Bytes of one queue's part.
+fn stride(queue_size: u16) -> usize {
+    (HEADER + ENTRY * usize::from(queue_size)).next_multiple_of(ALIGN)
+}
+
+fn check_shape(queues: u16, queue_size: u16) -> io::Result<()> {
+    if !(1..=MAX_QUEUES).contains(&queues) || !(1..=MAX_QUEUE_SIZE).contains(&queue_size) {
+        return Err(refused(format!("{queues} queues of {queue_size} are not a device's")));
+    }
+    Ok(())
+}
+
+impl Inflight {
+    /// A new file for a VMM to keep, with its length in bytes. Nobody can change that length.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a shape that no device has (1 to 256 queues of 1 to 32768), or the kernel's.
+    pub fn create(queues: u16, queue_size: u16) -> io::Result<(File, u64)> {
+        check_shape(queues, queue_size)?;
+        let bytes = (usize::from(queues) * stride(queue_size)) as u64;
+        let fd = memfd_create(c"ringblk-inflight", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+        let file = File::from(fd);
+        file.set_len(bytes)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        Ok((file, bytes))
+    }
+
+    /// Takes the file that a VMM kept: `bytes` from `offset` on, for so many queues of that size.
+    ///
+    /// # Errors
+    /// `InvalidInput` for a file that could shrink under us or is too short, or notes in a layout that is not ours.
+    pub fn open(file: File, bytes: u64, offset: u64, queues: u16, queue_size: u16) -> io::Result<Inflight> {
+        check_shape(queues, queue_size)?;
+        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
+        if !seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK)) {
+            return Err(refused("its file is not one that was given out: it may be truncated".into()));
+        }
+        let needed = usize::from(queues) * stride(queue_size);
+        let length = file.metadata()?.len();
+        if bytes < needed as u64 || offset.checked_add(bytes).is_none_or(|end| end > length) {
+            return Err(refused(format!(
+                "{bytes} bytes from {offset} on, in a file of {length}, for {queues} queues of {queue_size}, \
+                 which need {needed}"
+            )));
+        }
+        let map = Arc::new(Mapping::shared(file.as_fd(), offset, needed)?);
+        let inflight = Inflight { map, queues, queue_size };
+        for index in 0..queues.into() {
+            inflight.queue(index).map_or(Ok(()), |queue| queue.check())?;
+        }
+        Ok(inflight)
+    }
+
+    /// The part of vring `index`; `None` when the VMM made none for it.
+    pub fn queue(&self, index: usize) -> Option<InflightQueue> {
+        let at = index * stride(self.queue_size);
+        let there = index < usize::from(self.queues);
+        there.then(|| InflightQueue { map: self.map.clone(), at, size: self.queue_size })
+    }
+}
+
+/// What a vring that goes on finds.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Recovered {
+    /// Heads that were taken and not given back, in the order in which they were taken.
+    pub heads: Vec<u16>,
+    /// The count to go on with.
+    pub counter: u64,
+    /// The notes are new: they say nothing about where the vring stood.
+    pub fresh: bool,
+}
+
+impl InflightQueue {
+    /// Heads it has room for.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    fn u8_at(&self, at: usize) -> &AtomicU8 {
+        assert!(at < self.at + stride(self.size));
+        // SAFETY: inside this queue's part of the mapping, which `open` made long enough and no one can shorten.
+        unsafe { &*self.map.as_ptr().add(at).cast() }
+    }
+
+    fn u16_at(&self, at: usize) -> &AtomicU16 {
+        assert!(at.is_multiple_of(2) && at + 2 <= self.at + stride(self.size));
+        // SAFETY: as above, and aligned, since a mapping begins on a page.
+        unsafe { &*self.map.as_ptr().add(at).cast() }
+    }
+
+    fn u64_at(&self, at: usize) -> &AtomicU64 {
+        assert!(at.is_multiple_of(8) && at + 8 <= self.at + stride(self.size));
+        // SAFETY: as above.
+        unsafe { &*self.map.as_ptr().add(at).cast() }
+    }
+
+    fn entry(&self, head: u16) -> usize {
+        assert!(head < self.size);
+        self.at + HEADER + ENTRY * usize::from(head)
+    }
+
+    fn header(&self, at: usize) -> &AtomicU16 {
+        self.u16_at(self.at + at)
+    }
+
+    fn check(&self) -> io::Result<()> {
+        let (version, heads) = (self.load(VERSION_AT), self.load(DESC_NUM_AT));
+        if ![0, VERSION].contains(&version) {
+            return Err(refused(format!("its version is {version}, not {VERSION}")));
+        }
+        if ![0, self.size].contains(&heads) {
+            return Err(refused(format!("it is for {heads} descriptors, not {}", self.size)));
+        }
+        Ok(())
+    }
+
+    fn load(&self, at: usize) -> u16 {
+        self.header(at).load(Ordering::Relaxed)
+    }
+
+    /// Makes the notes agree with the used ring, whose index is `used_idx`, and says what was in flight.
+    ///
+    /// The index moves first and the notes follow; where a kill came between the two, what the last batch gave
+    /// back is still noted as in flight, and the index tells how many that are.
+    ///
+    /// # Errors
+    /// `InvalidInput` for notes that make no sense.
+    pub fn recover(&self, used_idx: u16) -> io::Result<Recovered> {
+        let mut in_flight: Vec<(u64, u16)> = (0..self.size)
+            .filter(|head| self.u8_at(self.entry(*head)).load(Ordering::Acquire) != 0)
+            .map(|head| (self.u64_at(self.entry(head) + COUNTER_AT).load(Ordering::Relaxed), head))
+            .collect();
+        let fresh = self.load(VERSION_AT) == 0;
+        if fresh && !in_flight.is_empty() {
+            return Err(refused("it has requests in flight and no version".into()));
+        }
+        let given_back = used_idx.wrapping_sub(self.load(USED_IDX_AT));
+        // Without anything in flight, a driver that began anew is the reason why the indices differ.
+        if given_back > 0 && !in_flight.is_empty() {
+            if given_back > self.size {
+                return Err(refused(format!("its last batch has {given_back} of {} requests", self.size)));
+            }
+            let mut head = self.load(LAST_BATCH_HEAD_AT);
+            for _ in 0..given_back {
+                if head >= self.size {
+                    return Err(refused(format!("its last batch has head {head} of {}", self.size)));
+                }
+                in_flight.retain(|(_, other)| *other != head);
+                head = self.u16_at(self.entry(head) + NEXT_AT).load(Ordering::Relaxed);
+            }
+        }
+        in_flight.sort_unstable();
+        let counter = in_flight.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        let heads: Vec<u16> = in_flight.into_iter().map(|(_, head)| head).collect();
+        let mut noted = vec![0; self.size.into()];
+        heads.iter().for_each(|head| noted[usize::from(*head)] = 1);
+        for (head, noted) in (0..self.size).zip(noted) {
+            self.u8_at(self.entry(head)).store(noted, Ordering::Release);
+        }
+        self.header(USED_IDX_AT).store(used_idx, Ordering::Release);
+        self.header(DESC_NUM_AT).store(self.size, Ordering::Release);
+        self.header(VERSION_AT).store(VERSION, Ordering::Release);
+        Ok(Recovered { heads, counter, fresh })
+    }
+}
+
+/// The notes as a running vring takes them. A request costs seven accesses to memory that is in its cache.
+pub(super) struct Notes {
+    queue: InflightQueue,
+    /// Heads taken so far.
+    counter: Cell<u64>,
+    /// Heads that are in the used ring while its index does not say so yet; room for all.
+    batch: RefCell<Vec<u16>>,
+}
+
+impl Notes {
+    /// Goes on with notes that [`recover`](InflightQueue::recover) brought up to date.
+    pub fn new(queue: InflightQueue, counter: u64) -> Notes {
+        let batch = RefCell::new(Vec::with_capacity(queue.size.into()));
+        Notes { queue, counter: Cell::new(counter), batch }
+    }
+
+    /// `head` was taken.
+    pub fn taken(&self, head: u16) {
+        let entry = self.queue.entry(head);
+        let counter = self.counter.get();
+        self.counter.set(counter.wrapping_add(1));
+        self.queue.u64_at(entry + COUNTER_AT).store(counter, Ordering::Relaxed);
+        self.queue.u8_at(entry).store(1, Ordering::Release);
+    }
+
+    /// `head` is in the used ring, and is given back with the others of its batch.
+    pub fn finished(&self, head: u16) {
+        let last = self.queue.header(LAST_BATCH_HEAD_AT);
+        let next = self.queue.u16_at(self.queue.entry(head) + NEXT_AT);
+        next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
+        last.store(head, Ordering::Release);
+        self.batch.borrow_mut().push(head);
+    }
+
+    /// The batch was given back: the used ring's index is `used_idx` now.
+    pub fn given_back(&self, used_idx: u16) {
+        for head in self.batch.borrow_mut().drain(..) {
+            self.queue.u8_at(self.queue.entry(head)).store(0, Ordering::Release);
+        }
+        self.queue.header(USED_IDX_AT).store(used_idx, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,180 @@
+//! An export's thread: it waits for VMMs, and serves one at a time.
+
+#![forbid(unsafe_code)]
+
+use super::Shared;
+use crate::frontend::vhost_user::gate::{Interest, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::{Device, Host, Session};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{MsgFlags, getsockopt, recv};
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// A VMM that breaks the protocol is not served again for this long, so that one that does nothing else
+/// costs little.
+const BACK_OFF: Duration = Duration::from_millis(100);
+
+/// Sessions begin at most this often: VMMs that connect and leave without end cost little, too.
+const PACE: Duration = Duration::from_millis(10);
+
+/// The export's thread.
+pub(super) struct Door {
+    pub listener: UnixListener,
+    pub device: Arc<Device>,
+    pub host: Arc<dyn Host>,
+    /// Queues, and descriptors in each.
+    pub shape: (u16, u16),
+    pub shared: Arc<Shared>,
+    /// A VMM that came while another was served, with what is known of it.
+    pub next: RefCell<Option<(UnixStream, String)>>,
+}
+
+impl Door {
+    /// One session after the other. The next VMM waits until the last one's requests are complete: two never
+    /// share the volume through one door.
+    pub fn keep(&self) {
+        loop {
+            let (stream, who) = match self.accept() {
+                Ok(Some(vmm)) => vmm,
+                Ok(None) => return,
+                Err(error) => {
+                    log::error!("{}: cannot accept a VMM: {error}", self.device.name());
+                    if self.pause(BACK_OFF) {
+                        return;
+                    }
+                    continue;
+                }
+            };
+            // One that leaves without a word costs no session, and no line in the log.
+            match self.wait(stream.as_fd(), Interest::Read, None) {
+                Ok(Wake::Ready) if speaks(&stream) => {}
+                Ok(Wake::Stop) => return,
+                _ => continue,
+            }
+            let begun = Instant::now();
+            log::info!("{}: a VMM connects: {who}", self.device.name());
+            self.shared.connected.store(true, Ordering::Relaxed);
+            let vmm = Vmm::new(stream, self);
+            let result = Session::serve(vmm, &self.device, &self.host, self.shape, &self.shared.channel);
+            self.shared.connected.store(false, Ordering::Relaxed);
+            let rest = match result {
+                Ok(()) => {
+                    log::info!("{}: the VMM is gone", self.device.name());
+                    PACE.saturating_sub(begun.elapsed())
+                }
+                Err(error) => {
+                    log::error!("{}: the VMM is dropped: {error}", self.device.name());
+                    BACK_OFF
+                }
+            };
+            if self.pause(rest) {
+                return;
+            }
+        }
+    }
+
+    /// The next VMM and who it is. `None` when the export is to stop.
+    fn accept(&self) -> io::Result<Option<(UnixStream, String)>> {
+        loop {
+            if let Some(vmm) = self.next.take() {
+                return Ok(Some(vmm));
+            }
+            if let Event::Stop = self.sleep(&[(self.listener.as_fd(), PollFlags::POLLIN)], None)? {
+                return Ok(None);
+            }
+            *self.next.borrow_mut() = self.queued()?;
+        }
+    }
+
+    /// A connection off the listen queue, if there is one.
+    fn queued(&self) -> io::Result<Option<(UnixStream, String)>> {
+        match self.listener.accept() {
+            Ok((stream, _)) => {
+                let who = getsockopt(&stream, PeerCredentials)?;
+                Ok(Some((stream, format!("pid {}, uid {}", who.pid(), who.uid()))))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Sleeps for a time. Whether the export is to stop.
+    fn pause(&self, time: Duration) -> bool {
+        !matches!(self.sleep(&[], Some(Instant::now() + time)), Ok(Event::Late))
+    }
+
+    /// Sleeps until one of `fds` is ready, the deadline is over or the export is to stop.
+    fn sleep(&self, fds: &[(BorrowedFd<'_>, PollFlags)], deadline: Option<Instant>) -> io::Result<Event> {
+        let mut polled = vec![PollFd::new(self.shared.stop.as_fd(), PollFlags::POLLIN)];
+        polled.extend(fds.iter().map(|(fd, interest)| PollFd::new(*fd, *interest)));
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            // Rounded up: not awake before it is time.
+            let timeout = left.map_or(Ok(PollTimeout::NONE), |left| (left.as_millis() + 1).try_into());
+            match poll(&mut polled, timeout.unwrap_or(PollTimeout::MAX)) {
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(error) => return Err(error.into()),
+                Ok(_) if self.shared.stopping.load(Ordering::SeqCst) => return Ok(Event::Stop),
+                Ok(_) => {}
+            }
+            if let Some(index) = polled[1..].iter().position(|fd| fd.any().unwrap_or(false)) {
+                return Ok(Event::Ready(index));
+            }
+            if left.is_some_and(|left| left.is_zero()) {
+                return Ok(Event::Late);
+            }
+        }
+    }
+}
+
+/// What ended a sleep.
+enum Event {
+    Stop,
+    Late,
+    /// The first descriptor that is ready.
+    Ready(usize),
+}
+
+impl Watch for Door {
+    /// Meanwhile takes one more VMM off the listen queue, to say in the log that it has to wait.
+    fn wait(&self, fd: BorrowedFd<'_>, interest: Interest, deadline: Option<Instant>) -> io::Result<Wake> {
+        let interest = match interest {
+            Interest::Read => PollFlags::POLLIN,
+            Interest::Write => PollFlags::POLLOUT,
+        };
+        let mut listen = self.next.borrow().is_none();
+        loop {
+            let fds = [(fd, interest), (self.listener.as_fd(), PollFlags::POLLIN)];
+            match self.sleep(&fds[..1 + usize::from(listen)], deadline)? {
+                Event::Stop => return Ok(Wake::Stop),
+                Event::Late => return Ok(Wake::Late),
+                Event::Ready(0) => return Ok(Wake::Ready),
+                Event::Ready(_) => match self.queued() {
+                    Ok(None) => {}
+                    Ok(Some(vmm)) => {
+                        log::info!("{}: another VMM connects and waits: {}", self.device.name(), vmm.1);
+                        *self.next.borrow_mut() = Some(vmm);
+                        listen = false;
+                    }
+                    // It stays in the queue, for when this one is gone.
+                    Err(error) => {
+                        log::warn!("{}: another VMM cannot be accepted: {error}", self.device.name());
+                        listen = false;
+                    }
+                },
+            }
+        }
+    }
+}
+
+/// Whether a connection that is ready has something to say, and is not merely closed.
+fn speaks(stream: &UnixStream) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(stream.as_raw_fd(), &mut [0], flags).is_ok_and(|count| count > 0)
+}

@@ -1,0 +1,73 @@
+//! Vrings on their workers.
+
+#![forbid(unsafe_code)]
+
+use crate::engine::Volume;
+use crate::frontend::vhost_user::{CallFd, Host, Running, VringSetup};
+use crate::worker::{Link, VringId};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
+
+/// A drain that takes longer is told of, and again after as long.
+const SLOW: Duration = Duration::from_secs(5);
+
+/// The workers as a session sees them: each queue has its own.
+pub(super) struct Workers {
+    pub links: Vec<Link>,
+    pub volume: Arc<Volume>,
+}
+
+impl Host for Workers {
+    fn start(&self, setup: VringSetup) -> io::Result<Box<dyn Running>> {
+        let link = self.links[setup.index % self.links.len()].clone();
+        let name = format!("{}: vring {}", setup.device.name(), setup.index);
+        let id = link.start_vring(setup, self.volume.clone())?;
+        Ok(Box::new(OnWorker { link, id, name, volume: self.volume.clone() }))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let answer = self.links[0].flush(self.volume.clone()).recv();
+        answer.map_err(io::Error::other)?.map_err(io::Error::from)
+    }
+}
+
+/// A vring on its worker.
+struct OnWorker {
+    link: Link,
+    id: VringId,
+    name: String,
+    volume: Arc<Volume>,
+}
+
+impl Running for OnWorker {
+    fn stop(self: Box<Self>) -> u16 {
+        let answer = self.link.stop_vring(self.id);
+        loop {
+            match answer.recv_timeout(SLOW) {
+                // Answering before the kernel is done with the guest's memory would let the VMM use it for
+                // something else, so there is no other way out of here.
+                Err(RecvTimeoutError::Timeout) => {
+                    let why = self.volume.held_up().map_or(String::new(), |why| format!(" ({why})"));
+                    log::warn!("{}: still waiting for its requests in flight{why}", self.name);
+                }
+                Ok(Some(next)) => return next,
+                // The worker is gone, with all that it had in flight: the process ends.
+                Ok(None) | Err(RecvTimeoutError::Disconnected) => return 0,
+            }
+        }
+    }
+
+    fn enable(&self, enabled: bool) {
+        if let Err(error) = self.link.enable_vring(self.id, enabled) {
+            log::error!("{}: {error}", self.name);
+        }
+    }
+
+    fn set_call(&self, call: Option<CallFd>) {
+        if let Err(error) = self.link.call_vring(self.id, call) {
+            log::error!("{}: {error}", self.name);
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! New sizes for volumes that are served.
+
+use super::{Shared, lock};
+use crate::engine::{self, ResizeError, Volume};
+use crate::service::control::Refusal;
+use crate::service::exports::Export;
+use crate::service::status::Resized;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
+
+/// The longest that a shrinking volume waits for requests which were admitted before. Shorter than the control API's
+/// clients wait for their answer.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// For a worker to get around to its answer.
+const SLACK: Duration = Duration::from_secs(1);
+
+impl Shared {
+    /// Changes the size of a volume with `how`.
+    pub(super) fn change_size(
+        &self,
+        name: &str,
+        how: impl FnOnce(&Volume, &Exports<'_>) -> Result<engine::Resized, ResizeError>,
+    ) -> Result<Resized, Refusal> {
+        let volume = self.volumes.get(name).ok_or_else(|| Refusal::Unknown(name.into()))?;
+        if self.stopping.load(Ordering::Relaxed) {
+            return Err(Refusal::Impossible("the service is stopping".into()));
+        }
+        let exports = Exports { shared: self, volume };
+        let resized =
+            how(volume, &exports).map_err(|error| Refusal::Impossible(format!("volume {name}: {error}")))?;
+        Ok(Resized { volume: name.into(), from_bytes: resized.from, size_bytes: resized.to })
+    }
+}
+
+/// The exports of one volume.
+pub(super) struct Exports<'a> {
+    shared: &'a Shared,
+    volume: &'a Arc<Volume>,
+}
+
+impl Exports<'_> {
+    /// Asks each; what they say against it, in one line.
+    fn all(&self, mut ask: impl FnMut(&mut Export) -> Result<(), String>) -> Result<(), String> {
+        let mut exports = lock(&self.shared.exports);
+        let ours = exports.iter_mut().filter(|export| export.status().volume() == self.volume.name());
+        let refused: Vec<String> = ours
+            .filter_map(|export| {
+                ask(export).err().map(|reason| format!("{}: {reason}", export.status().name()))
+            })
+            .collect();
+        if refused.is_empty() { Ok(()) } else { Err(refused.join("; ")) }
+    }
+}
+
+impl engine::Exports for Exports<'_> {
+    fn can_resize(&self) -> Result<(), String> {
+        self.all(|export| export.can_resize())
+    }
+
+    fn resize(&self, sectors: u64) -> Result<(), String> {
+        self.all(|export| export.resize(sectors))
+    }
+
+    fn drain(&self) -> bool {
+        let links: Vec<_> = lock(&self.shared.workers).iter().map(|worker| worker.link().clone()).collect();
+        let answers: Vec<_> = links.iter().map(|link| link.drain(self.volume.clone(), DRAIN_LIMIT)).collect();
+        // A worker that has ended answers nothing, and nothing is in flight on it.
+        let deadline = Instant::now() + DRAIN_LIMIT + SLACK;
+        answers.into_iter().all(|answer| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            !matches!(answer.recv_timeout(left), Ok(false) | Err(RecvTimeoutError::Timeout))
+        })
+    }
+}

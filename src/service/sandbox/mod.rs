@@ -1,0 +1,94 @@
+//! What a service gives up once everything it needs is open, so that a guest, a VMM or an NBD server that gets the
+//! better of it has gained little.
+//!
+//! Four things, each for the case that another is missing: [`capabilities`], [`landlock`] (files and TCP ports),
+//! [`seccomp`] (system calls), and `no_new_privs`. Where the kernel lacks one, the others still hold, and the log says
+//! so. They hold for the thread that [enters](enter()) and for those it starts later, so it must be the only one.
+//!
+//! What they do not cover: operations on an io_uring are no system calls, and only landlock and the capabilities stand
+//! in their way; and what is open already stays so.
+
+#![forbid(unsafe_code)]
+
+mod capabilities;
+mod landlock;
+mod plan;
+mod seccomp;
+
+use serde::Deserialize;
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+
+pub use crate::service::status::SandboxStatus;
+pub use plan::Plan;
+
+/// Whether there is a sandbox.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// What is not needed is refused, with `EPERM` or `EACCES`.
+    #[default]
+    On,
+    /// System calls that would be refused are carried out, and the kernel logs them; the rest is as with `On`.
+    Log,
+    /// None.
+    Off,
+}
+
+impl Mode {
+    const ALL: [(Mode, &str); 3] = [(Mode::On, "on"), (Mode::Log, "log"), (Mode::Off, "off")];
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(Mode::ALL.iter().find(|(mode, _)| mode == self).map_or("", |(_, name)| name))
+    }
+}
+
+impl FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Mode, String> {
+        let found = Mode::ALL.iter().find(|(_, name)| *name == text);
+        found.map(|(mode, _)| *mode).ok_or_else(|| "write on, off or log".into())
+    }
+}
+
+/// Why there is no sandbox. A kernel that lacks a part of it is no reason.
+#[derive(Debug, thiserror::Error)]
+#[error("the sandbox cannot be entered (--sandbox=off goes without): {what}")]
+pub struct Error {
+    what: &'static str,
+    /// The kernel's answer.
+    #[source]
+    source: io::Error,
+}
+
+impl Error {
+    fn new(what: &'static str) -> impl Fn(io::Error) -> Error {
+        move |source| Error { what, source }
+    }
+}
+
+/// Gives up everything that `plan` does not name, for good.
+///
+/// # Errors
+/// When the kernel has what it takes and refuses it all the same.
+pub fn enter(plan: &Plan) -> Result<SandboxStatus, Error> {
+    if plan.mode == Mode::Off {
+        log::info!("sandbox: off");
+        return Ok(SandboxStatus { mode: plan.mode.to_string(), ..SandboxStatus::default() });
+    }
+    rustix::thread::set_no_new_privs(true).map_err(|errno| Error::new("no_new_privs")(errno.into()))?;
+    // Needs CAP_SYS_RESOURCE, and threads inherit it: see `worker::run`.
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        log::debug!("PR_SET_IO_FLUSHER: {error}");
+    }
+    let landlock_abi = landlock::restrict(plan)?;
+    let capabilities = capabilities::keep(plan).map_err(Error::new("capabilities"))?;
+    let seccomp = seccomp::install(plan)?;
+    let status = SandboxStatus { mode: plan.mode.to_string(), landlock_abi, seccomp, capabilities };
+    log::info!("sandbox: {status}");
+    Ok(status)
+}

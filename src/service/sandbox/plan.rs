@@ -1,0 +1,90 @@
+//! What a service needs once it runs: worked out from its configuration.
+
+use super::Mode;
+use crate::engine::config::VolumeConfig;
+use crate::engine::nbd;
+use crate::service::config::Config;
+use std::path::{Path, PathBuf};
+
+/// What [`enter`](super::enter()) leaves.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// Whether there is a sandbox at all.
+    pub mode: Mode,
+    /// Files that may be opened to read.
+    pub read: Vec<PathBuf>,
+    /// Files that may be opened to read and write.
+    pub write: Vec<PathBuf>,
+    /// Directories that files may be removed from: ours are the sockets in them.
+    pub remove_in: Vec<PathBuf>,
+    /// Unix sockets that may have to be connected to again.
+    pub connect_to: Vec<PathBuf>,
+    /// TCP ports that may have to be connected to again.
+    pub ports: Vec<u16>,
+    /// Hosts may have to be looked up again.
+    pub names: bool,
+    /// There are files or devices whose particulars are read below /sys.
+    pub files: bool,
+    /// There are vhost-user exports.
+    pub vhost_user: bool,
+    /// There are, or will be, ublk devices.
+    pub ublk: bool,
+}
+
+/// Answers that are too long for a datagram come over TCP.
+const DNS: u16 = 53;
+
+impl Plan {
+    /// What a service of `config` needs, after its volumes were opened and its sockets made.
+    pub fn of(config: &Config) -> Plan {
+        let mut plan = Plan {
+            mode: config.sandbox,
+            vhost_user: !config.vhost_user.is_empty(),
+            ublk: !config.ublk.is_empty(),
+            ..Plan::default()
+        };
+        for volume in config.volumes.values() {
+            plan.files |= matches!(volume, VolumeConfig::File(_));
+            match volume {
+                VolumeConfig::File(file) if file.read_only => plan.read.push(file.path.clone()),
+                VolumeConfig::File(file) => plan.write.push(file.path.clone()),
+                VolumeConfig::Nbd(nbd) => plan.add_server(&nbd.uri),
+                VolumeConfig::Memory(_) | VolumeConfig::Null(_) => {}
+            }
+        }
+        let sockets = config.vhost_user.iter().map(|export| &export.socket).chain([&config.control]);
+        for socket in sockets {
+            // As the socket itself was made: the working directory may be another one by the time it is removed.
+            let directory = std::path::absolute(socket).ok();
+            plan.remove_in.extend(directory.as_deref().and_then(Path::parent).map(Path::to_owned));
+        }
+        plan.remove_in.sort();
+        plan.remove_in.dedup();
+        plan
+    }
+
+    /// The URI was checked when the volume was opened.
+    fn add_server(&mut self, uri: &str) {
+        match nbd::server(uri) {
+            Ok(nbd::Server::Unix(path)) => self.connect_to.push(path),
+            Ok(nbd::Server::Tcp { host, port }) => {
+                self.ports.push(port);
+                if host.parse::<std::net::IpAddr>().is_err() {
+                    self.names = true;
+                    self.ports.push(DNS);
+                }
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// There is a server to connect to again.
+    pub(super) fn connects(&self) -> bool {
+        !self.connect_to.is_empty() || !self.ports.is_empty()
+    }
+
+    /// Where the disks' names are.
+    pub(super) fn links(&self) -> &'static str {
+        crate::frontend::ublk::LINKS
+    }
+}

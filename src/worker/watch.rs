@@ -1,0 +1,190 @@
+//! Which requests take too long, and what they wait for.
+//!
+//! A request costs some stores when it begins and when it ends: no clock is read. While there are any, a timer looks
+//! at all of them twice in the limit, and compares what it finds with what it found before; so a request is told of
+//! when it is as old as the limit at least, and half as old again at most. Then at twice the age, and so on. A worker
+//! without requests has no timer.
+
+use crate::block::{Op, Request};
+use crate::ring::{Kind, Ring, Sqe, Timespec, UserData};
+use std::cell::Cell;
+use std::fmt;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// The timer of one worker.
+pub(super) struct Watchdog {
+    /// What is too long; zero for never.
+    limit: Duration,
+    /// Between two looks. In a place of its own, because the ring is given its address.
+    tick: Box<Timespec>,
+    armed: Cell<bool>,
+    /// Requests under way.
+    busy: Rc<Cell<usize>>,
+}
+
+/// What a slot is at.
+#[derive(Default)]
+pub(super) struct Watch {
+    busy: Rc<Cell<usize>>,
+    /// Requests begun.
+    count: Cell<u64>,
+    doing: Cell<Option<Doing>>,
+    seen: Cell<Option<Seen>>,
+}
+
+/// A request under way, as far as a message needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Doing {
+    op: Op,
+    sector: u64,
+    sectors: u32,
+}
+
+/// What a look found.
+#[derive(Clone, Copy)]
+struct Seen {
+    /// Which request.
+    count: u64,
+    /// Its first look.
+    since: Instant,
+    /// The age at which it is told of next.
+    tell_at: Duration,
+}
+
+impl fmt::Display for Doing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.op.fmt(f)?;
+        if self.op == Op::Flush {
+            return Ok(());
+        }
+        write!(f, " of {} sectors at sector {}", self.sectors, self.sector)
+    }
+}
+
+pub(super) const WATCH: UserData = UserData::new(Kind::Watch, 0, 0);
+
+impl Watchdog {
+    /// Looks for requests that take longer than `limit`; zero looks for none.
+    pub fn new(limit: Duration) -> Watchdog {
+        let tick = Box::new(Timespec::from(limit / 2));
+        Watchdog { limit, tick, armed: Cell::new(false), busy: Rc::default() }
+    }
+
+    /// For a slot of this worker.
+    pub fn watch(&self) -> Rc<Watch> {
+        Rc::new(Watch { busy: self.busy.clone(), ..Watch::default() })
+    }
+
+    /// Sets the timer if there is something to watch. Before each `enter`; costs a comparison when there is not.
+    pub fn arm<R: Ring>(&self, ring: &R) {
+        if self.busy.get() == 0 || self.armed.get() || self.limit.is_zero() {
+            return;
+        }
+        self.armed.set(true);
+        ring.push(&Sqe::Timeout { timespec: &raw const *self.tick }, WATCH);
+    }
+
+    /// The timer has expired: the requests among `watches` that are to be told of, and how old each is at least.
+    pub fn look<'a, T>(
+        &'a self,
+        watches: impl Iterator<Item = (T, &'a Watch)>,
+    ) -> impl Iterator<Item = (T, Doing, Duration)> {
+        self.armed.set(false);
+        let now = Instant::now();
+        watches.filter_map(move |(whose, watch)| {
+            watch.look(now, self.limit).map(|(doing, age)| (whose, doing, age))
+        })
+    }
+}
+
+impl Watch {
+    /// A request begins.
+    pub fn begin(&self, request: &Request<'_>) {
+        let Request { op, sector, sectors, .. } = *request;
+        self.busy.set(self.busy.get() + 1);
+        self.count.set(self.count.get() + 1);
+        self.doing.set(Some(Doing { op, sector, sectors }));
+    }
+
+    /// It ends.
+    pub fn end(&self) {
+        self.busy.set(self.busy.get() - 1);
+        self.doing.set(None);
+    }
+
+    /// The request under way, and its age at least, if that is due to be told.
+    fn look(&self, now: Instant, limit: Duration) -> Option<(Doing, Duration)> {
+        let (doing, count) = (self.doing.get()?, self.count.get());
+        let new = Seen { count, since: now, tell_at: limit };
+        let seen = self.seen.get().filter(|seen| seen.count == count).unwrap_or(new);
+        let age = now.duration_since(seen.since);
+        let due = age >= seen.tell_at;
+        self.seen.set(Some(Seen { tell_at: if due { age * 2 } else { seen.tell_at }, ..seen }));
+        due.then_some((doing, age))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{Data, Flags};
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn begin(watch: &Watch, sector: u64) {
+        let (op, flags, data) = (Op::Write, Flags::default(), Data::None);
+        watch.begin(&Request { op, flags, sector, sectors: 8, data });
+    }
+
+    #[test]
+    fn a_slow_request_is_told_of_less_and_less_often() {
+        let watch = Watchdog::new(LIMIT).watch();
+        let start = Instant::now();
+        begin(&watch, 7);
+        let told = (0..40).filter(|tick| watch.look(start + LIMIT / 2 * *tick, LIMIT).is_some());
+        assert_eq!(told.collect::<Vec<_>>(), [2, 4, 8, 16, 32]);
+    }
+
+    #[test]
+    fn requests_that_follow_each_other_are_not_one() {
+        let watch = Watchdog::new(LIMIT).watch();
+        let start = Instant::now();
+        for tick in 0..10 {
+            begin(&watch, 7);
+            assert_eq!(watch.look(start + LIMIT / 2 * tick, LIMIT), None);
+            watch.end();
+            assert_eq!(watch.look(start + LIMIT / 2 * tick, LIMIT), None, "nothing is under way");
+        }
+        begin(&watch, 9);
+        assert_eq!(watch.look(start + LIMIT * 10, LIMIT), None);
+        let (doing, age) = watch.look(start + LIMIT * 11, LIMIT).unwrap();
+        assert_eq!((doing.to_string().as_str(), age), ("write of 8 sectors at sector 9", LIMIT));
+    }
+
+    #[test]
+    fn the_timer_runs_only_while_there_are_requests() {
+        use crate::ring::double::{Double, Faults};
+        let ring = Double::new(1, Faults::default());
+        let timers = || ring.count(|sqe| matches!(sqe, Sqe::Timeout { .. }));
+        let watchdog = Watchdog::new(LIMIT);
+        let watch = watchdog.watch();
+        watchdog.arm(&ring);
+        assert_eq!(timers(), 0);
+        begin(&watch, 7);
+        watchdog.arm(&ring);
+        watchdog.arm(&ring);
+        assert_eq!(timers(), 1);
+        watch.end();
+        assert_eq!(watchdog.look([((), &*watch)].into_iter()).count(), 0);
+        watchdog.arm(&ring);
+        assert_eq!(timers(), 1);
+        begin(&watch, 8);
+        watchdog.arm(&ring);
+        assert_eq!(timers(), 2);
+        let never = Watchdog::new(Duration::ZERO);
+        begin(&never.watch(), 7);
+        never.arm(&ring);
+        assert_eq!(timers(), 2);
+    }
+}
