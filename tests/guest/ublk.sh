@@ -7,6 +7,7 @@ prefix=$1 series=$2
 . /suite/disk.sh
 . /suite/ublk-parts.sh
 . /suite/ublk-ends.sh
+. /suite/ublk-recovery.sh
 
 check "$prefix/without-driver" without_driver
 modprobe -a ublk_drv loop zram xfs
@@ -36,4 +37,5 @@ check "$prefix/stop-command" stop_command
 check "$prefix/second-signal" second_signal
 check "$prefix/nbd-server-lost" nbd_server_lost
 check "$prefix/nbd-reconnect" nbd_reconnect
+recovery "$prefix" "$series"
 echo "end of ublk"
