@@ -16,6 +16,8 @@ use std::time::Duration;
 
 /// Kills in a round; the next has another volume and another guest.
 const A_ROUND: u64 = 10;
+/// The same where no request survives a kill, since its VMM goes with it.
+const A_ROUND_WITHOUT_NOTES: u64 = 3;
 
 /// What to do.
 pub struct Plan {
@@ -121,6 +123,10 @@ fn one(plan: &Plan, seed: u64, target: u64, report: &Arc<Report>) -> Result<(), 
 }
 
 fn go(mut round: Round, scarce: Option<&str>, target: u64, report: &Report) -> Result<(), Over> {
+    let target = match round.shape.inflight {
+        true => target,
+        false => target.min(report.events(Event::Kill) + A_ROUND_WITHOUT_NOTES),
+    };
     round.boot()?;
     if let Some(policy) = scarce {
         round.starve(policy)?;

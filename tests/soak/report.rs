@@ -126,6 +126,12 @@ impl Report {
         inner.gap = inner.gap.max(gap);
     }
 
+    /// How often it served again the same guest.
+    pub fn recoveries(&self) -> usize {
+        let inner = self.inner();
+        inner.kills.len() + inner.stops.len()
+    }
+
     /// Something is wrong.
     pub fn wrong(&self, wrong: Wrong, text: impl Into<String>) {
         let mut inner = self.inner();

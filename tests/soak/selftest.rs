@@ -67,6 +67,7 @@ fn a_short_soak(mounts: bool) {
     report.print("native");
     assert!(report.passed());
     assert!(report.events(Event::Kill) >= 12);
+    assert!(report.recoveries() >= 3);
     assert!(report.requests() > 1000);
 }
 
