@@ -13,7 +13,7 @@ pub use capacity::Capacity;
 pub use errno::Errno;
 pub use geometry::{DiscardLimits, Geometry, GeometryError};
 pub use iovec::Iovec;
-pub use request::{Data, Flags, Op, Request};
+pub use request::{Data, Flags, Op, Outline, Request};
 pub use size::{ParseSizeError, Size};
 
 /// Bytes in a sector: 512 always, whatever the logical block size (virtio 1.3 section 5.2.4, `linux/blk_types.h`).

@@ -33,6 +33,24 @@ impl fmt::Display for Op {
     }
 }
 
+/// What a request does and where, for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outline {
+    op: Op,
+    sector: u64,
+    sectors: u32,
+}
+
+impl fmt::Display for Outline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.op.fmt(f)?;
+        if self.op == Op::Flush {
+            return Ok(());
+        }
+        write!(f, " of {} sectors at sector {}", self.sectors, self.sector)
+    }
+}
+
 /// How a request is to be carried out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flags {
@@ -75,6 +93,11 @@ impl Request<'_> {
     /// Length in bytes; cannot overflow.
     pub fn len(&self) -> u64 {
         u64::from(self.sectors) << super::SECTOR_SHIFT
+    }
+
+    /// For messages.
+    pub fn outline(&self) -> Outline {
+        Outline { op: self.op, sector: self.sector, sectors: self.sectors }
     }
 
     /// True for a request over no sectors (a flush).

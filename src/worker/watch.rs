@@ -5,10 +5,9 @@
 //! when it is as old as the limit at least, and half as old again at most. Then at twice the age, and so on. A worker
 //! without requests has no timer.
 
-use crate::block::{Op, Request};
+use crate::block::{Outline, Request};
 use crate::ring::{Kind, Ring, Sqe, Timespec, UserData};
 use std::cell::Cell;
-use std::fmt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -29,16 +28,8 @@ pub(super) struct Watch {
     busy: Rc<Cell<usize>>,
     /// Requests begun.
     count: Cell<u64>,
-    doing: Cell<Option<Doing>>,
+    doing: Cell<Option<Outline>>,
     seen: Cell<Option<Seen>>,
-}
-
-/// A request under way, as far as a message needs it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Doing {
-    op: Op,
-    sector: u64,
-    sectors: u32,
 }
 
 /// What a look found.
@@ -50,16 +41,6 @@ struct Seen {
     since: Instant,
     /// The age at which it is told of next.
     tell_at: Duration,
-}
-
-impl fmt::Display for Doing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.op.fmt(f)?;
-        if self.op == Op::Flush {
-            return Ok(());
-        }
-        write!(f, " of {} sectors at sector {}", self.sectors, self.sector)
-    }
 }
 
 pub(super) const WATCH: UserData = UserData::new(Kind::Watch, 0, 0);
@@ -89,7 +70,7 @@ impl Watchdog {
     pub fn look<'a, T>(
         &'a self,
         watches: impl Iterator<Item = (T, &'a Watch)>,
-    ) -> impl Iterator<Item = (T, Doing, Duration)> {
+    ) -> impl Iterator<Item = (T, Outline, Duration)> {
         self.armed.set(false);
         let now = Instant::now();
         watches.filter_map(move |(whose, watch)| {
@@ -101,10 +82,9 @@ impl Watchdog {
 impl Watch {
     /// A request begins.
     pub fn begin(&self, request: &Request<'_>) {
-        let Request { op, sector, sectors, .. } = *request;
         self.busy.set(self.busy.get() + 1);
         self.count.set(self.count.get() + 1);
-        self.doing.set(Some(Doing { op, sector, sectors }));
+        self.doing.set(Some(request.outline()));
     }
 
     /// It ends.
@@ -114,7 +94,7 @@ impl Watch {
     }
 
     /// The request under way, and its age at least, if that is due to be told.
-    fn look(&self, now: Instant, limit: Duration) -> Option<(Doing, Duration)> {
+    fn look(&self, now: Instant, limit: Duration) -> Option<(Outline, Duration)> {
         let (doing, count) = (self.doing.get()?, self.count.get());
         let new = Seen { count, since: now, tell_at: limit };
         let seen = self.seen.get().filter(|seen| seen.count == count).unwrap_or(new);
@@ -128,7 +108,7 @@ impl Watch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::{Data, Flags};
+    use crate::block::{Data, Flags, Op};
 
     const LIMIT: Duration = Duration::from_secs(10);
 

@@ -2,31 +2,26 @@
 
 #![forbid(unsafe_code)]
 
-use crate::block::{Op, Request};
+use crate::block::{Outline, Request};
 use crate::ring::{Io, Ring};
 use std::fmt;
 
 /// A request, for messages.
 #[derive(Clone, Copy)]
 pub(in crate::engine) struct What {
-    op: Op,
-    sector: u64,
-    sectors: u32,
+    outline: Outline,
     tag: Option<u16>,
 }
 
 impl What {
     pub fn of<R: Ring>(request: &Request<'_>, io: &Io<R>) -> What {
-        What { op: request.op, sector: request.sector, sectors: request.sectors, tag: io.tag() }
+        What { outline: request.outline(), tag: io.tag() }
     }
 }
 
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.op.fmt(f)?;
-        if self.op != Op::Flush {
-            write!(f, " of {} sectors at sector {}", self.sectors, self.sector)?;
-        }
+        self.outline.fmt(f)?;
         self.tag.map_or(Ok(()), |tag| write!(f, ", tag {tag}"))
     }
 }
