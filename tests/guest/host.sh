@@ -59,6 +59,12 @@ left_alone() {
     wait_for 10 fails connected two
 }
 
+enlarge() {
+    until_said vhost-user "make vdb larger now"
+    ringblk resize two +10M --control "$SERVICE.control"
+    equal "bytes of the image" "$(stat -c %s "$work/two.img")" $((340 << 20))
+}
+
 start_service() {
     local v
     truncate -s 320M "$work/one.img"
@@ -89,6 +95,7 @@ one_kernel() {
 
     vhost_disk one 1; vhost_disk two 2; vhost_disk ro 1; vhost_disk nbd 2
     boot vhost-user --module virtio_blk --module xfs "${extra[@]}" "$suite/vhost-user.sh" "$p/vhost-user"
+    check "$p/vhost-user/resize" enlarge | report
     check "$p/vhost-user/all-said" until_said vhost-user "kill me now" | report
     sleep 0.5
     kill_guest

@@ -35,6 +35,15 @@ cache_mode() {
     equal "cache turned on" "$(cat $type)" "write back"
 }
 
+# The host makes the disk larger once it has read that we wait for it; what is new can be written.
+grown() {
+    local end=$((340 * MiB))
+    wait_for 60 eval "[ \$(blockdev --getsize64 /dev/vdb) = $end ]"
+    head -c 65536 /dev/urandom >/tmp/tail
+    dd if=/tmp/tail of=/dev/vdb bs=64k seek=$((end - 65536)) oflag=direct,seek_bytes conv=notrunc status=none
+    region /dev/vdb $((end - 65536)) 65536 | cmp - /tmp/tail
+}
+
 # Tell the host what we read, for it to compare with the file.
 tell() { echo "sum $1 $(region "$2" 0 $((16 * MiB)) | sha256sum | cut -d' ' -f1)"; }
 
@@ -43,6 +52,8 @@ disk "$prefix/q2-direct" /dev/vdb $((330 * MiB)) 2
 check "$prefix/q1/serial" serial vda
 check "$prefix/q1/cache-mode" cache_mode
 check "$prefix/read-only" disk_read_only /dev/vdc
+echo "make vdb larger now"
+check "$prefix/resized" grown
 check "$prefix/nbd/fio-verify" disk_fio /dev/vdd
 check "$prefix/nbd/discard" disk_discard /dev/vdd any
 check "$prefix/nbd/write-zeroes" disk_zeroout /dev/vdd
