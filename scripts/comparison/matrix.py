@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .model import JOBS, Job, Plan
-from .peers import Peer
+from .peers import NOTED, OPEN, Peer
 
 VHOST = ("ringblk", "qsd", "qsd-threads")
 ALL = (*VHOST, "nbdkit", "nbdkit-tcp", "qemu-nbd", "qemu-nbd-tcp", "fio", "fio-batched")
@@ -28,6 +28,7 @@ Rows = list[tuple[str, str, tuple[str, ...], tuple[str, ...]]]
 
 FULL: Rows = [
     ("ext4", "event", tuple(JOBS), ALL),
+    ("ext4", "event", ("randread-qd32",), (NOTED, OPEN)),
     ("ext4", "poll", POLLED, (*VHOST, "nbdkit", "qemu-nbd")),
     ("direct", "event", ("randread-qd1", "randread-qd32", "randread-qd128", "randread-4xqd32", "read128k-qd8",
                          "randwrite-qd32"), ALL),

@@ -12,6 +12,8 @@ from .stores import SIZE, Store
 QUEUES = 4
 # fio that submits and takes completions in batches, which it does not by default.
 BATCHED = "fio-batched"
+# ringblk itself, noting what is in flight, and without its sandbox.
+NOTED, OPEN = "ringblk-noted", "ringblk-open"
 
 
 def escaped(path: Path | None) -> str:
@@ -49,8 +51,9 @@ class Peer:
     quick: bool = True
 
 
-def ringblk(program: Path) -> Peer:
-    """The release build of this tree."""
+def ringblk(program: Path, name: str = "ringblk", server: str | None = None, client: str | None = None) -> Peer:
+    """The release build of this tree; under another name with one more option for the server or the client, to see
+    what that costs."""
 
     def serve(store: Store, work: Path) -> Served:
         target = store.name if store.path is None else escaped(store.path)
@@ -60,11 +63,12 @@ def ringblk(program: Path) -> Peer:
         command = [
             str(program), "serve", "--workers", "1", "--control", str(work / "control.socket"),
             "--volume", f"v={volume}", "--vhost-user", f"v={escaped(path)},queues={QUEUES},queue-size=1024",
+            *([server] if server else []),
         ]  # fmt: skip
-        return Served(command, f"unix:{path}", ["--socket", str(path)])
+        return Served(command, f"unix:{path}", ["--socket", str(path), *([client] if client else [])])
 
     stores = frozenset({"ext4", "direct", "null", "memory", "tmpfs", "zram", "zram-cached"})
-    return Peer("ringblk", (), str(program), stores, serve)
+    return Peer(name, (), str(program), stores, serve)
 
 
 def storage_daemon(name: str, aio: str, stores: set[str], quick: bool) -> Peer:
@@ -119,6 +123,8 @@ def all_peers(program: Path) -> list[Peer]:
     files = {"ext4", "direct", "tmpfs", "zram", "zram-cached"}
     return [
         ringblk(program),
+        ringblk(program, NOTED, client="--inflight"),
+        ringblk(program, OPEN, server="--sandbox=off"),
         storage_daemon("qsd", "io_uring", files | {"null"}, quick=True),
         storage_daemon("qsd-threads", "threads", files, quick=False),
         nbd("nbdkit", "nbdkit", nbdkit, {"ext4", "null", "memory", "tmpfs"}),
