@@ -23,17 +23,32 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 /// The one layout there is.
 const VERSION: u16 = 1;
 
-/// `QueueRegionSplit`: features (64 bits), version, desc_num, last_batch_head, used_idx (16 bits each).
-const HEADER: usize = 16;
-const VERSION_AT: usize = 8;
-const DESC_NUM_AT: usize = 10;
-const LAST_BATCH_HEAD_AT: usize = 12;
-const USED_IDX_AT: usize = 14;
+/// `QueueRegionSplit`, before its entries.
+#[repr(C)]
+struct Header {
+    features: AtomicU64,
+    version: AtomicU16,
+    desc_num: AtomicU16,
+    last_batch_head: AtomicU16,
+    used_idx: AtomicU16,
+}
 
-/// `DescStateSplit`: inflight (8 bits), padding, next (16 bits), counter (64 bits).
-const ENTRY: usize = 16;
-const NEXT_AT: usize = 6;
-const COUNTER_AT: usize = 8;
+/// `DescStateSplit`: one for each head.
+#[repr(C)]
+struct Entry {
+    inflight: AtomicU8,
+    padding: [u8; 5],
+    next: AtomicU16,
+    counter: AtomicU64,
+}
+
+const _: () = {
+    use std::mem::offset_of;
+    assert!(
+        size_of::<Header>() == 16 && offset_of!(Header, version) == 8 && offset_of!(Header, used_idx) == 14
+    );
+    assert!(size_of::<Entry>() == 16 && offset_of!(Entry, next) == 6 && offset_of!(Entry, counter) == 8);
+};
 
 /// Each queue's part begins on a line of its own.
 const ALIGN: usize = 64;
@@ -66,7 +81,7 @@ fn refused(why: String) -> io::Error {
 
 /// Bytes of one queue's part.
 fn stride(queue_size: u16) -> usize {
-    (HEADER + ENTRY * usize::from(queue_size)).next_multiple_of(ALIGN)
+    (size_of::<Header>() + size_of::<Entry>() * usize::from(queue_size)).next_multiple_of(ALIGN)
 }
 
 fn check_shape(queues: u16, queue_size: u16) -> io::Result<()> {
@@ -143,35 +158,23 @@ impl InflightQueue {
         self.size
     }
 
-    fn u8_at(&self, at: usize) -> &AtomicU8 {
-        assert!(at < self.at + stride(self.size));
-        // SAFETY: inside this queue's part of the mapping, which `open` made long enough and no one can shorten.
-        unsafe { &*self.map.as_ptr().add(at).cast() }
+    fn header(&self) -> &Header {
+        // SAFETY: the beginning of this queue's part of the mapping, which `open` made long enough and no one can shorten;
+        // aligned, since a mapping begins on a page; and nothing but atomics, which may change behind our back.
+        unsafe { &*self.map.as_ptr().add(self.at).cast() }
     }
 
-    fn u16_at(&self, at: usize) -> &AtomicU16 {
-        assert!(at.is_multiple_of(2) && at + 2 <= self.at + stride(self.size));
-        // SAFETY: as above, and aligned, since a mapping begins on a page.
-        unsafe { &*self.map.as_ptr().add(at).cast() }
-    }
-
-    fn u64_at(&self, at: usize) -> &AtomicU64 {
-        assert!(at.is_multiple_of(8) && at + 8 <= self.at + stride(self.size));
-        // SAFETY: as above.
-        unsafe { &*self.map.as_ptr().add(at).cast() }
-    }
-
-    fn entry(&self, head: u16) -> usize {
+    fn entry(&self, head: u16) -> &Entry {
         assert!(head < self.size);
-        self.at + HEADER + ENTRY * usize::from(head)
-    }
-
-    fn header(&self, at: usize) -> &AtomicU16 {
-        self.u16_at(self.at + at)
+        let at = self.at + size_of::<Header>() + size_of::<Entry>() * usize::from(head);
+        // SAFETY: as above, and there are `size` entries; the padding is never read.
+        unsafe { &*self.map.as_ptr().add(at).cast() }
     }
 
     fn check(&self) -> io::Result<()> {
-        let (version, heads) = (self.load(VERSION_AT), self.load(DESC_NUM_AT));
+        let header = self.header();
+        let (version, heads) =
+            (header.version.load(Ordering::Relaxed), header.desc_num.load(Ordering::Relaxed));
         if ![0, VERSION].contains(&version) {
             return Err(refused(format!("its version is {version}, not {VERSION}")));
         }
@@ -179,10 +182,6 @@ impl InflightQueue {
             return Err(refused(format!("it is for {heads} descriptors, not {}", self.size)));
         }
         Ok(())
-    }
-
-    fn load(&self, at: usize) -> u16 {
-        self.header(at).load(Ordering::Relaxed)
     }
 
     /// Makes the notes agree with the used ring, whose index is `used_idx`, and says what was in flight.
@@ -193,27 +192,28 @@ impl InflightQueue {
     /// # Errors
     /// `InvalidInput` for notes that make no sense.
     pub fn recover(&self, used_idx: u16) -> io::Result<Recovered> {
+        let header = self.header();
         let mut in_flight: Vec<(u64, u16)> = (0..self.size)
-            .filter(|head| self.u8_at(self.entry(*head)).load(Ordering::Acquire) != 0)
-            .map(|head| (self.u64_at(self.entry(head) + COUNTER_AT).load(Ordering::Relaxed), head))
+            .filter(|head| self.entry(*head).inflight.load(Ordering::Acquire) != 0)
+            .map(|head| (self.entry(head).counter.load(Ordering::Relaxed), head))
             .collect();
-        let fresh = self.load(VERSION_AT) == 0;
+        let fresh = header.version.load(Ordering::Relaxed) == 0;
         if fresh && !in_flight.is_empty() {
             return Err(refused("it has requests in flight and no version".into()));
         }
-        let given_back = used_idx.wrapping_sub(self.load(USED_IDX_AT));
+        let given_back = used_idx.wrapping_sub(header.used_idx.load(Ordering::Relaxed));
         // Without anything in flight, a driver that began anew is the reason why the indices differ.
         if given_back > 0 && !in_flight.is_empty() {
             if given_back > self.size {
                 return Err(refused(format!("its last batch has {given_back} of {} requests", self.size)));
             }
-            let mut head = self.load(LAST_BATCH_HEAD_AT);
+            let mut head = header.last_batch_head.load(Ordering::Relaxed);
             for _ in 0..given_back {
                 if head >= self.size {
                     return Err(refused(format!("its last batch has head {head} of {}", self.size)));
                 }
                 in_flight.retain(|(_, other)| *other != head);
-                head = self.u16_at(self.entry(head) + NEXT_AT).load(Ordering::Relaxed);
+                head = self.entry(head).next.load(Ordering::Relaxed);
             }
         }
         in_flight.sort_unstable();
@@ -222,11 +222,11 @@ impl InflightQueue {
         let mut noted = vec![0; self.size.into()];
         heads.iter().for_each(|head| noted[usize::from(*head)] = 1);
         for (head, noted) in (0..self.size).zip(noted) {
-            self.u8_at(self.entry(head)).store(noted, Ordering::Release);
+            self.entry(head).inflight.store(noted, Ordering::Release);
         }
-        self.header(USED_IDX_AT).store(used_idx, Ordering::Release);
-        self.header(DESC_NUM_AT).store(self.size, Ordering::Release);
-        self.header(VERSION_AT).store(VERSION, Ordering::Release);
+        header.used_idx.store(used_idx, Ordering::Release);
+        header.desc_num.store(self.size, Ordering::Release);
+        header.version.store(VERSION, Ordering::Release);
         Ok(Recovered { heads, counter, fresh })
     }
 }
@@ -252,25 +252,26 @@ impl Notes {
         let entry = self.queue.entry(head);
         let counter = self.counter.get();
         self.counter.set(counter.wrapping_add(1));
-        self.queue.u64_at(entry + COUNTER_AT).store(counter, Ordering::Relaxed);
-        self.queue.u8_at(entry).store(1, Ordering::Release);
+        entry.counter.store(counter, Ordering::Relaxed);
+        entry.inflight.store(1, Ordering::Release);
     }
 
     /// `head` is in the used ring, and is given back with the others of its batch.
     pub fn finished(&self, head: u16) {
-        let last = self.queue.header(LAST_BATCH_HEAD_AT);
-        let next = self.queue.u16_at(self.queue.entry(head) + NEXT_AT);
-        next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
+        let last = &self.queue.header().last_batch_head;
+        self.queue.entry(head).next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
         last.store(head, Ordering::Release);
         self.batch.borrow_mut().push(head);
     }
 
     /// The batch was given back: the used ring's index is `used_idx` now.
     pub fn given_back(&self, used_idx: u16) {
-        for head in self.batch.borrow_mut().drain(..) {
-            self.queue.u8_at(self.queue.entry(head)).store(0, Ordering::Release);
+        let mut batch = self.batch.borrow_mut();
+        for head in &*batch {
+            self.queue.entry(*head).inflight.store(0, Ordering::Release);
         }
-        self.queue.header(USED_IDX_AT).store(used_idx, Ordering::Release);
+        batch.clear();
+        self.queue.header().used_idx.store(used_idx, Ordering::Release);
     }
 }
 

@@ -55,7 +55,7 @@ fn a_batch_is_given_back_once_wherever_the_kill_comes() {
             before.finished(1);
             before.finished(0);
             for head in [1, 0].into_iter().take(cleared) {
-                file.write_all_at(&[0], (HEADER + ENTRY * head) as u64).unwrap();
+                file.write_all_at(&[0], (size_of::<Header>() + size_of::<Entry>() * head) as u64).unwrap();
             }
             let (used_idx, heads) = match published {
                 // What the driver has not seen is carried out again.
@@ -109,8 +109,8 @@ fn notes_that_make_no_sense_are_refused() {
         (header(1, 4, u16::MAX, 0), 255, 4, "head 65535 of 4"),
     ] {
         let (file, bytes_long) = Inflight::create(1, 4).unwrap();
-        file.write_all_at(&bytes, VERSION_AT as u64).unwrap();
-        file.write_all_at(&[in_flight], HEADER as u64).unwrap();
+        file.write_all_at(&bytes, std::mem::offset_of!(Header, version) as u64).unwrap();
+        file.write_all_at(&[in_flight], size_of::<Header>() as u64).unwrap();
         let found = Inflight::open(file, bytes_long, 0, 1, 4)
             .and_then(|inflight| inflight.queue(0).unwrap().recover(used_idx));
         let error = found.unwrap_err().to_string();
