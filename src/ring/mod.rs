@@ -17,6 +17,7 @@ mod command;
 mod core;
 #[cfg(test)]
 pub mod double;
+mod flusher;
 mod sqe;
 mod task;
 mod uring;
@@ -24,6 +25,7 @@ mod uring;
 pub use self::core::{Core, Io, Park};
 pub use buffer::{Mapping, zeroes};
 pub use command::CommandRing;
+pub use flusher::set_io_flusher;
 /// A time for [`Sqe::Timeout`].
 pub use io_uring::types::Timespec;
 pub use sqe::{Cqe, Kind, Sqe, Target, UserData};

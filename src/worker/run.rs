@@ -9,7 +9,9 @@ use super::{Command, Habits, Reply, VringId};
 use crate::block::{Data, Errno, Flags, Op, Request};
 use crate::engine::{Attached, Volume, execute};
 use crate::frontend::{ublk, vhost_user};
-use crate::ring::{Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData};
+use crate::ring::{
+    Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData, set_io_flusher,
+};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
@@ -46,11 +48,7 @@ impl Run {
     /// Makes the calling thread a worker's.
     pub fn new(mailbox: &Arc<Mailbox>, habits: Habits) -> io::Result<Run> {
         let ring = Uring::new(Setup { buffers: BUFFERS, ..Setup::default() })?;
-        // The disks we serve may be where the kernel writes to when memory is short; a thread that it waits
-        // for must not itself wait for that. Needs CAP_SYS_RESOURCE; without it we serve all the same.
-        if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-            log::debug!("PR_SET_IO_FLUSHER: {error}");
-        }
+        set_io_flusher();
         Ok(Run { core: Core::new(ring), mailbox: mailbox.clone(), habits })
     }
 

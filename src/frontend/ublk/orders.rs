@@ -12,6 +12,7 @@ use super::error::{Error, Verb};
 use super::info;
 use super::params::Params;
 use crate::block::Errno;
+use crate::ring::set_io_flusher;
 use libublk::sys;
 use nix::sys::signal::SigSet;
 use std::io;
@@ -150,10 +151,8 @@ pub(super) fn delete(driver: &mut Driver, id: u32) -> Result<(), Failed> {
 fn spawn(body: impl FnOnce() + Send + 'static) -> Result<(), Error> {
     let body = || {
         block_signals();
-        // As for workers: a command may wait for I/O on the disk, and must not wait for memory meanwhile.
-        if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-            log::debug!("PR_SET_IO_FLUSHER: {error}");
-        }
+        // A command may wait for I/O on the disk, and must not wait for memory meanwhile.
+        set_io_flusher();
         body();
     };
     thread::Builder::new().name("ringblk-ublk".into()).spawn(body).map_err(Error::Thread)?;

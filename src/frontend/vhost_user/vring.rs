@@ -313,7 +313,7 @@ impl Vring {
     }
 
     fn give_up(&self, why: &str) {
-        log::error!("{}: vring {}: {why}: it is stopped", self.setup.device.name(), self.setup.index);
+        log::error!("{}: {why}: it is stopped", self.label());
         self.broken.set(true);
         self.again.borrow_mut().clear();
         if let Some(err) = &self.setup.err {
@@ -444,7 +444,7 @@ impl Vring {
                 state.parsed = Some(parsed);
             }
             Err(status) => {
-                log::debug!("{}: vring {}: {status:?}", self.setup.device.name(), self.setup.index);
+                log::debug!("{}: {status:?}", self.label());
                 self.finish(tag, state, status, 0);
             }
         }
@@ -511,7 +511,7 @@ impl<R: Ring> Source<R> for Vring {
             Ok(()) => Status::Ok,
             Err(Errno::EOPNOTSUPP) => Status::Unsupported,
             Err(errno) => {
-                log::debug!("{}: vring {}: {errno}", self.setup.device.name(), self.setup.index);
+                log::debug!("{}: {errno}", self.label());
                 Status::IoErr
             }
         };

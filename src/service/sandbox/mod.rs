@@ -15,6 +15,7 @@ mod landlock;
 mod plan;
 mod seccomp;
 
+use crate::ring::set_io_flusher;
 use serde::Deserialize;
 use std::fmt;
 use std::io;
@@ -81,10 +82,8 @@ pub fn enter(plan: &Plan) -> Result<SandboxStatus, Error> {
         return Ok(SandboxStatus { mode: plan.mode.to_string(), ..SandboxStatus::default() });
     }
     rustix::thread::set_no_new_privs(true).map_err(|errno| Error::new("no_new_privs")(errno.into()))?;
-    // Needs CAP_SYS_RESOURCE, and threads inherit it: see `worker::run`.
-    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-        log::debug!("PR_SET_IO_FLUSHER: {error}");
-    }
+    // While we may: the capability that it needs is given up below.
+    set_io_flusher();
     let landlock_abi = landlock::restrict(plan)?;
     let capabilities = capabilities::keep(plan).map_err(Error::new("capabilities"))?;
     let seccomp = seccomp::install(plan)?;
