@@ -6,7 +6,7 @@ use common::prepared::{Prepared, READ_4K, Shape};
 use ringblk::block::Size;
 use ringblk::engine::Volume;
 use ringblk::engine::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
-use ringblk::worker::{Habits, Worker};
+use ringblk::worker::{Habits, Lent, Worker};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::path::Path;
@@ -69,7 +69,7 @@ fn calls(config: &VolumeConfig, shape: Shape) -> Vec<u64> {
     let worker = Worker::start(7, habits).unwrap();
     let volume = Arc::new(Volume::open("cost", config).unwrap());
     let mut guest = Prepared::new(shape);
-    worker.link().start_vring(guest.setup(true), volume).unwrap();
+    worker.link().start_vring(guest.setup(true), Lent::new(volume, 1)).unwrap();
     let mut runs = Vec::new();
     while runs.last() != Some(&0) && runs.len() < 10 {
         COUNT.store(0, Relaxed);

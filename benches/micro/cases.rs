@@ -9,7 +9,7 @@ use ringblk::frontend::Source;
 use ringblk::frontend::ublk::{Asked, Descriptor, command};
 use ringblk::frontend::vhost_user::Vring;
 use ringblk::ring::{Core, Cqe, Ring, Sqe, Target, Tasks};
-use ringblk::worker::{Habits, Worker};
+use ringblk::worker::{Habits, Lent, Worker};
 use std::future::Future;
 use std::hint::black_box;
 use std::rc::Rc;
@@ -199,7 +199,7 @@ fn worker(config: VolumeConfig, shape: Shape, idle: usize) -> Box<dyn Run> {
     let start = || {
         let volume = Arc::new(Volume::open("bench", &config).unwrap());
         let mut guest = Prepared::new(shape);
-        worker.link().start_vring(guest.setup(false), volume).unwrap();
+        worker.link().start_vring(guest.setup(false), Lent::new(volume, 1)).unwrap();
         guest.batch_polled();
         guest
     };

@@ -3,6 +3,7 @@
 use super::backend::Backend;
 use super::file::FileOps;
 use super::grace::{Admitted, Grace};
+use super::losses::{Flusher, Losses};
 use super::memory::Memory;
 use super::nbd::NbdOps;
 use super::null::Null;
@@ -41,6 +42,55 @@ impl<R: Ring> Attached<R> {
     /// What becomes of the requests that the store fails.
     pub(super) fn policy(&self) -> &Policy {
         &self.policy
+    }
+
+    /// Where losses of acknowledged writes are kept; `None` where there can be none.
+    fn losses(&self) -> Option<&Losses> {
+        match &self.ops {
+            Ops::File(file) => Some(file.losses()),
+            Ops::Nbd(nbd) => Some(nbd.losses()),
+            Ops::Memory(_) | Ops::Null(_) => None,
+        }
+    }
+
+    /// Brings every write that completed before to stable storage, for a client that wants to know of each loss of
+    /// acknowledged writes that it was not told of.
+    ///
+    /// # Errors
+    /// The store's, or `EIO` for a loss that the store told somebody else.
+    pub(super) async fn flush_for(&self, io: &Io<R>, flusher: &Flusher) -> Result<(), Errno> {
+        let Some(losses) = self.losses() else { return Ok(()) };
+        let heard = flusher.heard();
+        match self.flush(io).await {
+            Ok(()) => {
+                let epoch = losses.settle(io).await;
+                if epoch == heard && !flusher.is_doubtful() {
+                    return Ok(());
+                }
+                flusher.hear(epoch);
+                Err(Errno::EIO)
+            }
+            // It is not told yet.
+            Err(errno) if self.may_flush_again(errno) && self.policy.covers(errno) => Err(errno),
+            Err(errno) => {
+                flusher.hear(losses.epoch());
+                Err(errno)
+            }
+        }
+    }
+
+    /// Losses of acknowledged writes so far.
+    pub(super) fn loss_epoch(&self) -> u64 {
+        self.losses().map_or(0, Losses::epoch)
+    }
+
+    /// Vouches for a durable write that the store has acknowledged, and that began when there were `before` losses.
+    ///
+    /// # Errors
+    /// `EIO` when writes were lost meanwhile, which may be these.
+    pub(super) async fn vouch(&self, io: &Io<R>, before: u64) -> Result<(), Errno> {
+        let Some(losses) = self.losses() else { return Ok(()) };
+        if losses.settle(io).await == before { Ok(()) } else { Err(Errno::EIO) }
     }
 
     /// Whether a flush that failed so may be tried again: it never left, and what it was to cover is still known.

@@ -5,12 +5,15 @@
 
 use super::backend::Backend;
 use super::policy::{Attempts, What};
-use super::{Attached, transfer};
+use super::{Attached, Flusher, transfer};
 use crate::block::{Data, Errno, Op, Request, SECTOR};
 use crate::ring::{Io, Ring};
 
 /// Carries `request` out, wholly or with the error that stopped it. Where the volume's [policy](super::policy) says
 /// so, what the store fails is tried again, after a time or after a word from outside.
+///
+/// `flusher` is whose request it is: a flush of its succeeds only if no acknowledged write was lost since the last that it
+/// was told of, and a write with FUA only if none was lost meanwhile.
 ///
 /// # Errors
 /// `EROFS` for a change to a read-only export, `ENOSPC` for a write and `EIO` for anything else past the
@@ -19,9 +22,11 @@ use crate::ring::{Io, Ring};
 pub async fn execute<R: Ring>(
     volume: &Attached<R>,
     io: &Io<R>,
+    flusher: &Flusher,
     request: &mut Request<'_>,
 ) -> Result<(), Errno> {
     let policy = volume.policy();
+    let lost_before = volume.loss_epoch();
     if policy.is_stopped() {
         // Boxed, as all that is rare: a slot's future has no room for it.
         Box::pin(queue_up(volume, io, request)).await?;
@@ -37,14 +42,28 @@ pub async fn execute<R: Ring>(
         Err(errno) if policy.covers(errno) => Box::pin(change_again(volume, io, request, errno)).await?,
         other => other?,
     }
-    if !syncs(volume, request) {
-        return Ok(());
-    }
-    match volume.flush(io).await {
-        Err(errno) if policy.covers(errno) && volume.may_flush_again(errno) => {
-            Box::pin(flush_again(volume, io, request, errno)).await
+    if syncs(volume, request) {
+        match flush(volume, io, flusher, request).await {
+            Err(errno) if policy.covers(errno) && volume.may_flush_again(errno) => {
+                Box::pin(flush_again(volume, io, flusher, request, errno)).await?;
+            }
+            other => other?,
         }
-        other => other,
+    }
+    if request.flags.fua { volume.vouch(io, lost_before).await } else { Ok(()) }
+}
+
+/// The flush that a request ends with.
+async fn flush<R: Ring>(
+    volume: &Attached<R>,
+    io: &Io<R>,
+    flusher: &Flusher,
+    request: &Request<'_>,
+) -> Result<(), Errno> {
+    match request.op {
+        Op::Flush => volume.flush_for(io, flusher).await,
+        // Its own write is all that it tells of.
+        _ => volume.flush(io).await,
     }
 }
 
@@ -114,13 +133,14 @@ async fn change_again<R: Ring>(
 async fn flush_again<R: Ring>(
     volume: &Attached<R>,
     io: &Io<R>,
+    flusher: &Flusher,
     request: &Request<'_>,
     mut errno: Errno,
 ) -> Result<(), Errno> {
     let (policy, what, mut attempts) = (volume.policy(), What::of(request, io), Attempts::new());
     loop {
         policy.failed(io, what, errno, &mut attempts).await?;
-        match volume.flush(io).await {
+        match flush(volume, io, flusher, request).await {
             Err(again) if policy.covers(again) && volume.may_flush_again(again) => errno = again,
             other => return other,
         }

@@ -15,6 +15,7 @@ pub mod config;
 mod execute;
 mod file;
 mod grace;
+mod losses;
 mod memory;
 pub mod nbd;
 mod null;
@@ -27,6 +28,7 @@ mod volume;
 
 pub use attached::Attached;
 pub use execute::execute;
+pub use losses::{Flusher, Flushers};
 pub use policy::PolicyState;
 pub use resize::{Exports, ResizeError, Resized};
 pub use volume::{OpenError, Volume};

@@ -1,12 +1,13 @@
 //! The volumes against a byte array, over the ring double and over the kernel's ring.
 
 mod crash;
+mod losses;
 mod model;
 mod policy;
 mod resize;
 
 use super::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
-use super::{Attached, Volume};
+use super::{Attached, Flusher, Volume};
 use crate::block::{Data, Errno, Flags, Op, Request, Size};
 use crate::ring::double::{Double, Faults, Random, get, put};
 use crate::ring::{Core, Mapping, Setup, Sqe, Uring};
@@ -86,7 +87,7 @@ fn a_large_transfer_of_memory_lets_others_pass() {
     for (name, op, memory) in [("large", Op::Write, &from), ("small", Op::Read, &small)] {
         let (attached, order, mut request) = (attached.clone(), order.clone(), transfer(op, 0, memory));
         tasks.add(|io| async move {
-            super::execute(&attached, &io, &mut request).await.unwrap();
+            super::execute(&attached, &io, &Flusher::default(), &mut request).await.unwrap();
             order.borrow_mut().push(name);
         });
     }

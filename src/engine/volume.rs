@@ -3,6 +3,7 @@
 use super::attached::{Attached, Ops};
 use super::config::{PolicyConfig, VolumeConfig};
 use super::file::{self, FileOps, FileVolume};
+use super::losses::Losses;
 use super::memory::{self, Memory};
 use super::nbd::{self, NbdOps, NbdVolume};
 use super::null::Null;
@@ -171,6 +172,15 @@ impl Volume {
     /// worker carries out itself it can only do with memory of its own: ext4's buffered writes take half as long so.
     pub fn prefers_registered(&self) -> bool {
         matches!(&self.store, Store::File(file) if file.is_direct())
+    }
+
+    /// Losses of acknowledged writes; `None` where there can be none.
+    pub(super) fn losses(&self) -> Option<&Losses> {
+        match &self.store {
+            Store::File(file) => Some(file.losses()),
+            Store::Nbd(nbd) => Some(nbd.losses()),
+            Store::Memory(_) | Store::Null => None,
+        }
     }
 
     /// Lends it to the worker `core` belongs to, for an export that is `read_only` or not.

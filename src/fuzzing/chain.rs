@@ -6,7 +6,7 @@
 
 use super::Input;
 use crate::engine::config::{MemoryConfig, NullConfig, VolumeConfig};
-use crate::engine::{Attached, Volume, execute};
+use crate::engine::{Attached, Flusher, Volume, execute};
 use crate::frontend::Source;
 use crate::frontend::vhost_user::{CallFd, Device, Inflight, Memory, Vring, VringSetup};
 use crate::ring::{Core, Io, Setup, Tasks, Uring};
@@ -487,7 +487,7 @@ async fn serve(
             parked.borrow_mut().push_back(tag);
             io.park().await;
         }
-        let result = execute(&volume, &io, &mut request).await;
+        let result = execute(&volume, &io, &Flusher::default(), &mut request).await;
         Source::<Uring>::complete(&*vring, tag, &mut state, result);
     }
 }

@@ -15,7 +15,7 @@ use super::status::{SandboxStatus, VolumeStatus};
 use crate::block::Errno;
 use crate::engine::{OpenError, Volume};
 use crate::frontend::ublk::StableName;
-use crate::worker::{Habits, Link, Worker};
+use crate::worker::{Habits, Lent, Link, Worker};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -123,6 +123,8 @@ struct Shared {
     /// The export that is being stopped.
     leaving: Mutex<Option<String>>,
     volumes: BTreeMap<String, Arc<Volume>>,
+    /// The same for flushes of our own.
+    lent: Vec<Lent>,
     volume_status: Vec<VolumeStatus>,
     workers: Mutex<Vec<Worker>>,
     worker_count: usize,
@@ -178,6 +180,7 @@ impl Service {
                 .iter()
                 .map(|(name, of)| managed::volume_status(&volumes[name], of))
                 .collect(),
+            lent: volumes.values().map(|volume| Lent::new(volume.clone(), 1)).collect(),
             volumes,
             workers: Mutex::new(workers),
             worker_count: count,
@@ -296,17 +299,23 @@ impl Shared {
             }
         }
         let mut result = Ok(());
-        for (name, volume) in &self.volumes {
-            let link = lock(&self.workers).first().map(|worker| worker.link().clone());
+        for lent in &self.lent {
+            let (name, volume) = (lent.volume.name(), &lent.volume);
+            let link = {
+                let workers = lock(&self.workers);
+                // Where a single connection has the writes, it alone can vouch for them.
+                let at = self.single_worker(volume).unwrap_or(0) % workers.len().max(1);
+                workers.get(at).map(|worker| worker.link().clone())
+            };
             let Some(link) = link else { break };
             if volume.geometry().read_only || !volume.geometry().volatile_cache {
                 continue;
             }
             // A flush without an answer is a flush that failed: what was acknowledged may not be on stable storage.
-            let answer = link.flush(volume.clone()).recv_timeout(STOP_LIMIT);
+            let answer = link.flush(lent.clone()).recv_timeout(STOP_LIMIT);
             if let Err(source) = answer.unwrap_or(Err(Errno::ETIMEDOUT)) {
                 log::error!("volume {name}: flush: {source}");
-                result = Err(Error::Flush { name: name.clone(), source });
+                result = Err(Error::Flush { name: name.into(), source });
             }
         }
         if !left.is_empty() {

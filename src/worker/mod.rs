@@ -13,7 +13,7 @@ mod slot;
 mod watch;
 
 use crate::block::Errno;
-use crate::engine::Volume;
+use crate::engine::{Flushers, Volume};
 use crate::frontend::{ublk, vhost_user};
 use mailbox::Mailbox;
 use std::io;
@@ -43,14 +43,23 @@ pub struct Link {
     mailbox: Arc<Mailbox>,
 }
 
+/// A volume, and who of an export uses it.
+#[derive(Clone)]
+pub struct Lent {
+    /// What is used.
+    pub volume: Arc<Volume>,
+    /// The flushers of the export, one for each of its queues.
+    pub flushers: Arc<Flushers>,
+}
+
 /// What a worker is told. Every command but the last two is answered, once.
 enum Command {
-    AddUblk { setup: ublk::QueueSetup, volume: Arc<Volume>, ready: Reply<io::Result<()>>, ended: Reply<()> },
-    StartVring { setup: vhost_user::VringSetup, volume: Arc<Volume>, reply: Reply<io::Result<VringId>> },
+    AddUblk { setup: ublk::QueueSetup, lent: Lent, ready: Reply<io::Result<()>>, ended: Reply<()> },
+    StartVring { setup: vhost_user::VringSetup, lent: Lent, reply: Reply<io::Result<VringId>> },
     StopVring { id: VringId, reply: Reply<Option<u16>> },
     EnableVring { id: VringId, enabled: bool, reply: Reply<()> },
     CallVring { id: VringId, call: Option<vhost_user::CallFd>, reply: Reply<()> },
-    Flush { volume: Arc<Volume>, reply: Reply<Result<(), Errno>> },
+    Flush { lent: Lent, reply: Reply<Result<(), Errno>> },
     Drain { volume: Arc<Volume>, limit: Duration, reply: Reply<bool> },
     Abandon,
     Quit,
@@ -71,6 +80,14 @@ impl<T> Reply<T> {
 
     fn send(self, answer: T) {
         let _ = self.0.send(answer);
+    }
+}
+
+impl Lent {
+    /// The volume for a new export of so many queues.
+    pub fn new(volume: Arc<Volume>, queues: u16) -> Lent {
+        let flushers = Arc::new(Flushers::new(&volume, queues));
+        Lent { volume, flushers }
     }
 }
 
@@ -124,9 +141,9 @@ impl Link {
     ///
     /// # Errors
     /// When the queue's memory cannot be had.
-    pub fn add_ublk(&self, setup: ublk::QueueSetup, volume: Arc<Volume>) -> io::Result<Receiver<()>> {
+    pub fn add_ublk(&self, setup: ublk::QueueSetup, lent: Lent) -> io::Result<Receiver<()>> {
         let (ended, end) = Reply::pair();
-        self.ask(|ready| Command::AddUblk { setup, volume, ready, ended })??;
+        self.ask(|ready| Command::AddUblk { setup, lent, ready, ended })??;
         Ok(end)
     }
 
@@ -134,8 +151,8 @@ impl Link {
     ///
     /// # Errors
     /// When its memory cannot be had.
-    pub fn start_vring(&self, setup: vhost_user::VringSetup, volume: Arc<Volume>) -> io::Result<VringId> {
-        self.ask(|reply| Command::StartVring { setup, volume, reply })?
+    pub fn start_vring(&self, setup: vhost_user::VringSetup, lent: Lent) -> io::Result<VringId> {
+        self.ask(|reply| Command::StartVring { setup, lent, reply })?
     }
 
     /// Stops taking requests from a vring; what it returns hears the index of the next one when the last
@@ -162,11 +179,11 @@ impl Link {
         self.ask(|reply| Command::CallVring { id, call, reply })
     }
 
-    /// Brings every write to `volume` that was acknowledged, on any worker, to stable storage. What it
-    /// returns hears how that went.
-    pub fn flush(&self, volume: Arc<Volume>) -> Receiver<Result<(), Errno>> {
+    /// Brings every write to a volume that was acknowledged, on any worker, to stable storage, for the first of the
+    /// flushers. What it returns hears how that went.
+    pub fn flush(&self, lent: Lent) -> Receiver<Result<(), Errno>> {
         let (reply, answer) = Reply::pair();
-        self.mailbox.post(Command::Flush { volume, reply });
+        self.mailbox.post(Command::Flush { lent, reply });
         answer
     }
 

@@ -3,9 +3,9 @@
 use super::affinity::Affinity;
 use super::mailbox::Mailbox;
 use super::patience::Patience;
-use super::slot::{Queue, Seat, sit};
+use super::slot::{Client, Queue, Seat, sit};
 use super::watch::{Watch, Watchdog};
-use super::{Command, Habits, Reply, VringId};
+use super::{Command, Habits, Lent, Reply, VringId};
 use crate::block::{Data, Errno, Flags, Op, Request};
 use crate::engine::{Attached, Volume, execute};
 use crate::frontend::{ublk, vhost_user};
@@ -16,8 +16,8 @@ use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::rc::{Rc, Weak};
-use std::sync::Arc;
+use std::rc::Rc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// Registered buffers a worker has room for: the tags of its zero-copy ublk queues. The kernel's limit is
@@ -28,6 +28,7 @@ const BUFFERS: u32 = 4096;
 struct Place {
     queue: Queue,
     volume: Rc<Attached<Uring>>,
+    client: Client,
     /// The slot of each tag. A vring's are made as its depth is first reached: an idle one has none.
     slots: Vec<u32>,
     /// What each of them is at.
@@ -84,8 +85,9 @@ struct Loop<F, M> {
     affinity: Affinity,
     patience: Patience,
     watchdog: Watchdog,
-    /// Volumes in use here: the queues of one share what it keeps for a worker.
-    attached: Vec<(std::sync::Weak<Volume>, Weak<Attached<Uring>>)>,
+    /// Volumes that are or were in use here: the queues of one share what it keeps for a worker. That lives as long as the
+    /// volume, because a connection may have to vouch for writes when all queues are gone that brought them.
+    attached: Vec<(Weak<Volume>, Rc<Attached<Uring>>)>,
     /// Vrings to look at in each pass: kicked, or with requests in flight. Idle ones cost nothing.
     active: Vec<u32>,
     /// Vrings that drain.
@@ -175,6 +177,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         for at in 0..self.places.len() {
             self.remove(at as u32);
         }
+        self.attached.clear();
         let mut over = false;
         while !over && self.core.in_flight() > 0 {
             self.tasks.run_ready();
@@ -200,11 +203,11 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         }
         for command in self.mailbox.take() {
             match command {
-                Command::AddUblk { setup, volume, ready, ended } => {
-                    ready.send(self.add_ublk(setup, &volume, ended));
+                Command::AddUblk { setup, lent, ready, ended } => {
+                    ready.send(self.add_ublk(setup, lent, ended));
                 }
-                Command::StartVring { setup, volume, reply } => {
-                    reply.send(self.start_vring(setup, &volume));
+                Command::StartVring { setup, lent, reply } => {
+                    reply.send(self.start_vring(setup, lent));
                 }
                 Command::StopVring { id, reply } => match self.vring(id.0) {
                     Some(vring) => {
@@ -226,30 +229,29 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     }
                     reply.send(());
                 }
-                Command::Flush { volume, reply } => self.flush(&volume, reply),
+                Command::Flush { lent, reply } => self.flush(lent, reply),
                 Command::Drain { volume, limit, reply } => self.drain(&volume, limit, reply),
                 Command::Abandon => {
-                    self.attached.iter().filter_map(|(_, of)| of.upgrade()).for_each(|of| of.abandon());
+                    self.attached.iter().for_each(|(_, attached)| attached.abandon());
                 }
                 Command::Quit => self.quit = true,
             }
         }
     }
 
-    fn flush(&mut self, volume: &Arc<Volume>, reply: Reply<Result<(), Errno>>) {
-        let attached = self.attach(volume, false);
+    fn flush(&mut self, lent: Lent, reply: Reply<Result<(), Errno>>) {
+        let attached = self.attach(&lent.volume, false);
         self.core.spawn(|io| async move {
             let mut request =
                 Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data: Data::None };
-            reply.send(execute(&attached, &io, &mut request).await);
+            reply.send(execute(&attached, &io, lent.flushers.queue(0), &mut request).await);
         });
     }
 
     fn drain(&mut self, volume: &Arc<Volume>, limit: Duration, reply: Reply<bool>) {
-        let ours = |of: &std::sync::Weak<Volume>| of.as_ptr() == Arc::as_ptr(volume);
-        let used =
-            self.attached.iter().filter(|(of, _)| ours(of)).filter_map(|(_, attached)| attached.upgrade());
-        let used: Vec<_> = used.collect();
+        let ours = |of: &Weak<Volume>| of.as_ptr() == Arc::as_ptr(volume);
+        let used: Vec<_> =
+            self.attached.iter().filter(|(of, _)| ours(of)).map(|(_, at)| at.clone()).collect();
         self.core.spawn(|io| async move {
             let mut drained = true;
             for attached in used {
@@ -261,30 +263,25 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
 
     /// The volume as this worker uses it: one for all its queues here.
     fn attach(&mut self, volume: &Arc<Volume>, read_only: bool) -> Rc<Attached<Uring>> {
-        self.attached.retain(|(_, attached)| attached.strong_count() > 0);
-        let same = self.attached.iter().find_map(|(of, attached)| {
-            let attached = attached.upgrade()?;
-            let is = of.as_ptr() == Arc::as_ptr(volume)
-                && attached.geometry().read_only == (read_only || volume.geometry().read_only);
-            is.then_some(attached)
+        self.attached.retain(|(of, _)| of.strong_count() > 0);
+        let same = self.attached.iter().find(|(of, attached)| {
+            of.as_ptr() == Arc::as_ptr(volume)
+                && attached.geometry().read_only == (read_only || volume.geometry().read_only)
         });
-        same.unwrap_or_else(|| {
-            let attached = Rc::new(volume.attach(&self.core, read_only));
-            self.attached.push((Arc::downgrade(volume), Rc::downgrade(&attached)));
-            attached
-        })
+        if let Some((_, attached)) = same {
+            return attached.clone();
+        }
+        let attached = Rc::new(volume.attach(&self.core, read_only));
+        self.attached.push((Arc::downgrade(volume), attached.clone()));
+        attached
     }
 
-    fn add_ublk(
-        &mut self,
-        setup: ublk::QueueSetup,
-        volume: &Arc<Volume>,
-        ended: Reply<()>,
-    ) -> io::Result<()> {
-        let attached = self.attach(volume, setup.read_only);
+    fn add_ublk(&mut self, setup: ublk::QueueSetup, lent: Lent, ended: Reply<()>) -> io::Result<()> {
+        let attached = self.attach(&lent.volume, setup.read_only);
+        let client = Client { flushers: lent.flushers, queue: setup.queue.into() };
         let queue = Rc::new(ublk::Queue::new(&self.core, setup)?);
         let depth = queue.depth();
-        let place = self.place(Queue::Ublk(queue), attached, Some(ended));
+        let place = self.place(Queue::Ublk(queue), attached, client, Some(ended));
         for tag in 0..depth {
             self.add_slot(place, tag);
         }
@@ -292,20 +289,28 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         self.core.ring().enter(false)
     }
 
-    fn start_vring(&mut self, setup: vhost_user::VringSetup, volume: &Arc<Volume>) -> io::Result<VringId> {
-        let attached = self.attach(volume, setup.read_only);
+    fn start_vring(&mut self, setup: vhost_user::VringSetup, lent: Lent) -> io::Result<VringId> {
+        let attached = self.attach(&lent.volume, setup.read_only);
+        let client = Client { flushers: lent.flushers, queue: setup.index };
         self.kicks = self.kicks.wrapping_add(1);
         let vring = Rc::new(vhost_user::Vring::new(setup)?);
-        let place = self.place(Queue::Vring(vring.clone()), attached, None);
+        client.flushers.start(&lent.volume, vring.next_avail() == 0);
+        let place = self.place(Queue::Vring(vring.clone()), attached, client, None);
         vring.arm_kick(self.core.ring(), UserData::new(Kind::Kick, self.kicks, place));
         // Requests may have been made available before the kick descriptor was ours.
         self.activate(place);
         Ok(VringId(place))
     }
 
-    fn place(&mut self, queue: Queue, volume: Rc<Attached<Uring>>, ended: Option<Reply<()>>) -> u32 {
-        let place =
-            Place { queue, volume, slots: Vec::new(), watches: Vec::new(), alive: Rc::default(), ended };
+    fn place(
+        &mut self,
+        queue: Queue,
+        volume: Rc<Attached<Uring>>,
+        client: Client,
+        ended: Option<Reply<()>>,
+    ) -> u32 {
+        let (slots, watches, alive) = (Vec::new(), Vec::new(), Rc::default());
+        let place = Place { queue, volume, client, slots, watches, alive, ended };
         let free = self.places.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.places.push(None);
@@ -327,6 +332,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                 io,
                 queue: place.queue.clone(),
                 volume: place.volume.clone(),
+                client: place.client.clone(),
                 tag,
                 watch,
                 place: index,
@@ -427,6 +433,9 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     fn remove(&mut self, at: u32) -> Option<Place> {
         let place = self.places[at as usize].take()?;
         self.active.retain(|active| *active != at);
+        if let Queue::Vring(_) = place.queue {
+            place.client.flushers.stop();
+        }
         for slot in &place.slots {
             self.tasks.remove(*slot);
         }

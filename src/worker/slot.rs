@@ -1,11 +1,12 @@
 //! A slot: one request after the other, for as long as its queue lives. Here a door meets a volume.
 
 use super::watch::Watch;
-use crate::engine::{Attached, execute};
+use crate::engine::{Attached, Flusher, Flushers, execute};
 use crate::frontend::{Source, ublk, vhost_user};
 use crate::ring::{Io, Uring};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// A queue of either door.
 #[derive(Clone)]
@@ -24,11 +25,25 @@ impl Queue {
     }
 }
 
+/// Whose requests a queue brings: one of the flushers of its export.
+#[derive(Clone)]
+pub(super) struct Client {
+    pub flushers: Arc<Flushers>,
+    pub queue: usize,
+}
+
+impl Client {
+    pub fn flusher(&self) -> &Flusher {
+        self.flushers.queue(self.queue)
+    }
+}
+
 /// What a slot's future is made from.
 pub(super) struct Seat {
     pub io: Io<Uring>,
     pub queue: Queue,
     pub volume: Rc<Attached<Uring>>,
+    pub client: Client,
     pub tag: u16,
     pub watch: Rc<Watch>,
     pub place: u32,
@@ -40,12 +55,13 @@ pub(super) struct Seat {
 
 /// A slot's life. Everything that happens to a request happens on its way through here.
 async fn serve<S: Source<Uring>>(seat: &Seat, source: &S) {
-    let Seat { io, volume, tag, watch, .. } = seat;
+    let Seat { io, volume, client, tag, watch, .. } = seat;
+    let flusher = client.flusher();
     let (tag, mut state) = (*tag, S::State::default());
     io.set_tag(tag);
     while let Some(mut request) = source.next(io, tag, &mut state).await {
         watch.begin(&request);
-        let result = execute(volume, io, &mut request).await;
+        let result = execute(volume, io, flusher, &mut request).await;
         watch.end();
         source.complete(tag, &mut state, result);
     }

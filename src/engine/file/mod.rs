@@ -8,6 +8,7 @@ mod probe;
 pub(super) use ops::FileOps;
 
 use super::config::FileConfig;
+use super::losses::Losses;
 use crate::block::{Geometry, GeometryError};
 use probe::{Kind, Store};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -21,6 +22,8 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub struct FileVolume {
     file: Arc<File>,
+    /// Write-backs that failed, which the kernel tells one user of the open file.
+    losses: Arc<Losses>,
     kind: Kind,
     /// Alignment a direct transfer's memory must have; 1 for buffered I/O, which takes any.
     memory_alignment: u32,
@@ -104,6 +107,7 @@ impl FileVolume {
         geometry.dma_alignment = store.memory_alignment;
         let volume = FileVolume {
             file: Arc::new(file),
+            losses: Arc::default(),
             kind: store.kind,
             memory_alignment: store.memory_alignment,
             length_alignment: store.logical_block,
@@ -117,6 +121,11 @@ impl FileVolume {
     /// Whether it goes past the page cache.
     pub fn is_direct(&self) -> bool {
         self.memory_alignment > 1
+    }
+
+    /// Losses of acknowledged writes.
+    pub(super) fn losses(&self) -> &Losses {
+        &self.losses
     }
 
     /// Whether its length is ours to change: a block device's is not.

@@ -5,6 +5,7 @@ use super::inline::Inline;
 use super::probe::Kind;
 use crate::block::{Data, Errno};
 use crate::engine::backend::Backend;
+use crate::engine::losses::Losses;
 use crate::engine::transfer::{self, By, Direction};
 use crate::ring::{Core, Io, Mapping, Ring, Sqe, Target};
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
@@ -34,6 +35,23 @@ impl<R: Ring> FileOps<R> {
         let plain = Target::Fd(volume.file.as_raw_fd());
         let inline = Inline::new(volume.reads_wait, volume.writes_wait());
         FileOps { core: core.clone(), volume, target, plain, inline }
+    }
+
+    /// See [`Losses`].
+    pub fn losses(&self) -> &Losses {
+        self.volume.losses()
+    }
+
+    /// An operation that the kernel may answer with the failed write-back of other writes: then they are lost.
+    async fn sync(&self, operation: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
+        let _sync = self.losses().begin();
+        let result = operation.await;
+        if let Err(errno) = result
+            && tells_of_loss(errno)
+        {
+            self.losses().report();
+        }
+        result
     }
 
     /// Whether direct I/O takes the ranges as they are. Guests of our time always align theirs; firmware and
@@ -136,6 +154,11 @@ impl<R: Ring> FileOps<R> {
     }
 }
 
+/// Whether an error of a sync may be of writes that were acknowledged before. The others are answers to the request itself.
+fn tells_of_loss(errno: Errno) -> bool {
+    !matches!(errno, Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EFAULT | Errno::EROFS)
+}
+
 impl<R: Ring> Backend<R> for FileOps<R> {
     async fn read(&self, io: &Io<R>, data: &mut Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
         self.transfer(io, Direction::Read, data, len, offset).await
@@ -149,17 +172,18 @@ impl<R: Ring> Backend<R> for FileOps<R> {
         offset: u64,
         fua: bool,
     ) -> Result<(), Errno> {
-        let rw_flags = if fua { RWF_DSYNC } else { 0 };
-        self.transfer(io, Direction::Write { rw_flags }, data, len, offset).await
+        if fua {
+            let direction = Direction::Write { rw_flags: RWF_DSYNC };
+            return self.sync(self.transfer(io, direction, data, len, offset)).await;
+        }
+        self.transfer(io, Direction::Write { rw_flags: 0 }, data, len, offset).await
     }
 
     /// `fdatasync`, which also tells a block device to empty its cache. An error is reported once by the
     /// kernel and once by us: it is never tried again, because a second call would succeed over lost data.
     async fn flush(&self, io: &Io<R>) -> Result<(), Errno> {
-        match Errno::split(io.submit(&Sqe::Fdatasync { file: self.target }).await) {
-            Ok(_) => Ok(()),
-            Err(errno) => Err(errno),
-        }
+        self.sync(async { Errno::split(io.submit(&Sqe::Fdatasync { file: self.target }).await).map(drop) })
+            .await
     }
 
     async fn discard(&self, io: &Io<R>, offset: u64, len: u64) -> Result<(), Errno> {

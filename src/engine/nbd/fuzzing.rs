@@ -9,6 +9,7 @@ use super::protocol::*;
 use super::{NbdOps, NbdVolume, Remote, geometry};
 use crate::block::{Data, Errno};
 use crate::engine::backend::Backend;
+use crate::engine::losses::Losses;
 use crate::fuzzing::Input;
 use crate::ring::{Core, Io, Mapping, Ring, Setup, Tasks, Uring};
 use std::cell::Cell;
@@ -101,6 +102,7 @@ fn transmission(input: &mut Input) {
         })),
         export,
         ledger: Ledger::default(),
+        losses: Losses::default(),
     };
     let volume = NbdVolume { remote: Arc::new(remote) };
     let mut client = Client::new(&volume);

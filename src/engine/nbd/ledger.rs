@@ -10,8 +10,8 @@
 //!   connection was there before the server that took the write was seen to fail, and is still there; so its
 //!   server is the same one, or shares its cache, which is what `NBD_FLAG_CAN_MULTI_CONN` promises.
 //! - Where the worker that flushes has no such connection left, the writes may be lost. The flush fails with
-//!   `EIO`, once for each user of the volume (as `fsync(2)` does for each open file), and the books are closed
-//!   over them.
+//!   `EIO`, the books are closed over them, and every other user of the volume hears of it
+//!   ([`losses`](crate::engine::losses)).
 //!
 //! A write belongs to the era it was sent in and not to that of its acknowledgement, because acknowledgements
 //! from a dead server may still lie in one socket when another one has already told its death.
@@ -40,8 +40,6 @@ struct Books {
     acknowledged: u64,
     /// Of each era with unflushed writes, the last of them; eras in order.
     unflushed: Vec<(u64, u64)>,
-    /// How often writes were given up as lost.
-    losses: u64,
 }
 
 /// What a flush has to cover.
@@ -101,16 +99,9 @@ impl Ledger {
         self.books().unflushed.retain(|&(_, last)| last > debt.upto);
     }
 
-    /// Nobody can vouch for this debt any more: it is given up, and each user hears of it once.
+    /// Nobody can vouch for this debt any more: it is given up. After everybody was told.
     pub fn give_up(&self, debt: Debt) {
-        let mut books = self.books();
-        books.unflushed.retain(|&(_, last)| last > debt.upto);
-        books.losses += 1;
-    }
-
-    /// Counts up whenever writes were given up. A user that sees it change has not heard of a loss yet.
-    pub fn losses(&self) -> u64 {
-        self.books().losses
+        self.flushed(debt);
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -147,7 +138,6 @@ mod tests {
         ledger.acknowledge(ledger.era());
         assert!(!ledger.debt().covered_by(1), "the new write does not hide the old one");
         ledger.give_up(ledger.debt());
-        assert_eq!(ledger.losses(), 1);
         ledger.acknowledge(1);
         assert!(ledger.debt().covered_by(1));
     }

@@ -47,6 +47,7 @@ pub use connect::Address as Server;
 pub(super) use ops::NbdOps;
 
 use super::config::NbdConfig;
+use super::losses::Losses;
 use crate::block::{DiscardLimits, Geometry, GeometryError};
 use connect::{Address, Connected};
 use handshake::Export;
@@ -140,6 +141,7 @@ struct Remote {
     /// The most bytes in a read or write.
     max_payload: u32,
     ledger: Ledger,
+    losses: Losses,
     /// The connection made at open, until a worker takes it.
     first: Mutex<Option<Connected>>,
 }
@@ -177,9 +179,15 @@ impl NbdVolume {
             max_payload: export.blocks.maximum.min(MAX_PAYLOAD) & !(geometry.logical_block - 1),
             export,
             ledger: Ledger::default(),
+            losses: Losses::default(),
             first: Mutex::new(Some(connected)),
         };
         Ok((NbdVolume { remote: Arc::new(remote) }, geometry))
+    }
+
+    /// Losses of acknowledged writes.
+    pub(super) fn losses(&self) -> &Losses {
+        &self.remote.losses
     }
 
     /// Whether the server keeps several connections coherent, so that several workers may use it.

@@ -8,8 +8,8 @@ use super::protocol::*;
 use super::{MAX_RANGE, NbdVolume, Remote};
 use crate::block::{Data, Errno, Iovec};
 use crate::engine::backend::Backend;
+use crate::engine::losses::Losses;
 use crate::ring::{Core, Io, Ring};
-use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -17,8 +17,6 @@ use std::sync::Arc;
 pub struct NbdOps<R: Ring> {
     remote: Arc<Remote>,
     pub(super) pool: Rc<Pool<R>>,
-    /// Losses of unflushed writes that our users know of, or that were before their time.
-    known_losses: Cell<u64>,
 }
 
 impl<R: Ring> NbdOps<R> {
@@ -26,8 +24,12 @@ impl<R: Ring> NbdOps<R> {
     pub fn new(core: &Rc<Core<R>>, volume: &NbdVolume) -> NbdOps<R> {
         let remote = volume.remote.clone();
         let pool = Pool::join(core, &remote);
-        let known_losses = Cell::new(remote.ledger.losses());
-        NbdOps { remote, pool, known_losses }
+        NbdOps { remote, pool }
+    }
+
+    /// See [`Losses`].
+    pub fn losses(&self) -> &Losses {
+        &self.remote.losses
     }
 
     /// Ends its connections, and with them every request, with an error.
@@ -41,12 +43,20 @@ impl<R: Ring> NbdOps<R> {
         loop {
             let connection = self.pool.any(io).await?;
             let era = self.remote.ledger.era();
+            // The server answers a durable write as its own `fsync(2)` ended, which may tell of other writes.
+            let durable = request.flags & NBD_CMD_FLAG_FUA != 0;
+            let _sync = durable.then(|| self.losses().begin());
             match connection.transact(io, request, data, skip).await {
                 Ok(()) => {
                     self.book(request, era);
                     return Ok(());
                 }
-                Err(Failure::Server(errno)) => return Err(errno),
+                Err(Failure::Server(errno)) => {
+                    if durable {
+                        self.losses().report();
+                    }
+                    return Err(errno);
+                }
                 Err(Failure::Lost) => self.pool.again(&mut lost)?,
             }
         }
@@ -98,12 +108,6 @@ impl<R: Ring> NbdOps<R> {
         }
         Ok(())
     }
-
-    /// Fails once for each loss of writes that this user was not told of.
-    fn tell_losses(&self) -> Result<(), Errno> {
-        let losses = self.remote.ledger.losses();
-        if self.known_losses.replace(losses) == losses { Ok(()) } else { Err(Errno::EIO) }
-    }
 }
 
 impl<R: Ring> Backend<R> for NbdOps<R> {
@@ -135,7 +139,6 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
         let request = Request { flags: 0, command: Command::NBD_CMD_FLUSH, offset: 0, length: 0 };
         let mut lost = None;
         loop {
-            self.tell_losses()?;
             // Whether there is one at all; which one depends on the debt at that time.
             self.pool.any(io).await?;
             let debt = ledger.debt();
@@ -144,16 +147,21 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
                     "{:?}: writes that were not flushed may be lost with their connection",
                     self.remote.address
                 );
+                // In this order: a flush that finds the books closed finds the loss, too.
+                self.losses().report();
                 ledger.give_up(debt);
-                continue;
+                return Err(Errno::EIO);
             };
+            let _sync = self.losses().begin();
             match connection.transact(io, &request, &[], 0).await {
                 Ok(()) => {
                     ledger.flushed(debt);
-                    // Another user may have found writes lost that were ours too.
-                    return self.tell_losses();
+                    return Ok(());
                 }
-                Err(Failure::Server(errno)) => return Err(errno),
+                Err(Failure::Server(errno)) => {
+                    self.losses().report();
+                    return Err(errno);
+                }
                 Err(Failure::Lost) => self.pool.again(&mut lost)?,
             }
         }

@@ -12,7 +12,7 @@ use super::{Error, NbdVolume};
 use crate::block::{Data, Errno, Flags, Geometry, Op, Request};
 use crate::engine::backend::Backend;
 use crate::engine::config::{NbdConfig, OnError, PolicyConfig, VolumeConfig};
-use crate::engine::{Volume, execute};
+use crate::engine::{Flusher, Flushers, Volume, execute};
 use bench::*;
 use server::{ALL_FLAGS, Fault, Manners, Server};
 use std::cell::{Cell, RefCell};
@@ -308,7 +308,7 @@ fn a_policy_outlasts_a_restart() {
             let sectors = if op == Op::Flush { 0 } else { 8 };
             let (flags, data) = (Flags::default(), Data::None);
             let mut request = Request { op, flags, sector: 0, sectors, data };
-            let result = execute(&attached, &io, &mut request).await;
+            let result = execute(&attached, &io, &Flusher::default(), &mut request).await;
             results.borrow_mut().push(result);
         });
     };
@@ -374,7 +374,6 @@ fn no_flush_succeeds_over_lost_writes() {
         let (volume, _) = NbdVolume::open(&asked).unwrap();
         let mut bench = Bench::new();
         let ops = bench.attach(&volume);
-        let other = bench.attach(&volume);
         bench.write(&ops, 0, &[1; 512], false).unwrap();
         bench.flush(&ops).unwrap();
         // Nothing owed: a restart is no reason to fail.
@@ -388,15 +387,43 @@ fn no_flush_succeeds_over_lost_writes() {
         server.listen();
         assert_eq!(bench.read(&ops, 0, 512).unwrap(), [1; 512], "the write is lost");
         bench.write(&ops, 512, &[3; 512], false).unwrap();
+        assert_eq!(volume.losses().epoch(), 0);
         assert_eq!(bench.flush(&ops), Err(Errno::EIO));
-        assert_eq!(bench.flush(&ops), Ok(()), "told once");
-        assert_eq!(bench.flush(&other), Err(Errno::EIO), "and to each user");
-        assert_eq!(bench.flush(&other), Ok(()));
-        let late = bench.attach(&volume);
-        assert_eq!(bench.flush(&late), Ok(()), "but not to those who came later");
-        drop((other, late));
+        assert_eq!(volume.losses().epoch(), 1, "everybody else is told");
+        assert_eq!(bench.flush(&ops), Ok(()), "the store tells once");
+        assert_eq!(volume.losses().epoch(), 1);
         bench.finish(ops);
     }
+}
+
+/// Through two exports of one worker, whose server crashes: each hears of it, and neither twice.
+#[test]
+fn every_export_hears_of_lost_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let volume = Volume::open("far", &VolumeConfig::Nbd(config(&server.uri(), 60))).unwrap();
+    let mut bench = Bench::new();
+    let exports = [0, 1].map(|_| Rc::new(Flushers::new(&volume, 2)));
+    let attached = Rc::new(volume.attach(&bench.core, false));
+    let mut ask = |op: Op, flushers: &Rc<Flushers>, queue: usize| {
+        let (attached, flushers) = (attached.clone(), flushers.clone());
+        bench.run(move |io| async move {
+            let (flags, sectors) = (Flags::default(), if op == Op::Flush { 0 } else { 8 });
+            let mut request = Request { op, flags, sector: 0, sectors, data: Data::None };
+            execute(&attached, &io, flushers.queue(queue), &mut request).await
+        })
+    };
+    ask(Op::WriteZeroes, &exports[0], 0).unwrap();
+    server.crash();
+    server.listen();
+    for flushers in &exports {
+        for queue in [0, 1] {
+            assert_eq!(ask(Op::Flush, flushers, queue), Err(Errno::EIO), "queue {queue}");
+            assert_eq!(ask(Op::Flush, flushers, queue), Ok(()), "queue {queue}");
+        }
+    }
+    let late = Rc::new(Flushers::new(&volume, 1));
+    assert_eq!(ask(Op::Flush, &late, 0), Ok(()), "an export that was made afterwards has lost nothing");
 }
 
 /// A flush in flight when the server crashes is sent again only if nothing was at stake.

@@ -142,7 +142,9 @@ async fn live(io: Io<Double>, volume: Rc<Attached<Double>>, history: Rc<RefCell<
             put(&memory, 0, &bytes);
         }
         let Step { op, flags, sector, sectors } = step;
-        let result = execute(&volume, &io, &mut Request { op, flags, sector, sectors, data }).await;
+        let result =
+            execute(&volume, &io, &Flusher::default(), &mut Request { op, flags, sector, sectors, data })
+                .await;
         // One that fails may have been done in part, now or never.
         if result.is_ok() {
             history.borrow_mut().end(called, &step);

@@ -5,7 +5,7 @@
 //! order; a flush concerns the shares of all.
 
 use crate::block::{Data, Errno, Flags, Iovec, Op, Request};
-use crate::engine::{Attached, execute};
+use crate::engine::{Attached, Flusher, execute};
 use crate::ring::double::{Double, Faults, Random, get, put};
 use crate::ring::{Core, Io, Kind, Mapping, Ring, Tasks, Uring};
 use proptest::prelude::*;
@@ -132,6 +132,8 @@ struct Sector {
 pub struct Run<R: Ring> {
     pub volume: Attached<R>,
     pub model: RefCell<Model>,
+    /// All slots are of one queue.
+    flusher: Flusher,
     faults: Faults,
     /// A null volume keeps nothing.
     keeps: bool,
@@ -144,7 +146,8 @@ impl<R: Tested> Run<R> {
         let sector = Sector { undefined: false, acknowledged: true, version: 0 };
         let sectors = vec![sector; bytes.len() / 512];
         let model = RefCell::new(Model { bytes, sectors, failed_flushes: 0, flushing: 0, writes: 0 });
-        Run { volume, model, faults, keeps, done: Cell::new(0) }
+        let flusher = Flusher::default();
+        Run { volume, model, flusher, faults, keeps, done: Cell::new(0) }
     }
 
     /// Carries `plan` out, checking every step, and then reads everything back, through a ring that makes no
@@ -210,7 +213,9 @@ impl<R: Tested> Run<R> {
         put(&memory, 0, &expected);
         let epoch = self.model.borrow().failed_flushes;
         let mut iovecs: Vec<Iovec> = places.iter().map(|(at, len)| memory.iovec(*at, *len)).collect();
-        let result = execute(&self.volume, io, &mut request(step, &range, Data::Iovecs(&mut iovecs))).await;
+        let result =
+            execute(&self.volume, io, &self.flusher, &mut request(step, &range, Data::Iovecs(&mut iovecs)))
+                .await;
         self.check(step, range.len(), result);
 
         let mut found = get(&memory, 0, memory.len());
@@ -238,7 +243,7 @@ impl<R: Tested> Run<R> {
         let epoch = self.model.borrow().failed_flushes;
         let flushes = step.op == Op::WriteZeroes && step.flags.fua;
         self.model.borrow_mut().flushing += u32::from(flushes);
-        let result = execute(&self.volume, io, &mut request(step, &range, Data::None)).await;
+        let result = execute(&self.volume, io, &self.flusher, &mut request(step, &range, Data::None)).await;
         self.check(step, range.len(), result);
         let zeroes = vec![0; range.len()];
         let zeroed = step.op == Op::WriteZeroes && result.is_ok();
@@ -254,7 +259,7 @@ impl<R: Tested> Run<R> {
         let before = self.model.borrow().sectors.clone();
         let step = Step::plain(Op::Flush);
         self.model.borrow_mut().flushing += 1;
-        let result = execute(&self.volume, io, &mut request(&step, &(0..0), Data::None)).await;
+        let result = execute(&self.volume, io, &self.flusher, &mut request(&step, &(0..0), Data::None)).await;
         self.check(&step, 0, result);
         let mut model = self.model.borrow_mut();
         if model.end_flush(result)
@@ -268,10 +273,11 @@ impl<R: Tested> Run<R> {
     fn check(&self, step: &Step, len: usize, result: Result<(), Errno>) {
         let Faults { io_error, no_space, sync_error, no_punch, .. } = self.faults;
         let changes = matches!(step.op, Op::Write | Op::Discard | Op::WriteZeroes);
-        let syncs = step.op == Op::Flush || step.op == Op::WriteZeroes && step.flags.fua;
+        let syncs = step.op == Op::Flush || step.flags.fua;
         let explained = match result {
             Ok(()) => step.op != Op::Discard || len == 0 || !no_punch,
-            Err(Errno::EIO) => io_error > 0 && step.op != Op::Flush || sync_error > 0 && syncs,
+            // A sync also tells what an earlier one, or a durable write, was told.
+            Err(Errno::EIO) => io_error > 0 || (sync_error > 0 || no_space > 0) && syncs,
             Err(Errno::ENOSPC) => no_space > 0 && changes,
             Err(Errno::EOPNOTSUPP) => no_punch && step.op == Op::Discard,
             Err(_) => false,
@@ -396,7 +402,7 @@ pub fn once<R: Ring>(
     let mut tasks = Tasks::new(core.clone());
     tasks.add(|io| {
         let (volume, result, mut request) = (volume.clone(), result.clone(), request);
-        async move { result.set(Some(execute(&volume, &io, &mut request).await)) }
+        async move { result.set(Some(execute(&volume, &io, &Flusher::default(), &mut request).await)) }
     });
     settle(core, &mut tasks);
     result.get().unwrap()

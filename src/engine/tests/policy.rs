@@ -156,7 +156,7 @@ impl World {
         let (attached, ended) = (self.attached.clone(), self.ended.clone());
         self.tasks.add(|io| {
             Box::pin(async move {
-                let result = execute(&attached, &io, &mut request).await;
+                let result = execute(&attached, &io, &Flusher::default(), &mut request).await;
                 ended.borrow_mut().push((sector, result));
             })
         });

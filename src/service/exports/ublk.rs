@@ -10,7 +10,7 @@ use crate::frontend::ublk::options::{Recovery, UblkConfig, ZeroCopy};
 use crate::frontend::ublk::support::{self, NoZeroCopy, Offer};
 use crate::frontend::ublk::{self, Device, NoResize, StableName, Wish};
 use crate::service::status::UblkStatus;
-use crate::worker::Link;
+use crate::worker::{Lent, Link};
 use leave::Phase;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -162,9 +162,11 @@ impl UblkExport {
         if config.zero_copy == ZeroCopy::On && !self.status.zero_copy {
             return Err(NoZeroCopy::NotGranted.into());
         }
-        for (setup, link) in self.device.queues().into_iter().zip(&self.links) {
+        let queues = self.device.queues();
+        let lent = Lent::new(self.volume.clone(), queues.len().try_into().unwrap_or(u16::MAX));
+        for (setup, link) in queues.into_iter().zip(&self.links) {
             let queue = setup.queue;
-            let end = link.add_ublk(setup, self.volume.clone());
+            let end = link.add_ublk(setup, lent.clone());
             self.ends.push(end.map_err(|source| ublk::Error::Queue { queue, source })?);
             self.status.queues += 1;
         }

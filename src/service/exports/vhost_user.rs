@@ -10,7 +10,7 @@ use crate::frontend::vhost_user::gate::{BackendChannel, Told};
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::socket::{Access, SocketError, SocketFile};
 use crate::service::status::VhostUserStatus;
-use crate::worker::Link;
+use crate::worker::{Lent, Link};
 use door::Door;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::cell::RefCell;
@@ -110,7 +110,7 @@ impl VhostUserExport {
         let door = Door {
             listener,
             device,
-            host: Arc::new(Workers { links, volume: volume.clone() }),
+            host: Arc::new(Workers { links, lent: Lent::new(volume.clone(), queues) }),
             shape: (queues, config.queue_size),
             shared: shared.clone(),
             next: RefCell::new(None),

@@ -2,9 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use crate::block::Errno;
 use crate::engine::Volume;
 use crate::frontend::vhost_user::{CallFd, Host, Running, VringSetup};
-use crate::worker::{Link, VringId};
+use crate::worker::{Lent, Link, VringId};
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
@@ -13,23 +14,28 @@ use std::time::Duration;
 /// A drain that takes longer is told of, and again after as long.
 const SLOW: Duration = Duration::from_secs(5);
 
+/// How long a flush may take that a VMM waits for.
+const FLUSH_LIMIT: Duration = Duration::from_secs(5);
+
 /// The workers as a session sees them: each queue has its own.
 pub(super) struct Workers {
     pub links: Vec<Link>,
-    pub volume: Arc<Volume>,
+    pub lent: Lent,
 }
 
 impl Host for Workers {
     fn start(&self, setup: VringSetup) -> io::Result<Box<dyn Running>> {
         let link = self.links[setup.index % self.links.len()].clone();
         let name = format!("{}: vring {}", setup.device.name(), setup.index);
-        let id = link.start_vring(setup, self.volume.clone())?;
-        Ok(Box::new(OnWorker { link, id, name, volume: self.volume.clone() }))
+        let id = link.start_vring(setup, self.lent.clone())?;
+        Ok(Box::new(OnWorker { link, id, name, volume: self.lent.volume.clone() }))
     }
 
     fn flush(&self) -> io::Result<()> {
-        let answer = self.links[0].flush(self.volume.clone()).recv();
-        answer.map_err(io::Error::other)?.map_err(io::Error::from)
+        let flushers = Arc::new(self.lent.flushers.on_behalf());
+        let answer = self.links[0].flush(Lent { flushers, ..self.lent.clone() }).recv_timeout(FLUSH_LIMIT);
+        // A flush without an answer is a flush that failed.
+        answer.unwrap_or(Err(Errno::ETIMEDOUT)).map_err(io::Error::from)
     }
 }
 

@@ -1,0 +1,187 @@
+//! Writes that were acknowledged and lost: everybody who flushes hears of it, once, whoever the store told.
+
+use super::*;
+use crate::engine::{Flushers, execute};
+use crate::ring::{Io, Tasks};
+use std::cell::Cell;
+
+const LOSING: Faults = Faults { sync_error: 100, ..NONE };
+const NONE: Faults = Faults {
+    short: 0,
+    again: 0,
+    interrupted: 0,
+    io_error: 0,
+    no_space: 0,
+    sync_error: 0,
+    delay: 0,
+    stale: 0,
+    reorder: false,
+    no_punch: false,
+    no_zero_range: false,
+    no_discard: false,
+    no_nowait: false,
+    direct: None,
+};
+
+/// A file volume over a double, and so many exports of it with two queues each.
+struct World {
+    core: Rc<Core<Double>>,
+    volume: Volume,
+    attached: Rc<Attached<Double>>,
+    exports: Vec<Rc<Flushers>>,
+}
+
+type Outcome = Rc<Cell<Option<Result<(), Errno>>>>;
+
+impl World {
+    fn new(seed: u64, exports: usize) -> World {
+        let (file, _) = image("/tmp", 64 * 512);
+        let volume = open(file.path(), false, None).unwrap();
+        let core = Core::new(Double::new(seed, NONE));
+        let attached = Rc::new(volume.attach(&core, false));
+        let exports = (0..exports).map(|_| Rc::new(Flushers::new(&volume, 2))).collect();
+        World { core, volume, attached, exports }
+    }
+
+    /// What becomes of requests that are made at the same time, each by a queue of an export.
+    fn together(&self, requests: &[(usize, usize, Op, bool)]) -> Vec<Result<(), Errno>> {
+        let mut tasks = Tasks::new(self.core.clone());
+        let outcomes: Vec<Outcome> = requests.iter().map(|_| Outcome::default()).collect();
+        for (&(export, queue, op, fua), outcome) in requests.iter().zip(&outcomes) {
+            let (attached, flushers, outcome) =
+                (self.attached.clone(), self.exports[export].clone(), outcome.clone());
+            tasks.add(|io: Io<Double>| async move {
+                let memory = Mapping::anonymous(512).unwrap();
+                let mut iovecs = [memory.iovec(0, 512)];
+                let data = if op == Op::Write { Data::Iovecs(&mut iovecs) } else { Data::None };
+                let flags = Flags { fua, unmap: false };
+                let sectors = if op == Op::Flush { 0 } else { 1 };
+                let mut request = Request { op, flags, sector: 7, sectors, data };
+                outcome.set(Some(execute(&attached, &io, flushers.queue(queue), &mut request).await));
+            });
+        }
+        settle(&self.core, &mut tasks);
+        outcomes.iter().map(|outcome| outcome.get().unwrap()).collect()
+    }
+
+    fn flush(&self, export: usize, queue: usize) -> Result<(), Errno> {
+        self.together(&[(export, queue, Op::Flush, false)])[0]
+    }
+
+    /// Every queue of every export fails one flush, and succeeds afterwards.
+    fn all_hear_once(&self, but: Option<(usize, usize)>) {
+        for export in 0..self.exports.len() {
+            for queue in [0, 1] {
+                let told = but == Some((export, queue));
+                let expected = if told { Ok(()) } else { Err(Errno::EIO) };
+                assert_eq!(self.flush(export, queue), expected, "export {export}, queue {queue}");
+                assert_eq!(self.flush(export, queue), Ok(()), "export {export}, queue {queue}: told once");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_loss_is_told_to_every_queue_of_every_export() {
+    let world = World::new(1, 3);
+    world.core.ring().set_faults(LOSING);
+    assert_eq!(world.flush(1, 0), Err(Errno::EIO));
+    world.core.ring().set_faults(NONE);
+    world.all_hear_once(Some((1, 0)));
+}
+
+/// It is answered with an error that may be of other writes; and that it failed tells its client only of itself.
+#[test]
+fn a_loss_that_a_durable_write_was_told_of_is_no_secret() {
+    for op in [Op::Write, Op::WriteZeroes] {
+        let world = World::new(2, 2);
+        world.core.ring().set_faults(if op == Op::Write { Faults { io_error: 100, ..NONE } } else { LOSING });
+        assert_eq!(world.together(&[(0, 0, op, true)]), [Err(Errno::EIO)]);
+        world.core.ring().set_faults(NONE);
+        world.all_hear_once(None);
+    }
+}
+
+/// A write that fails and was not to be durable was never acknowledged: nothing is lost.
+#[test]
+fn a_write_that_fails_is_no_loss() {
+    let world = World::new(3, 1);
+    world.core.ring().set_faults(Faults { io_error: 100, ..NONE });
+    assert_eq!(world.together(&[(0, 0, Op::Write, false)]), [Err(Errno::EIO)]);
+    world.core.ring().set_faults(NONE);
+    assert_eq!(world.flush(0, 0), Ok(()));
+}
+
+/// The store tells one of several syncs that are under way at once, and that may be the last to come back.
+#[test]
+fn syncs_that_overlap_fail_together() {
+    let mut failed = 0;
+    for seed in 0..300 {
+        let world = World::new(seed, 2);
+        let faults = Faults { sync_error: 25, io_error: 10, delay: 80, reorder: true, ..NONE };
+        world.core.ring().set_faults(faults);
+        let outcomes = world.together(&[
+            (0, 0, Op::Flush, false),
+            (0, 1, Op::Flush, false),
+            (0, 0, Op::Write, true),
+            (1, 0, Op::Flush, false),
+            (1, 0, Op::Flush, false),
+            (1, 1, Op::Write, true),
+        ]);
+        assert!(outcomes.iter().all(|outcome| *outcome == outcomes[0]), "seed {seed}: {outcomes:?}");
+        failed += usize::from(outcomes[0].is_err());
+    }
+    assert!((50..290).contains(&failed), "{failed} of 300 were to tell");
+}
+
+#[test]
+fn a_driver_that_begins_has_lost_nothing() {
+    let world = World::new(4, 1);
+    let [lose, calm] = [LOSING, NONE].map(|faults| move |world: &World| world.core.ring().set_faults(faults));
+    let lost = |world: &World| {
+        lose(world);
+        assert_eq!(world.together(&[(0, 0, Op::WriteZeroes, true)]), [Err(Errno::EIO)]);
+        calm(world);
+    };
+    let flushers = &world.exports[0];
+    // It goes on where its rings are: the same driver as before, whatever stopped in between.
+    flushers.start(&world.volume, true);
+    lost(&world);
+    flushers.stop();
+    flushers.start(&world.volume, false);
+    assert_eq!(world.flush(0, 0), Err(Errno::EIO));
+    // Another queue of the same driver begins: it must hear of the first one's writes.
+    flushers.start(&world.volume, true);
+    assert_eq!(world.flush(0, 1), Err(Errno::EIO));
+    lost(&world);
+    flushers.stop();
+    flushers.stop();
+    // All of them begin: another driver.
+    flushers.start(&world.volume, true);
+    assert_eq!((world.flush(0, 0), world.flush(0, 1)), (Ok(()), Ok(())));
+}
+
+/// The service's own flush at a change of the cache mode: it fails if the client has not heard of a loss, and does not
+/// count as telling it.
+#[test]
+fn a_flush_on_behalf_of_a_client_tells_it_nothing() {
+    let mut world = World::new(5, 1);
+    world.core.ring().set_faults(LOSING);
+    assert_eq!(world.flush(0, 1), Err(Errno::EIO));
+    world.core.ring().set_faults(NONE);
+    world.exports.push(Rc::new(world.exports[0].on_behalf()));
+    assert_eq!(world.flush(1, 0), Err(Errno::EIO), "queue 0 has not heard of it");
+    world.exports.truncate(1);
+    assert_eq!(world.flush(0, 0), Err(Errno::EIO));
+    world.exports.push(Rc::new(world.exports[0].on_behalf()));
+    assert_eq!(world.flush(1, 0), Ok(()));
+}
+
+#[test]
+fn a_doubt_is_told_once() {
+    let world = World::new(6, 1);
+    world.exports[0].queue(1).doubt();
+    assert_eq!(world.flush(0, 0), Ok(()));
+    assert_eq!(world.flush(0, 1), Err(Errno::EIO));
+    assert_eq!(world.flush(0, 1), Ok(()));
+}
