@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Capacity, SECTOR};
+use super::{Capacity, Instance, SECTOR};
 
 /// Limits of discard or write-zeroes on a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,9 @@ pub struct Geometry {
     pub read_only: bool,
     /// Acknowledged writes may be lost until flushed.
     pub volatile_cache: bool,
+    /// The volatile cache is another program's, whose crash loses it: which run of that program. `None` where it is this
+    /// machine's kernel's.
+    pub server: Option<Instance>,
     /// `None`: discard is refused.
     pub discard: Option<DiscardLimits>,
     /// The most sectors in one write-zeroes.
@@ -85,6 +88,7 @@ impl Geometry {
             io_opt: 0,
             read_only: false,
             volatile_cache: false,
+            server: None,
             discard: None,
             max_write_zeroes: u32::MAX / 512,
             dma_alignment: 1,

@@ -5,6 +5,7 @@
 mod capacity;
 mod errno;
 mod geometry;
+mod instance;
 mod iovec;
 mod request;
 mod size;
@@ -12,6 +13,7 @@ mod size;
 pub use capacity::Capacity;
 pub use errno::Errno;
 pub use geometry::{DiscardLimits, Geometry, GeometryError};
+pub use instance::Instance;
 pub use iovec::Iovec;
 pub use request::{Data, Flags, Op, Outline, Request};
 pub use size::{ParseSizeError, Size};

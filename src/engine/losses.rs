@@ -115,7 +115,7 @@ impl Flusher {
     }
 
     /// Its next flush fails: writes that an earlier process acknowledged to its client may be lost.
-    pub fn doubt(&self) {
+    fn doubt(&self) {
         self.doubtful.store(true, Ordering::Relaxed);
     }
 
@@ -130,6 +130,8 @@ impl Flusher {
 #[derive(Debug)]
 pub struct Flushers {
     queues: Box<[Flusher]>,
+    /// Which of them have served since this process began.
+    used: Box<[AtomicBool]>,
     running: AtomicUsize,
 }
 
@@ -138,6 +140,7 @@ impl Flushers {
     pub fn new(volume: &Volume, queues: u16) -> Flushers {
         let flushers = Flushers {
             queues: (0..queues).map(|_| Flusher::default()).collect(),
+            used: (0..queues).map(|_| AtomicBool::default()).collect(),
             running: AtomicUsize::new(0),
         };
         flushers.renew(volume.losses().map_or(0, |losses| losses.epoch()));
@@ -157,15 +160,27 @@ impl Flushers {
     pub fn on_behalf(&self) -> Flushers {
         let heard = self.queues.iter().map(Flusher::heard).min().unwrap_or(0);
         let queues = [Flusher { heard: AtomicU64::new(heard), ..Flusher::default() }];
-        Flushers { queues: queues.into(), running: AtomicUsize::new(0) }
+        Flushers { queues: queues.into(), used: Box::default(), running: AtomicUsize::new(0) }
     }
 
-    /// A queue of a virtual machine starts. At the beginning of its rings, and as the only one, it belongs to a driver that
-    /// has written nothing yet: losses before its time do not concern it, on any queue.
-    pub fn start(&self, volume: &Volume, at_beginning: bool) {
-        if self.running.fetch_add(1, Ordering::Relaxed) == 0 && at_beginning {
+    /// Queue `index` of a virtual machine starts. At the beginning of its rings, and as the only one, it belongs to a driver
+    /// that has written nothing yet: losses before its time do not concern it, on any queue.
+    ///
+    /// One that goes on may have been served by another process before. Where nobody can vouch for what that acknowledged
+    /// (`doubtful`), the next flush of each queue fails. Whether that is so.
+    ///
+    /// # Panics
+    /// When the export has no such queue.
+    pub fn start(&self, volume: &Volume, index: usize, at_beginning: bool, doubtful: bool) -> bool {
+        let first = self.running.fetch_add(1, Ordering::Relaxed) == 0;
+        if at_beginning && first {
             self.renew(volume.losses().map_or(0, |losses| losses.epoch()));
         }
+        let doubt = !self.used[index].swap(true, Ordering::Relaxed) && !at_beginning && doubtful;
+        if doubt {
+            self.queues.iter().for_each(Flusher::doubt);
+        }
+        doubt
     }
 
     /// A queue has stopped.

@@ -294,7 +294,13 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         let client = Client { flushers: lent.flushers, queue: setup.index };
         self.kicks = self.kicks.wrapping_add(1);
         let vring = Rc::new(vhost_user::Vring::new(setup)?);
-        client.flushers.start(&lent.volume, vring.next_avail() == 0);
+        let (at_beginning, doubtful) = (vring.next_avail() == 0, vring.is_doubtful());
+        if client.flushers.start(&lent.volume, client.queue, at_beginning, doubtful) {
+            log::warn!(
+                "{}: writes that were not flushed before this service began may be lost with their server: the next flush fails",
+                vring.label()
+            );
+        }
         let place = self.place(Queue::Vring(vring.clone()), attached, client, None);
         vring.arm_kick(self.core.ring(), UserData::new(Kind::Kick, self.kicks, place));
         // Requests may have been made available before the kick descriptor was ours.

@@ -4,7 +4,10 @@
 
 use super::Error;
 use super::handshake::{self, Agreed};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use crate::block::Instance;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket, sockopt,
+};
 use nix::sys::time::TimeVal;
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -93,6 +96,26 @@ pub struct Connected {
     pub socket: OwnedFd,
     /// What was negotiated.
     pub agreed: Agreed,
+    /// See [`Instance`]; of a server on this machine only.
+    pub instance: u64,
+}
+
+/// `PID_FS_MAGIC` of `linux/magic.h`.
+const PIDFS: i64 = 0x5049_4446;
+
+/// Which process listens at the other end: a number that no other has had since the machine was booted. Told by the inode
+/// of a pidfd (Linux 6.9). For a socket that the first process made (systemd's activation), no matter who serves it,
+/// nobody knows.
+fn instance(socket: &UnixStream) -> u64 {
+    let number = || {
+        if getsockopt(socket, sockopt::PeerCredentials).ok()?.pid() <= 1 {
+            return None;
+        }
+        let process = getsockopt(socket, sockopt::PeerPidfd).ok()?;
+        let unique = rustix::fs::fstatfs(&process).is_ok_and(|system| system.f_type == PIDFS);
+        unique.then(|| rustix::fs::fstat(&process).ok()).flatten().map(|stat| stat.st_ino)
+    };
+    number().unwrap_or(Instance::UNKNOWN)
 }
 
 impl Address {
@@ -116,11 +139,14 @@ impl Address {
         let mut timed = Timed { stream, deadline };
         let agreed = handshake::shake(&mut timed, name)?;
         timed.stream.limit(None)?;
-        let socket = match timed.stream {
-            Stream::Unix(stream) => stream.into(),
-            Stream::Tcp(stream) => stream.into(),
+        let (socket, instance) = match timed.stream {
+            Stream::Unix(stream) => {
+                let instance = instance(&stream);
+                (stream.into(), instance)
+            }
+            Stream::Tcp(stream) => (stream.into(), Instance::UNKNOWN),
         };
-        Ok(Connected { socket, agreed })
+        Ok(Connected { socket, agreed, instance })
     }
 }
 

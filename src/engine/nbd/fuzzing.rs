@@ -99,9 +99,11 @@ fn transmission(input: &mut Input) {
         first: Mutex::new(Some(Connected {
             socket: ours.into(),
             agreed: Agreed { export: export.clone(), structured },
+            instance: 0,
         })),
         export,
         ledger: Ledger::default(),
+        instance: Default::default(),
         losses: Losses::default(),
     };
     let volume = NbdVolume { remote: Arc::new(remote) };

@@ -48,7 +48,7 @@ pub(super) use ops::NbdOps;
 
 use super::config::NbdConfig;
 use super::losses::Losses;
-use crate::block::{DiscardLimits, Geometry, GeometryError};
+use crate::block::{DiscardLimits, Geometry, GeometryError, Instance};
 use connect::{Address, Connected};
 use handshake::Export;
 use ledger::Ledger;
@@ -141,6 +141,8 @@ struct Remote {
     /// The most bytes in a read or write.
     max_payload: u32,
     ledger: Ledger,
+    /// The server's run that the last connection was made to.
+    instance: Instance,
     losses: Losses,
     /// The connection made at open, until a worker takes it.
     first: Mutex<Option<Connected>>,
@@ -165,6 +167,9 @@ impl NbdVolume {
                 config.uri
             );
         }
+        let instance = Instance::default();
+        instance.set(connected.instance);
+        geometry.server = geometry.volatile_cache.then(|| instance.clone());
         let several = export.flags & NBD_FLAG_CAN_MULTI_CONN != 0;
         let connections = if several { config.connections.unwrap_or(CONNECTIONS).max(1) } else { 1 };
         if let Some(asked) = config.connections.filter(|asked| *asked > connections) {
@@ -179,6 +184,7 @@ impl NbdVolume {
             max_payload: export.blocks.maximum.min(MAX_PAYLOAD) & !(geometry.logical_block - 1),
             export,
             ledger: Ledger::default(),
+            instance,
             losses: Losses::default(),
             first: Mutex::new(Some(connected)),
         };
@@ -209,6 +215,7 @@ impl Remote {
         if was != is {
             return Err(Error::Changed(format!("it was {was:?} and is {is:?}")));
         }
+        self.instance.set(connected.instance);
         Ok(connected)
     }
 

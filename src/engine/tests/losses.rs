@@ -145,19 +145,19 @@ fn a_driver_that_begins_has_lost_nothing() {
     };
     let flushers = &world.exports[0];
     // It goes on where its rings are: the same driver as before, whatever stopped in between.
-    flushers.start(&world.volume, true);
+    flushers.start(&world.volume, 0, true, false);
     lost(&world);
     flushers.stop();
-    flushers.start(&world.volume, false);
+    flushers.start(&world.volume, 0, false, false);
     assert_eq!(world.flush(0, 0), Err(Errno::EIO));
     // Another queue of the same driver begins: it must hear of the first one's writes.
-    flushers.start(&world.volume, true);
+    flushers.start(&world.volume, 1, true, false);
     assert_eq!(world.flush(0, 1), Err(Errno::EIO));
     lost(&world);
     flushers.stop();
     flushers.stop();
     // All of them begin: another driver.
-    flushers.start(&world.volume, true);
+    flushers.start(&world.volume, 0, true, false);
     assert_eq!((world.flush(0, 0), world.flush(0, 1)), (Ok(()), Ok(())));
 }
 
@@ -177,11 +177,18 @@ fn a_flush_on_behalf_of_a_client_tells_it_nothing() {
     assert_eq!(world.flush(1, 0), Ok(()));
 }
 
+/// A process before this one has acknowledged writes of which nobody knows what became.
 #[test]
-fn a_doubt_is_told_once() {
+fn a_doubt_is_told_once_to_each_queue() {
     let world = World::new(6, 1);
-    world.exports[0].queue(1).doubt();
+    let flushers = &world.exports[0];
+    assert!(!flushers.start(&world.volume, 0, true, true), "a driver that begins has written nothing");
     assert_eq!(world.flush(0, 0), Ok(()));
-    assert_eq!(world.flush(0, 1), Err(Errno::EIO));
-    assert_eq!(world.flush(0, 1), Ok(()));
+    flushers.stop();
+    assert!(!flushers.start(&world.volume, 0, false, true), "this process served it before");
+    assert!(flushers.start(&world.volume, 1, false, true));
+    for queue in [0, 1] {
+        assert_eq!(world.flush(0, queue), Err(Errno::EIO));
+        assert_eq!(world.flush(0, queue), Ok(()));
+    }
 }

@@ -8,13 +8,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// `VIRTIO_BLK_ID_BYTES`.
 const ID_LEN: usize = 20;
 
-/// A device, for as long as its export lives; VMMs come and go.
+/// A device as one VMM has it.
 pub struct Device {
     name: String,
     id: [u8; ID_LEN],
     geometry: Geometry,
-    /// `writeback` of the configuration space.
+    /// `writeback` of the configuration space. It is the VMM's, and no other's, for as long as that lives.
     writeback: AtomicBool,
+    /// It is known: chosen, left by an earlier process, or as a device begins.
+    decided: AtomicBool,
 }
 
 impl Device {
@@ -25,7 +27,14 @@ impl Device {
         let len = volume.len().min(ID_LEN);
         id[..len].copy_from_slice(&volume.as_bytes()[..len]);
         let writeback = AtomicBool::new(geometry.volatile_cache);
-        Device { name: format!("vhost-user:{socket}"), id, geometry, writeback }
+        Device { name: format!("vhost-user:{socket}"), id, geometry, writeback, decided: false.into() }
+    }
+
+    /// The same device for the next VMM.
+    pub fn renewed(&self) -> Device {
+        let writeback = AtomicBool::new(self.geometry.volatile_cache);
+        let (name, id, geometry) = (self.name.clone(), self.id, self.geometry.clone());
+        Device { name, id, geometry, writeback, decided: false.into() }
     }
 
     /// For messages.
@@ -48,8 +57,14 @@ impl Device {
         self.writeback.load(Ordering::Acquire)
     }
 
+    /// Whether it is known what the driver wants: it is from now on.
+    pub fn decide(&self) -> bool {
+        self.decided.swap(true, Ordering::Relaxed)
+    }
+
     /// The driver's decision. One that never asked for FLUSH has no cache to turn on.
     pub fn set_writeback(&self, on: bool) {
+        self.decided.store(true, Ordering::Relaxed);
         self.writeback.store(on && self.geometry.volatile_cache, Ordering::Release);
     }
 }

@@ -10,7 +10,10 @@
 //!
 //! The VMM can write to the file. What is read from it is checked, and a vring whose notes make no sense is not started.
 
+mod mark;
+
 use crate::ring::Mapping;
+pub use mark::Mark;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::cell::{Cell, RefCell};
@@ -133,6 +136,33 @@ impl Inflight {
         Ok(inflight)
     }
 
+    fn marks(&self) -> impl Iterator<Item = InflightQueue> {
+        (0..self.queues.into()).filter_map(|index| self.queue(index))
+    }
+
+    /// The cache mode that an earlier process has left: whether it is writeback. `None` where there was none, or it said
+    /// nothing.
+    pub fn writeback(&self) -> Option<bool> {
+        let mut modes = self.marks().filter_map(|queue| queue.mark().writeback()).peekable();
+        modes.peek()?;
+        Some(modes.all(|writeback| writeback))
+    }
+
+    /// Leaves a cache mode for whoever comes after us.
+    pub fn set_writeback(&self, on: bool) {
+        self.marks().for_each(|queue| queue.set_mark(queue.mark().with_writeback(on)));
+    }
+
+    /// Whether a write of any vring is marked as not flushed.
+    pub fn is_unflushed(&self) -> bool {
+        self.marks().any(|queue| queue.mark().is_unflushed())
+    }
+
+    /// Every write is flushed. While no vring runs.
+    pub fn set_flushed(&self) {
+        self.marks().for_each(|queue| queue.set_mark(queue.mark().with_flushed()));
+    }
+
     /// The part of vring `index`; `None` when the VMM made none for it.
     pub fn queue(&self, index: usize) -> Option<InflightQueue> {
         let at = index * stride(self.queue_size);
@@ -169,6 +199,30 @@ impl InflightQueue {
         let at = self.at + size_of::<Header>() + size_of::<Entry>() * usize::from(head);
         // SAFETY: as above, and there are `size` entries; the padding is never read.
         unsafe { &*self.map.as_ptr().add(at).cast() }
+    }
+
+    /// Where the mark is; `None` where a queue of that size leaves no room for it. None of a power of two does.
+    fn mark_place(&self) -> Option<&AtomicU64> {
+        let used = size_of::<Header>() + size_of::<Entry>() * usize::from(self.size);
+        let end = stride(self.size);
+        if end - used < size_of::<AtomicU64>() {
+            return None;
+        }
+        let at = self.at + end - size_of::<AtomicU64>();
+        // SAFETY: the end of this queue's part, behind its entries and aligned, since parts begin at multiples of 64.
+        Some(unsafe { &*self.map.as_ptr().add(at).cast() })
+    }
+
+    /// What was left here for us.
+    pub fn mark(&self) -> Mark {
+        self.mark_place().map_or(Mark::default(), |place| Mark::from_raw(place.load(Ordering::Acquire)))
+    }
+
+    /// Leaves a mark.
+    pub fn set_mark(&self, mark: Mark) {
+        if let Some(place) = self.mark_place() {
+            place.store(mark.raw(), Ordering::Release);
+        }
     }
 
     fn check(&self) -> io::Result<()> {
@@ -238,13 +292,36 @@ pub(super) struct Notes {
     counter: Cell<u64>,
     /// Heads that are in the used ring while its index does not say so yet; room for all.
     batch: RefCell<Vec<u16>>,
+    /// Writes that were acknowledged and may be lost with the server that took them.
+    volatile_writes: Cell<u64>,
 }
 
 impl Notes {
     /// Goes on with notes that [`recover`](InflightQueue::recover) brought up to date.
     pub fn new(queue: InflightQueue, counter: u64) -> Notes {
         let batch = RefCell::new(Vec::with_capacity(queue.size.into()));
-        Notes { queue, counter: Cell::new(counter), batch }
+        Notes { queue, counter: Cell::new(counter), batch, volatile_writes: Cell::new(0) }
+    }
+
+    /// A write is about to be acknowledged that the server's run `instance` has not flushed.
+    pub fn wrote(&self, instance: u64) {
+        self.volatile_writes.set(self.volatile_writes.get() + 1);
+        let mark = self.queue.mark();
+        if !mark.is_unflushed() {
+            self.queue.set_mark(mark.with_unflushed(instance));
+        }
+    }
+
+    /// For [`flushed`](Self::flushed), when a flush begins.
+    pub fn volatile_writes(&self) -> u64 {
+        self.volatile_writes.get()
+    }
+
+    /// A flush succeeded that began after so many volatile writes.
+    pub fn flushed(&self, covered: u64) {
+        if covered == self.volatile_writes.get() {
+            self.queue.set_mark(self.queue.mark().with_flushed());
+        }
     }
 
     /// `head` was taken.

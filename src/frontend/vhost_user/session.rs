@@ -69,7 +69,7 @@ impl Session {
         channel: &BackendChannel,
     ) -> Result<(), SessionError> {
         let shared = Arc::new(Shared {
-            device: device.clone(),
+            device: Arc::new(device.renewed()),
             host: host.clone(),
             features: AtomicU64::new(0),
             memory: Mutex::new(None),
@@ -92,6 +92,7 @@ impl Session {
         for vring in vrings {
             vring.stop();
         }
+        session.settle();
         channel.close();
         if session.memory().as_ref().is_some_and(Memory::is_lost) {
             return Err(SessionError::MemoryGone);
@@ -115,8 +116,28 @@ impl Session {
 
     /// Has every vring note there what it has in flight. No message may be with the daemon meanwhile.
     pub(super) fn set_inflight(&self, inflight: Inflight) {
-        *self.shared.inflight.lock().unwrap_or_else(PoisonError::into_inner) = Some(inflight);
+        if let Some(writeback) = inflight.writeback() {
+            self.shared.device.set_writeback(writeback);
+        }
+        *self.inflight() = Some(inflight);
         self.vrings().iter().for_each(SessionVring::restart);
+    }
+
+    fn inflight(&self) -> MutexGuard<'_, Option<Inflight>> {
+        self.shared.inflight.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves no write in doubt for whoever serves the VMM next: a server may lose what is not flushed. No vring runs.
+    fn settle(&self) {
+        let Some(inflight) = self.inflight().take() else { return };
+        if inflight.is_unflushed() {
+            match self.shared.host.flush() {
+                Ok(()) => inflight.set_flushed(),
+                Err(error) => {
+                    log::warn!("{}: its last writes are not flushed: {error}", self.shared.device.name())
+                }
+            }
+        }
     }
 
     fn memory(&self) -> MutexGuard<'_, Option<Memory>> {
@@ -176,6 +197,9 @@ impl VhostUserBackend for Session {
         match bytes {
             [on @ (0 | 1)] if offset == config::WRITEBACK => {
                 self.shared.device.set_writeback(*on == 1);
+                if let Some(inflight) = &*self.inflight() {
+                    inflight.set_writeback(*on == 1);
+                }
                 if *on == 0 {
                     // From the next write on each is durable; what the cache holds of earlier ones is not
                     // until it is flushed.

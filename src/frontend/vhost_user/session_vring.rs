@@ -60,6 +60,22 @@ pub(super) struct Shared {
     pub inflight: Mutex<Option<Inflight>>,
 }
 
+impl Shared {
+    /// A vring starts at `base` of its ring, and the first of them says whether its driver began with us. One that had a cache
+    /// mode before us, of which nobody tells, may count on every write being durable.
+    fn decide_writeback(&self, base: u16) {
+        if self.device.decide() {
+            return;
+        }
+        if base != 0 {
+            self.device.set_writeback(false);
+        }
+        if let Some(inflight) = &*lock(&self.inflight) {
+            inflight.set_writeback(self.device.writeback());
+        }
+    }
+}
+
 /// One vring of a session.
 #[derive(Clone)]
 pub struct SessionVring {
@@ -113,6 +129,7 @@ impl SessionVring {
             let ready = queue.ready() && link.placed.load(Ordering::Relaxed);
             let (true, Some(kick)) = (ready, lock(&link.kick).clone()) else { return };
             let Some(memory) = lock(&link.shared.memory).clone() else { return };
+            link.shared.decide_writeback(queue.next_avail());
             VringSetup {
                 index: link.index,
                 device: link.shared.device.clone(),

@@ -9,11 +9,11 @@
 
 use super::areas::{Avail, Used};
 use super::device::Device;
-use super::inflight::{InflightQueue, Notes};
+use super::inflight::{InflightQueue, Mark, Notes};
 use super::memory::{Memory, Table, scatter};
 use super::notify::CallFd;
 use super::request::{Parsed, Range, Scratch, Status, parse};
-use crate::block::{Data, Errno, Flags, Iovec, Op, Request, SECTOR};
+use crate::block::{Data, Errno, Flags, Instance, Iovec, Op, Request, SECTOR};
 use crate::frontend::Source;
 use crate::ring::{Io, Kind, Ring, Sqe, Target, UserData};
 use std::cell::{Cell, RefCell};
@@ -109,6 +109,8 @@ pub struct Vring {
     in_flight: Cell<u16>,
     /// What is in flight, noted for whoever comes after us.
     notes: Option<Notes>,
+    /// Writes that an earlier process acknowledged may be lost with a server.
+    doubtful: bool,
     /// Heads that were in flight when we were killed and have not been taken again, the first last.
     again: RefCell<Vec<u16>>,
     enabled: Cell<bool>,
@@ -147,6 +149,9 @@ impl Vring {
         let next_used = used.idx();
         let table = memory.table(setup.desc_table, size);
         let (mut notes, mut again) = (None, Vec::new());
+        let server = setup.device.geometry().server.as_ref().map(Instance::get);
+        let mark = setup.inflight.as_ref().map_or(Mark::default(), InflightQueue::mark);
+        let doubtful = server.is_some_and(|instance| mark.is_doubtful(instance));
         if let Some(queue) = setup.inflight.take() {
             if queue.size() < size {
                 return refuse(&format!("{size} descriptors, but room to note {} in flight", queue.size()));
@@ -186,6 +191,7 @@ impl Vring {
             busy: vec![Cell::new(false); size as usize].into(),
             in_flight: Cell::new(0),
             notes,
+            doubtful,
             again: RefCell::new(again),
             enabled: Cell::new(setup.enabled),
             stopped: Cell::new(false),
@@ -215,6 +221,12 @@ impl Vring {
     /// Where the next request would be taken from: what GET_VRING_BASE asks for, once drained.
     pub fn next_avail(&self) -> u16 {
         self.next_avail.get()
+    }
+
+    /// Whether nobody can vouch for writes that an earlier process acknowledged, if there were any: they were left to a
+    /// server that may be another one by now.
+    pub fn is_doubtful(&self) -> bool {
+        self.doubtful
     }
 
     /// Takes requests, or lets them wait.
@@ -426,6 +438,20 @@ impl Vring {
         self.free.borrow_mut().push(tag);
     }
 
+    /// Notes what a request that succeeded means for others that a crash of the volume's server would lose. Before it is
+    /// acknowledged. Costs a comparison for volumes without one.
+    fn remember(&self, state: &TagState) {
+        let (Some(server), Some(notes)) = (&self.setup.device.geometry().server, &self.notes) else { return };
+        match state.parsed {
+            Some(Parsed::Flush) => notes.flushed(state.volatile_writes),
+            Some(Parsed::Transfer { op: Op::Write, .. } | Parsed::Ranges(Op::WriteZeroes)) => {
+                // Durable ones too: to tell them apart would cost more than a flush that is one too many.
+                notes.wrote(server.get());
+            }
+            _ => {}
+        }
+    }
+
     /// Parses the chain at `head`, and ends one that needs no volume.
     fn accept(&self, tag: u16, head: u16, state: &mut TagState) {
         let indirect = super::config::indirect(self.setup.features);
@@ -458,6 +484,8 @@ pub struct TagState {
     head: u16,
     status: Option<Iovec>,
     parsed: Option<Parsed>,
+    /// For [`Notes::flushed`], where the request is a flush.
+    volatile_writes: u64,
 }
 
 impl<R: Ring> Source<R> for Vring {
@@ -474,6 +502,7 @@ impl<R: Ring> Source<R> for Vring {
             self.accept(tag, head, state);
         }
         let write_through = !super::config::writeback(self.setup.features, self.setup.device.writeback());
+        state.volatile_writes = self.notes.as_ref().map_or(0, Notes::volatile_writes);
         let TagState { scratch, parsed, .. } = state;
         Some(match parsed.as_ref()? {
             Parsed::Transfer { op, sector, sectors, data } => Request {
@@ -506,6 +535,9 @@ impl<R: Ring> Source<R> for Vring {
             && !state.scratch.ranges.is_empty()
         {
             return;
+        }
+        if result.is_ok() {
+            self.remember(state);
         }
         let status = match result {
             Ok(()) => Status::Ok,
