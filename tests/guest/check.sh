@@ -50,7 +50,7 @@ check() {
     shift
     # A process group of its own, so that a time-out ends all of it.
     set -m
-    (set -euo pipefail; "$@") >"$CHECK_LOG" 2>&1 </dev/null &
+    (trap - ERR; set -euo pipefail; "$@") >"$CHECK_LOG" 2>&1 </dev/null &
     pid=$!
     (
         sleep "$CHECK_TIMEOUT"

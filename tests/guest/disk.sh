@@ -82,7 +82,7 @@ disk_fs() {
     esac
     mount -t "$type" "$dev" "$mnt"
     mkdir "$mnt/copy"
-    cp -r /bin /lib/x86_64-linux-gnu "$mnt/copy/"
+    cp -r /bin /cache "$mnt/copy/"
     dd if=/dev/urandom of="$mnt/random" bs=1M count=8 conv=fsync status=none
     (cd "$mnt" && find . -type f -exec sha256sum {} +) >"$sums"
     at_least "files copied" "$(wc -l <"$sums")" 20
@@ -102,7 +102,7 @@ disk_fs() {
 disk_fill() {
     mkfs.ext4 -q -F "$1"
     mount -t ext4 "$1" "$2"
-    cp -r /suite /lib/x86_64-linux-gnu "$2/"
+    cp -r /suite /cache "$2/"
     (cd "$2" && find . -type f ! -name sums -exec sha256sum {} + >sums)
     sync -f "$2"
 }
