@@ -21,7 +21,7 @@ from contextlib import closing
 from pathlib import Path
 
 from . import native, report
-from .guest_peers import MODULES, PEERS, SCRIPTS, Lacking, Peer, printed, program, shipped, stripped
+from .guest_peers import MODULES, PEERS, SCRIPTS, Lacking, Peer, printed, shipped, stripped
 from .model import JOBS, Conditions, Job, Measurement, Note, Plan, Progress, Seconds
 
 IN_GUEST = Path(__file__).parent / "guest"
@@ -129,18 +129,15 @@ def measure(plan: Plan, ringblk: Path | None = None, cpu: str = DEFAULT_CPU) -> 
     if not peers or not jobs:
         return
     try:
-        kernel, fio = Path(printed(SCRIPTS / "kernel", SERIES)), printed(SCRIPTS / "fio-static")
-        if not native.need(plan, "e2fsprogs"):
-            raise Lacking("could not install e2fsprogs")
-        bins = ["--bin", f"{fio}:/bin/fio", "--bin", f"{IN_GUEST}:/compare"]
-        bins += [argument for name in ("timeout", "mkfs.ext4") for argument in ("--bin", program(name))]
+        kernel = Path(printed(SCRIPTS / "kernel", SERIES))
     except Lacking as error:
         plan.failures.append(Note("guest", "everything", str(error)))
         return
+    bins = ["--bin", f"{IN_GUEST}:/compare", "--bin", "fio", "--bin", "timeout", "--bin", "mkfs.ext4"]
     there = []
     for peer in peers:
         try:
-            bins += shipped(peer, plan)
+            bins += shipped(peer)
             there.append(peer)
         except Lacking as error:
             plan.failures.append(Note("guest", f"{peer.name} {peer.store}", str(error)))

@@ -7,9 +7,6 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import native
-from .model import Plan
-
 SCRIPTS = Path(__file__).parents[1]
 # All that the guest might load.
 MODULES = (
@@ -29,9 +26,8 @@ class Peer:
     name: str
     store: str
     kind: str
-    # A script of ours that prints a program's path, or "".
-    script: str = ""
-    packages: tuple[str, ...] = ()
+    # Of the tools.
+    programs: tuple[str, ...] = ()
     quick: bool = False
 
     @property
@@ -44,26 +40,26 @@ PEERS = (
     # The block layer alone: memory is its own, not the file.
     Peer("brd", "memory", "brd"),
     Peer("ringblk", "null", "ringblk-null"),
-    Peer("rublk", "null", "rublk-null", "rublk"),
+    Peer("rublk", "null", "rublk-null"),
     # As users get it: with a copy, but for the direct ones.
     Peer("ringblk", "ext4", "ringblk-file", quick=True),
     Peer("ringblk-zc", "ext4", "ringblk-file-zc"),
-    Peer("rublk", "ext4", "rublk-loop", "rublk", quick=True),
-    Peer("rublk-zc", "ext4", "rublk-loop-zc", "rublk"),
+    Peer("rublk", "ext4", "rublk-loop", quick=True),
+    Peer("rublk-zc", "ext4", "rublk-loop-zc"),
     Peer("loop", "ext4", "loop", quick=True),
-    Peer("nbd-tcp", "ext4", "nbd-tcp", packages=("nbdkit", "nbd-client"), quick=True),
-    Peer("nbd-unix", "ext4", "nbd-unix", packages=("nbdkit", "nbd-client")),
+    Peer("nbd-tcp", "ext4", "nbd-tcp", ("nbdkit", "nbd-client"), quick=True),
+    Peer("nbd-unix", "ext4", "nbd-unix", ("nbdkit", "nbd-client")),
     Peer("nvme-tcp", "ext4", "nvme-tcp"),
-    Peer("iscsi", "ext4", "iscsi", "iscsistart"),
+    Peer("iscsi", "ext4", "iscsi", ("iscsistart",)),
     # rublk's default.
     Peer("ringblk", "direct", "ringblk-file"),
-    Peer("rublk", "direct", "rublk-loop", "rublk"),
-    Peer("rublk-zc", "direct", "rublk-loop-zc", "rublk"),
+    Peer("rublk", "direct", "rublk-loop"),
+    Peer("rublk-zc", "direct", "rublk-loop-zc"),
     # Where io_uring cannot but hand every request to a thread of its own.
     Peer("ringblk", "tmpfs", "ringblk-file"),
     Peer("ringblk-zc", "tmpfs", "ringblk-file-zc"),
-    Peer("rublk", "tmpfs", "rublk-loop", "rublk"),
-    Peer("rublk-zc", "tmpfs", "rublk-loop-zc", "rublk"),
+    Peer("rublk", "tmpfs", "rublk-loop"),
+    Peer("rublk-zc", "tmpfs", "rublk-loop-zc"),
     Peer("loop", "tmpfs", "loop"),
 )
 
@@ -76,24 +72,16 @@ def printed(*command: str | Path) -> str:
     return done.stdout.strip()
 
 
-def program(name: str) -> str:
-    return printed("bash", "-c", 'command -v "$0"', name)
-
-
-def shipped(peer: Peer, plan: Plan) -> list[str]:
+def shipped(peer: Peer) -> list[str]:
     """scripts/guest's arguments for what a peer needs in the guest. Raises Lacking."""
-    if peer.packages and not native.need(plan, *peer.packages):
-        raise Lacking(f"could not install {' '.join(peer.packages)}")
-    files: list[str] = []
-    if peer.script:
-        path = Path(printed(SCRIPTS / peer.script))
-        files.append(str(path))
-        files += [f"{library}:/lib/x86_64-linux-gnu/{library.name}" for library in sorted(path.parent.glob("*.so.*"))]
-    if "nbdkit" in peer.packages:
+    files = list(peer.programs)
+    if peer.kind.startswith("rublk"):
+        files.append(printed(SCRIPTS / "rublk"))
+    if "nbdkit" in peer.programs:
         plugins = re.search("^plugindir=(.*)$", printed("nbdkit", "--dump-config"), re.MULTILINE)
         if plugins is None:
             raise Lacking("nbdkit does not say where its plugins are")
-        files += [program("nbdkit"), program("nbd-client"), f"{plugins[1]}/nbdkit-file-plugin.so"]
+        files.append(f"{plugins[1]}/nbdkit-file-plugin.so")
     return [argument for file in files for argument in ("--bin", file)]
 
 

@@ -20,16 +20,6 @@ from .stores import SIZE, Absent, Store, Stores
 ROOT = Path(__file__).parents[2]
 # Of a load generator beyond the time that it measures.
 PATIENCE_SECONDS = 60
-BUILD_PACKAGES = ("gcc", "libc6-dev", "libclang-dev", "util-linux")
-
-
-def need(plan: Plan, *packages: str) -> bool:
-    """Installs what is missing; whether all is there now."""
-    script = '. "$0"; need "$@"'
-    done = subprocess.run(["bash", "-c", script, str(ROOT / "scripts/lib.sh"), *packages], check=False)
-    if done.returncode:
-        plan.say(f"could not install {' '.join(packages)}")
-    return done.returncode == 0
 
 
 def build(plan: Plan) -> tuple[Path, Path]:
@@ -128,16 +118,13 @@ class Bench:
 
 
 def peers_here(plan: Plan, program: Path) -> list[Peer]:
-    """Those whose programs this machine has, or gets now."""
+    """Those whose programs are there."""
     peers = []
     for peer in all_peers(program):
         if not plan.peers.search(peer.name):
             continue
-        for package in peer.packages:
-            if not shutil.which(peer.program):
-                need(plan, package)
         if not shutil.which(peer.program):
-            plan.absent.append(Note("native", peer.name, f"no {peer.program} from {' or '.join(peer.packages)}"))
+            plan.absent.append(Note("native", peer.name, f"there is no {peer.program}"))
             continue
         plan.versions[Path(peer.program).name] = conditions.first_line(peer.program, "--version")
         peers.append(peer)
@@ -149,7 +136,6 @@ def measure(plan: Plan) -> Iterator[Measurement]:
     if (os.cpu_count() or 1) < 2:
         plan.absent.append(Note("native", "everything", "needs two CPUs: one for the server, one for the load"))
         return
-    need(plan, *BUILD_PACKAGES)
     program, load = build(plan)
     chosen = cells(plan, peers_here(plan, program))
     stores, bench = Stores(plan), Bench(plan, load)

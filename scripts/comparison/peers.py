@@ -40,8 +40,6 @@ class Served:
 @dataclass(frozen=True)
 class Peer:
     name: str
-    # Debian's package of the program; none for ringblk. qemu-storage-daemon's differs between releases.
-    packages: tuple[str, ...]
     program: str
     # The stores that it can serve.
     stores: frozenset[str]
@@ -68,7 +66,7 @@ def ringblk(program: Path, name: str = "ringblk", server: str | None = None, cli
         return Served(command, f"unix:{path}", ["--socket", str(path), *([client] if client else [])])
 
     stores = frozenset({"ext4", "direct", "null", "memory", "tmpfs", "zram", "zram-cached"})
-    return Peer(name, (), str(program), stores, serve)
+    return Peer(name, str(program), stores, serve)
 
 
 def storage_daemon(name: str, aio: str, stores: set[str], quick: bool) -> Peer:
@@ -86,11 +84,10 @@ def storage_daemon(name: str, aio: str, stores: set[str], quick: bool) -> Peer:
         ]  # fmt: skip
         return Served(command, f"unix:{path}", ["--socket", str(path)])
 
-    packages = ("qemu-system-common", "qemu-utils")
-    return Peer(name, packages, "qemu-storage-daemon", frozenset(stores), serve, quick)
+    return Peer(name, "qemu-storage-daemon", frozenset(stores), serve, quick)
 
 
-def nbd(name: str, package: str, command: Callable[[Store, str], list[str]], stores: set[str]) -> Peer:
+def nbd(name: str, command: Callable[[Store, str], list[str]], stores: set[str]) -> Peer:
     """`command` is given the store and the address as server.listens has it."""
     tcp = name.endswith("-tcp")
 
@@ -98,7 +95,7 @@ def nbd(name: str, package: str, command: Callable[[Store, str], list[str]], sto
         address = f"tcp:127.0.0.1:{free_port()}" if tcp else f"unix:{work / 'nbd.socket'}"
         return Served(command(store, address), address, ["--nbd", address])
 
-    return Peer(name, (package,), name.removesuffix("-tcp"), frozenset(stores), serve)
+    return Peer(name, name.removesuffix("-tcp"), frozenset(stores), serve)
 
 
 def nbdkit(store: Store, address: str) -> list[str]:
@@ -127,10 +124,10 @@ def all_peers(program: Path) -> list[Peer]:
         ringblk(program, OPEN, server="--sandbox=off"),
         storage_daemon("qsd", "io_uring", files | {"null"}, quick=True),
         storage_daemon("qsd-threads", "threads", files, quick=False),
-        nbd("nbdkit", "nbdkit", nbdkit, {"ext4", "null", "memory", "tmpfs"}),
-        nbd("nbdkit-tcp", "nbdkit", nbdkit, {"ext4"}),
-        nbd("qemu-nbd", "qemu-utils", qemu_nbd, {"ext4"}),
-        nbd("qemu-nbd-tcp", "qemu-utils", qemu_nbd, {"ext4"}),
-        Peer("fio", ("fio",), "fio", frozenset(files), None),
-        Peer(BATCHED, ("fio",), "fio", frozenset(files), None),
+        nbd("nbdkit", nbdkit, {"ext4", "null", "memory", "tmpfs"}),
+        nbd("nbdkit-tcp", nbdkit, {"ext4"}),
+        nbd("qemu-nbd", qemu_nbd, {"ext4"}),
+        nbd("qemu-nbd-tcp", qemu_nbd, {"ext4"}),
+        Peer("fio", "fio", frozenset(files), None),
+        Peer(BATCHED, "fio", frozenset(files), None),
     ]
