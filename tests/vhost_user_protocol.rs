@@ -4,20 +4,26 @@
 mod common;
 
 use common::client::Client;
-use common::eventually;
 use common::memory::{GuestMemory, Region};
 use common::model::{Model, Op, Queue, Random};
+use common::player::{Connection, Player};
+use common::profile::{PROFILES, Profile};
 use common::queue::{Layout, RawQueue};
 use common::ring::{Ring, Used};
 use common::service::{Service, Setup};
 use common::vmm::{BASE, EVENT_IDX, Vmm, everyday};
+use common::{PATIENCE, eventually};
+use nix::sys::signal::Signal;
 use std::fs;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES,
+};
 
 const MIB: u64 = 1 << 20;
 const OK: u8 = 0;
@@ -360,6 +366,108 @@ fn a_hundred_connections_leave_nothing_behind() {
     assert!(after.1 <= before.1 + 4, "mappings: {} became {}", before.1, after.1);
     assert!(after.2 <= before.2 + 512, "memory: {} KiB became {} KiB", before.2, after.2);
     assert!(after.2 <= 16 << 10, "{} KiB of memory for one export", after.2);
+}
+
+/// A guest of this VMM, with every queue that the VMM has.
+struct Played {
+    vmm: Player,
+    queues: Vec<RawQueue>,
+}
+
+/// Sectors of the disk that VMMs are tried on.
+const SECTORS: u64 = 16 << 11;
+
+impl Played {
+    /// The VMM starts, and its guest's driver.
+    fn new(profile: &'static Profile, service: &Service) -> Played {
+        let connection =
+            Connection::open(profile, &service.path("a"), PATIENCE, profile.queues, true).unwrap();
+        assert_eq!(connection.capacity(), SECTORS, "{}: the capacity", profile.name);
+        let (ring_bytes, slots) = (Ring::bytes(profile.size), 4);
+        let each = RawQueue::bytes(profile.size, slots);
+        let memory = Arc::new(GuestMemory::new(BASE, each * profile.queues as u64));
+        let features = connection.offered & profile.features;
+        let layout = if profile.segments { Layout::Pieces } else { Layout::Plain };
+        let queue = |index: u64| {
+            let at = BASE + index * each;
+            let mut ring = Ring::new(&memory, at, profile.size, features & EVENT_IDX != 0);
+            if profile.blocking {
+                ring.block();
+            }
+            RawQueue::new(ring, layout, at + ring_bytes, slots)
+        };
+        let queues: Vec<RawQueue> = (0..profile.queues as u64).map(queue).collect();
+        let rings = queues.iter().map(|queue| &queue.ring);
+        let mut vmm = Player::new(&memory, rings, features, connection);
+        vmm.start().unwrap();
+        Played { vmm, queues }
+    }
+
+    /// Writes, flushes, reads back; discards and zeroes where the driver may.
+    fn work(&mut self, seed: u64) {
+        let may = |feature: u32| self.vmm.features & 1 << feature != 0;
+        assert!(may(VIRTIO_BLK_F_FLUSH));
+        let (discards, zeroes) = (may(VIRTIO_BLK_F_DISCARD), may(VIRTIO_BLK_F_WRITE_ZEROES));
+        let name = self.vmm.profile.name;
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            let (sector, data) = (64 * index as u64, Random::new(seed + index as u64).bytes(8192));
+            assert_eq!(queue.write(sector, &data), OK, "{name}: a write");
+            assert_eq!(queue.one(Op::Flush, &[]).0, OK, "{name}: a flush");
+            assert!(queue.read(sector, 16) == (OK, data), "{name}: what was written is not there");
+            if discards {
+                assert_eq!(queue.one(Op::Discard { sector, sectors: 8 }, &[]).0, OK, "{name}: a discard");
+            }
+            if zeroes {
+                let op = Op::WriteZeroes { sector, sectors: 8, unmap: true };
+                assert_eq!(queue.one(op, &[]).0, OK, "{name}: zeroes");
+                assert!(queue.read(sector, 8) == (OK, vec![0; 4096]), "{name}: zeroes are not");
+            }
+            assert_eq!(queue.one(Op::GetId, &[]).0, OK, "{name}: an identity");
+        }
+    }
+}
+
+#[test]
+fn each_vmm_works_as_it_speaks() {
+    let service = slow_service(&["a"]);
+    for profile in PROFILES {
+        let mut guest = Played::new(profile, &service);
+        guest.work(1);
+        // The guest resets its device, and its driver goes on where it was.
+        let bases = guest.vmm.reset().unwrap();
+        assert_eq!(
+            bases,
+            guest.vmm.used(),
+            "{}: something is in flight in a vring that stopped",
+            profile.name
+        );
+        guest.vmm.start().unwrap();
+        guest.work(3);
+        // The VMM dies, and another one begins.
+        drop(guest);
+        Played::new(profile, &service).work(5);
+    }
+}
+
+#[test]
+fn each_vmm_that_comes_back_is_served_on() {
+    for profile in PROFILES.iter().filter(|profile| profile.again.is_some()) {
+        let setup = Setup::new();
+        let image = setup.image(SECTORS * 512);
+        let setup = setup.volume("root", &format!("file:{}", image.display()));
+        let mut service = setup.door("root", "a", "queues=2").start();
+        let mut guest = Played::new(profile, &service);
+        guest.work(1);
+        // The connection alone, then the service, first as planned and then not. The ring has wrapped by then.
+        guest.vmm.disconnect();
+        guest.vmm.reconnect(&service.path("a"), PATIENCE).unwrap();
+        guest.work(2);
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            service.restart(signal);
+            guest.vmm.reconnect(&service.path("a"), PATIENCE).unwrap();
+            (0..20).for_each(|seed| guest.work(seed));
+        }
+    }
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! What the native tests stand on: the real service, and both kinds of VMM.
 //!
 //! [`service`] runs the binary. [`client`] is a VMM by the virtio-driver crate: a well-behaved one. [`vmm`] shakes
-//! hands by the vhost crate and drives [`ring`]s of its own in its own [`memory`], laid out as it likes. [`wire`]
-//! speaks bytes. [`model`] knows what must be read back, whichever of them asks. [`load`] is many
+//! hands by the vhost crate and drives [`ring`]s of its own in its own [`memory`], laid out as it likes. [`player`] shakes
+//! hands as a VMM that people use, by its [`profile`]. [`wire`] speaks bytes. [`model`] knows what must be read back, whichever of them asks. [`load`] is many
 //! requests and no questions. [`prepared`] drives a worker of this process, to count what it does.
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
@@ -11,7 +11,9 @@ pub mod client;
 pub mod load;
 pub mod memory;
 pub mod model;
+pub mod player;
 pub mod prepared;
+pub mod profile;
 pub mod queue;
 pub mod ring;
 pub mod service;

@@ -113,6 +113,12 @@ impl Ring {
         (self.desc, self.avail, self.used) = (at, at + self.avail - from, at + self.used - from);
     }
 
+    /// Has descriptors that reading and writing may wait for.
+    pub fn block(&mut self) {
+        let blocking = || EventFd::new(libc::EFD_CLOEXEC).unwrap();
+        (self.kick, self.call, self.err) = (blocking(), blocking(), blocking());
+    }
+
     /// New kick and call descriptors.
     pub fn replace_kick(&mut self) -> EventFd {
         std::mem::replace(&mut self.kick, event())

@@ -106,16 +106,8 @@ impl Setup {
     pub fn start_as(self, mut command: Command) -> Service {
         limit_this_program();
         self.dress(&mut command);
-        let mut child = command.spawn().unwrap();
         let log = Arc::new(Mutex::new(String::new()));
-        let mut stderr = child.stderr.take().unwrap();
-        let inside = log.clone();
-        let reader = std::thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            while let Ok(count @ 1..) = stderr.read(&mut bytes) {
-                inside.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..count]));
-            }
-        });
+        let (child, reader) = spawn(command, &log);
         let mut service = Service {
             child,
             setup: self,
@@ -125,16 +117,7 @@ impl Setup {
             may_complain: false,
             code: 0,
         };
-        let start = Instant::now();
-        // It answers on the control socket when everything is there.
-        while Client::new(service.control()).status().is_err() {
-            if let Some(status) = service.child.try_wait().unwrap() {
-                service.ended = Some(status);
-                panic!("the service ended with {status}:\n{}", service.log());
-            }
-            assert!(start.elapsed() < PATIENCE, "the service does not answer:\n{}", service.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        service.await_start();
         service
     }
 
@@ -143,6 +126,20 @@ impl Setup {
         let output = self.command().output().unwrap();
         (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
     }
+}
+
+/// Starts a command whose standard error becomes the log.
+fn spawn(mut command: Command, log: &Arc<Mutex<String>>) -> (Child, JoinHandle<()>) {
+    let mut child = command.spawn().unwrap();
+    let mut stderr = child.stderr.take().unwrap();
+    let inside = log.clone();
+    let reader = std::thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(count @ 1..) = stderr.read(&mut bytes) {
+            inside.lock().unwrap().push_str(&String::from_utf8_lossy(&bytes[..count]));
+        }
+    });
+    (child, reader)
 }
 
 /// A running service. Dropping it stops it and asserts that it had nothing to complain of.
@@ -172,6 +169,28 @@ impl Service {
     /// A file of its directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.setup.path(name)
+    }
+
+    /// It answers on the control socket when everything is there.
+    fn await_start(&mut self) {
+        let start = Instant::now();
+        while Client::new(self.control()).status().is_err() {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                self.ended = Some(status);
+                panic!("the service ended with {status}:\n{}", self.log());
+            }
+            assert!(start.elapsed() < PATIENCE, "the service does not answer:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends it by a signal, and starts it again as it was.
+    pub fn restart(&mut self, signal: Signal) {
+        self.signal(signal);
+        self.wait();
+        let (child, reader) = spawn(self.setup.command(), &self.log);
+        (self.child, self.reader, self.ended) = (child, Some(reader), None);
+        self.await_start();
     }
 
     /// Its control socket.
