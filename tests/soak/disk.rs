@@ -267,7 +267,7 @@ pub fn run(
     };
     let shared = Arc::new(shared);
     let mut run = Run { plan, shared: &shared, random: Random::new(plan.seed) };
-    let load = Load { reads: 35, hot: 30, others: 6, block: 1 };
+    let load = Load { reads: 35, hot: 30, others: 6, block: 1, zeroes: true };
     let spawn = |index: usize| {
         let (shared, seed) = (shared.clone(), plan.seed ^ (index as u64 + 1));
         std::thread::spawn(move || shared.work(index, seed, load))

@@ -20,16 +20,19 @@ pub struct Load {
     pub others: u64,
     /// Sectors in a logical block: what ranges are multiples of.
     pub block: u64,
+    /// Whether the others may discard and zero; otherwise they flush.
+    pub zeroes: bool,
 }
 
 impl Load {
     /// Any.
-    pub fn any(random: &mut Random, block: u64) -> Load {
+    pub fn any(random: &mut Random, block: u64, zeroes: bool) -> Load {
         Load {
             reads: [20, 35, 60][random.below(3) as usize],
             hot: [0, 20, 90][random.below(3) as usize],
             others: [0, 5, 12][random.below(3) as usize],
             block,
+            zeroes,
         }
     }
 
@@ -40,6 +43,7 @@ impl Load {
             let (sector, sectors) = self.range(random, capacity);
             return match random.below(4) {
                 0 | 1 => Op::Flush,
+                _ if !self.zeroes => Op::Flush,
                 2 => Op::Discard { sector, sectors },
                 _ => Op::WriteZeroes { sector, sectors, unmap: random.below(2) == 0 },
             };

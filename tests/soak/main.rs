@@ -14,12 +14,12 @@ mod report;
 mod round;
 mod selftest;
 mod service;
-mod session;
 mod stamp;
 mod store;
 mod volume;
 
 use clap::Parser;
+use common::profile::{PROFILES, Profile};
 use report::Report;
 use service::Program;
 use std::ffi::OsString;
@@ -65,6 +65,9 @@ enum What {
         /// Let no VMM know what was in flight; each is killed together with ringblk
         #[arg(long)]
         no_inflight: bool,
+        /// Play these VMMs only (may be repeated; default: all that are known)
+        #[arg(long, value_name = "NAME", value_parser = profile)]
+        profile: Vec<&'static Profile>,
     },
     /// On a disk of this kernel, until SIGTERM, or with a service of our own that is killed
     Disk {
@@ -105,9 +108,11 @@ fn main() -> ExitCode {
     let report = Arc::new(Report::default());
     let (seed, kills, stops, limit) = (args.seed, args.kills, args.stops, Duration::from_secs(args.limit));
     match args.what {
-        What::Native { ringblk, dir, no_inflight } => {
+        What::Native { ringblk, dir, no_inflight, profile } => {
             let mounts = own_mounts();
-            let plan = native::Plan { ringblk, dir, seed, kills, inflight: !no_inflight, mounts, limit };
+            let profiles = if profile.is_empty() { PROFILES.to_vec() } else { profile };
+            let plan =
+                native::Plan { ringblk, dir, profiles, seed, kills, inflight: !no_inflight, mounts, limit };
             native::run(&plan, &report);
         }
         What::Disk { path, threads, control, program } => {
@@ -125,6 +130,13 @@ fn main() -> ExitCode {
         std::fs::write(path, format!("{}\n", report.json())).expect("the counts can be written");
     }
     if report.passed() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// A VMM by its name.
+fn profile(name: &str) -> Result<&'static Profile, String> {
+    let names = PROFILES.map(|profile| profile.name).join(", ");
+    let found = PROFILES.into_iter().find(|profile| profile.name == name);
+    found.ok_or_else(|| format!("there are: {names}"))
 }
 
 /// Whether stores may be mounted.

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// How long a queue sleeps before it looks whether it shall end.
 const REST: Duration = Duration::from_millis(10);
+/// Between two looks of one that polls.
+const POLL: Duration = Duration::from_micros(50);
 /// Sectors in one read of a scan.
 const STRIPE: u64 = 128;
 
@@ -76,6 +78,8 @@ pub struct Driver {
     pub load: Load,
     random: Random,
     pending: Vec<Option<Pending>>,
+    /// Looks at the used ring, and waits for no call.
+    polls: bool,
     /// The device knows that we sleep.
     armed: bool,
     /// The scan under way: its number, the next sector.
@@ -83,11 +87,18 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// A queue with as many requests in flight as it has slots.
-    pub fn new(queue: RawQueue, index: usize, shared: &Arc<Shared>, load: Load, seed: u64) -> Driver {
+    /// A queue with as many requests in flight as it has slots. It `polls`, or sleeps until it is called.
+    pub fn new(
+        queue: RawQueue,
+        index: usize,
+        shared: &Arc<Shared>,
+        load: Load,
+        polls: bool,
+        seed: u64,
+    ) -> Driver {
         let pending = vec![None; queue.slots()];
-        let shared = shared.clone();
-        Driver { queue, index, shared, load, random: Random::new(seed), pending, armed: false, scan: None }
+        let (shared, random) = (shared.clone(), Random::new(seed));
+        Driver { queue, index, shared, load, random, pending, polls, armed: false, scan: None }
     }
 
     /// Until the guest dies, or all is done.
@@ -165,8 +176,12 @@ impl Driver {
     /// before it sleeps: a call that never comes is a hang.
     fn settle(&mut self) {
         let ring = &mut self.queue.ring;
-        let mut ready = false;
-        if !self.armed {
+        let mut ready = self.polls;
+        if self.polls {
+            if ring.used_idx() == ring.next_used {
+                std::thread::sleep(POLL);
+            }
+        } else if !self.armed {
             let event = ring.avail + 4 + 2 * u64::from(ring.size);
             ring.memory.half(event).store(ring.next_used.to_le(), Ordering::Relaxed);
             // Either the device sees that we want a call, or we see what it used.

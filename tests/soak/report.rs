@@ -38,6 +38,16 @@ pub enum Event {
     Store,
 }
 
+/// What was done so far, or with one VMM.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    pub kills: u64,
+    pub stops: u64,
+    pub vmm_kills: u64,
+    pub recoveries: u64,
+    pub requests: u64,
+}
+
 /// Counters and times, from any thread.
 #[derive(Default)]
 pub struct Report {
@@ -57,6 +67,7 @@ struct Inner {
     kills: Vec<Duration>,
     stops: Vec<Duration>,
     gap: Duration,
+    profiles: BTreeMap<&'static str, Tally>,
 }
 
 impl Report {
@@ -132,6 +143,34 @@ impl Report {
         inner.kills.len() + inner.stops.len()
     }
 
+    /// All so far.
+    pub fn tally(&self) -> Tally {
+        Tally {
+            kills: self.events(Event::Kill),
+            stops: self.events(Event::Stop),
+            vmm_kills: self.events(Event::Vmm),
+            recoveries: self.recoveries() as u64,
+            requests: self.requests(),
+        }
+    }
+
+    /// What was done since `before` was with this VMM.
+    pub fn belongs_to(&self, profile: &'static str, before: Tally) {
+        let now = self.tally();
+        let mut inner = self.inner();
+        let tally = inner.profiles.entry(profile).or_default();
+        tally.kills += now.kills - before.kills;
+        tally.stops += now.stops - before.stops;
+        tally.vmm_kills += now.vmm_kills - before.vmm_kills;
+        tally.recoveries += now.recoveries - before.recoveries;
+        tally.requests += now.requests - before.requests;
+    }
+
+    /// What was done with this VMM.
+    pub fn tally_of(&self, profile: &str) -> Tally {
+        self.inner().profiles.get(profile).copied().unwrap_or_default()
+    }
+
     /// Something is wrong.
     pub fn wrong(&self, wrong: Wrong, text: impl Into<String>) {
         let mut inner = self.inner();
@@ -165,6 +204,13 @@ impl Report {
         let inner = self.inner();
         let event = |event| inner.events.get(&event).copied().unwrap_or(0);
         let wrong = |wrong| inner.wrong.get(&wrong).copied().unwrap_or(0);
+        let tally = |tally: &Tally| {
+            json!({
+                "kills": tally.kills, "stops": tally.stops, "vmm_kills": tally.vmm_kills,
+                "recoveries": tally.recoveries, "requests": tally.requests,
+            })
+        };
+        let profiles: BTreeMap<_, _> = inner.profiles.iter().map(|(name, of)| (*name, tally(of))).collect();
         json!({
             "kills": event(Event::Kill), "stops": event(Event::Stop), "vmm_kills": event(Event::Vmm),
             "resizes": event(Event::Resize), "store_errors": event(Event::Store),
@@ -174,6 +220,7 @@ impl Report {
             "pause_ms": pauses(&inner.kills), "stop_pause_ms": pauses(&inner.stops),
             "losses": wrong(Wrong::Loss), "duplicates": wrong(Wrong::Duplicate),
             "hangs": wrong(Wrong::Hang), "errors": wrong(Wrong::Error), "longest_gap_ms": tenths(inner.gap), "told": inner.told,
+            "profiles": profiles,
         })
     }
 
@@ -198,6 +245,11 @@ impl Report {
         ];
         let counts: Vec<String> = counts.iter().map(|key| format!("{key} {}", json[key])).collect();
         println!("{name}: {}", counts.join(", "));
+        for (profile, tally) in json["profiles"].as_object().into_iter().flatten() {
+            let counts = ["kills", "stops", "vmm_kills", "recoveries", "requests"];
+            let counts: Vec<String> = counts.iter().map(|key| format!("{key} {}", tally[key])).collect();
+            println!("{name}: {profile}: {}", counts.join(", "));
+        }
         if json["longest_gap_ms"] != 0.0 {
             println!("{name}: longest time without a completion, ms: {}", json["longest_gap_ms"]);
         }

@@ -1,12 +1,12 @@
 //! One service, one volume, one guest at a time, and what befalls them.
 
 use super::common::model::Random;
+use super::common::player::Broken;
 use super::guest::{Guest, Shape};
 use super::log::Log;
 use super::queue::Shared;
 use super::report::{Event, Report, Wrong};
 use super::service::Service;
-use super::session;
 use super::stamp::{Content, SECTOR};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -73,7 +73,7 @@ impl Round {
     fn insist<T>(
         &mut self,
         what: &str,
-        mut attempt: impl FnMut(&mut Round) -> Result<T, session::Broken>,
+        mut attempt: impl FnMut(&mut Round) -> Result<T, Broken>,
     ) -> Result<T, Over> {
         let began = Instant::now();
         loop {
@@ -91,10 +91,17 @@ impl Round {
     /// A new guest on a service that may just be starting.
     pub fn boot(&mut self) -> Result<(), Over> {
         let limit = self.limit;
-        let offered = self.insist("greeting", |round| session::offered(&round.paths.socket, limit))?;
-        let guest = Guest::new(&self.shape, &self.shared, offered, self.random.number());
-        self.guest = Some(guest);
-        self.connect()?;
+        let seed = self.random.number();
+        // One that meets a service that dies is started again, whole.
+        self.insist("guest", |round| {
+            let connection = round.shape.connect(&round.paths.socket, limit)?;
+            round.shared.capacity.store(connection.capacity(), Ordering::Release);
+            let mut guest = Guest::new(&round.shape, &round.shared, connection, seed);
+            guest.vmm.start()?;
+            round.guest = Some(guest);
+            Ok(())
+        })?;
+        *self.shared.back.lock().unwrap() = Some(Instant::now());
         // With the new session begun, the old one's requests are done, one way or the other.
         self.shared.log.lock().unwrap().abandon();
         self.shared.scanned.store(self.shared.scan.load(Ordering::Acquire), Ordering::Release);
@@ -105,7 +112,7 @@ impl Round {
     /// The VMM connects, as often as it takes.
     pub fn connect(&mut self) -> Result<(), Over> {
         let (socket, limit) = (self.paths.socket.clone(), self.limit);
-        self.insist("connection", |round| round.guest().vmm.connect(&socket, limit))?;
+        self.insist("connection", |round| round.guest().vmm.reconnect(&socket, limit))?;
         *self.shared.back.lock().unwrap() = Some(Instant::now());
         Ok(())
     }
@@ -180,7 +187,7 @@ impl Round {
                 let deadline = Instant::now() + delay;
                 // In vain or not, it is cut off.
                 scope.spawn(move || {
-                    while Instant::now() < deadline && vmm.connect(&socket, limit).is_err() {
+                    while Instant::now() < deadline && vmm.reconnect(&socket, limit).is_err() {
                         std::thread::sleep(REST);
                     }
                 });
@@ -195,12 +202,18 @@ impl Round {
         self.progress(Event::Kill, began, &used)
     }
 
-    /// A planned restart under load.
+    /// A planned restart under load. A VMM that does not survive it is started again, too.
     pub fn restart(&mut self) -> Result<(), Over> {
         let began = Instant::now();
         self.away();
         self.service.stop(self.limit, &self.report);
         self.report.event(Event::Stop);
+        if !self.shape.survives_stop() {
+            self.guest = None;
+            self.report.event(Event::Vmm);
+            self.service.start();
+            return self.boot();
+        }
         let used = self.guest().vmm.used();
         self.service.start();
         self.connect()?;

@@ -3,6 +3,7 @@
 use super::common::eventually;
 use super::common::memory::GuestMemory;
 use super::common::model::{Queue, Random};
+use super::common::profile::{PROFILES, QEMU};
 use super::common::queue::{Layout, RawQueue};
 use super::common::ring::Ring;
 use super::common::vmm::BASE;
@@ -53,8 +54,9 @@ fn plan(limit: Duration) -> Plan {
     Plan {
         ringblk: env!("CARGO_BIN_EXE_ringblk").into(),
         dir: env!("CARGO_TARGET_TMPDIR").into(),
+        profiles: PROFILES.to_vec(),
         seed: 20_261_122,
-        kills: 12,
+        kills: 2 * PROFILES.len() as u64,
         inflight: true,
         mounts: false,
         limit,
@@ -66,7 +68,10 @@ fn a_short_soak(mounts: bool) {
     native::run(&Plan { mounts, ..plan(Duration::from_secs(30)) }, &report);
     report.print("native");
     assert!(report.passed());
-    assert!(report.events(Event::Kill) >= 12);
+    assert!(report.events(Event::Kill) >= 2 * PROFILES.len() as u64);
+    for profile in PROFILES {
+        assert!(report.tally_of(profile.name).requests > 0, "{} did nothing", profile.name);
+    }
     assert!(report.recoveries() >= 3);
     assert!(report.requests() > 1000);
 }
@@ -76,7 +81,7 @@ fn running(limit: Duration) -> (Round, Arc<Report>, TempDir) {
     let report = Arc::new(Report::default());
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let plan = Plan { inflight: false, ..plan(limit) };
-    let (mut round, _) = native::start(&plan, dir.path(), plan.seed, &report);
+    let (mut round, _) = native::start(&plan, &QEMU, dir.path(), plan.seed, &report);
     assert!(round.boot().is_ok());
     assert!(round.scan().is_ok());
     (round, report, dir)
@@ -146,8 +151,8 @@ fn with_a_device_of_ours(limit: Duration, play: impl FnOnce(&mut Device)) -> Arc
         Device { call: ring.call.try_clone().unwrap(), used: ring.used, avail: ring.avail, memory, at: 0 };
     let queue = RawQueue::new(ring, Layout::Plain, BASE + Ring::bytes(16), 1);
     assert_eq!(queue.slots(), 1);
-    let load = Load { reads: 0, hot: 0, others: 0, block: 1 };
-    let driver = Driver::new(queue, 0, &shared, load, 1);
+    let load = Load { reads: 0, hot: 0, others: 0, block: 1, zeroes: true };
+    let driver = Driver::new(queue, 0, &shared, load, false, 1);
     *shared.back.lock().unwrap() = Some(std::time::Instant::now());
     let thread = std::thread::spawn(|| driver.run());
     play(&mut device);

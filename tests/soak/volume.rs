@@ -1,5 +1,6 @@
 //! What is done to the volume rather than to the service: it grows, and its store runs full.
 
+use super::common::profile::Resize;
 use super::report::{Event, Wrong};
 use super::round::{Over, REST, Round, VOLUME};
 use super::stamp::SECTOR;
@@ -11,17 +12,26 @@ use std::time::Instant;
 impl Round {
     /// The volume grows by `sectors` under load, and the guest uses it all at once.
     pub fn grow(&mut self, sectors: u64) -> Result<(), Over> {
-        let new = self.shared.capacity.load(Ordering::Acquire) + sectors;
-        self.shared.log.lock().unwrap().grow(new);
+        let new = {
+            let mut log = self.shared.log.lock().unwrap();
+            let new = log.len() + sectors;
+            log.grow(new);
+            new
+        };
         let bytes = (new * SECTOR as u64).to_string();
         self.command(&["resize", VOLUME, &bytes])?;
         self.report.event(Event::Resize);
-        let began = Instant::now();
-        while self.guest().vmm.capacity().ok() != Some(new) {
-            if began.elapsed() > self.limit {
-                return self.hang(format!("the disk has not {new} sectors yet"));
-            }
-            std::thread::sleep(REST);
+        let (resize, limit) = (self.shape.profile.resize, self.limit);
+        let connection = self.guest().vmm.connection().expect("the VMM is connected");
+        let told = match resize {
+            Resize::Told => connection.await_change(limit),
+            Resize::Asks => connection.look_again(),
+            // The guest keeps the old size until it is started again.
+            Resize::Never => return Ok(()),
+        };
+        let capacity = connection.capacity();
+        if told.is_err() || capacity != new {
+            return self.hang(format!("the disk has {capacity} sectors and not {new}: {told:?}"));
         }
         self.shared.capacity.store(new, Ordering::Release);
         Ok(())
@@ -42,7 +52,7 @@ impl Round {
         // Whoever waits for room does not hang.
         self.away();
         self.starved(policy)?;
-        if self.shape.inflight && self.random.below(2) == 0 {
+        if self.shape.survives_kill() && self.random.below(2) == 0 {
             self.slay();
             self.service.start();
             self.connect()?;
