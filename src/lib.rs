@@ -7,6 +7,8 @@
 // The documentation is for people who have the source before them.
 #![allow(rustdoc::private_intra_doc_links)]
 
+// A limit on log lines that a client can cause.
+pub mod log_limit;
 // Requests, geometry, errors: the words every layer uses. No I/O.
 pub mod block;
 // The only owner of io_uring: operations, slots, the futures that wait for them.

@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 
 use crate::block::Geometry;
+use crate::log_limit::LogLimit;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// `VIRTIO_BLK_ID_BYTES`.
@@ -17,6 +19,8 @@ pub struct Device {
     writeback: AtomicBool,
     /// It is known: chosen, left by an earlier process, or as a device begins.
     decided: AtomicBool,
+    /// Of the export: a VMM that reconnects gets no new lines by that.
+    log: Arc<LogLimit>,
 }
 
 impl Device {
@@ -27,19 +31,26 @@ impl Device {
         let len = volume.len().min(ID_LEN);
         id[..len].copy_from_slice(&volume.as_bytes()[..len]);
         let writeback = AtomicBool::new(geometry.volatile_cache);
-        Device { name: format!("vhost-user:{socket}"), id, geometry, writeback, decided: false.into() }
+        let name = format!("vhost-user:{socket}");
+        let log = Arc::new(LogLimit::new(name.clone()));
+        Device { name, id, geometry, writeback, decided: false.into(), log }
     }
 
     /// The same device for the next VMM.
     pub fn renewed(&self) -> Device {
         let writeback = AtomicBool::new(self.geometry.volatile_cache);
         let (name, id, geometry) = (self.name.clone(), self.id, self.geometry.clone());
-        Device { name, id, geometry, writeback, decided: false.into() }
+        Device { name, id, geometry, writeback, decided: false.into(), log: self.log.clone() }
     }
 
     /// For messages.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// For every line that its VMM or its driver can cause. The lines begin with the device's name.
+    pub fn log(&self) -> &LogLimit {
+        &self.log
     }
 
     /// Padded with NUL (virtio 1.3 section 5.2.6).
