@@ -13,6 +13,9 @@ const BURST: u32 = 16;
 /// For each further line of that kind.
 const INTERVAL: Duration = Duration::from_secs(10);
 
+/// For filters: the lines are of all modules.
+const TARGET: &str = "ringblk";
+
 /// The lines about one subject, an export say, limited for each kind of line: [`BURST`] at once, then one every
 /// [`INTERVAL`]. A line says how many of its kind were left out before it.
 ///
@@ -94,8 +97,10 @@ impl LogLimit {
     fn line(&self, level: Level, kind: &'static str, message: fmt::Arguments<'_>) {
         let subject = &self.subject;
         match self.admit(kind, Instant::now()) {
-            Some(0) => log::log!(level, "{subject}: {message}"),
-            Some(dropped) => log::log!(level, "{subject}: {message} ({dropped} lines like it were left out)"),
+            Some(0) => log::log!(target: TARGET, level, "{subject}: {message}"),
+            Some(dropped) => {
+                log::log!(target: TARGET, level, "{subject}: {message} ({dropped} lines like it were left out)")
+            }
             None => {}
         }
     }

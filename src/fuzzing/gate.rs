@@ -1,7 +1,8 @@
 //! What the gate reads of a VMM's messages, and what it makes of those about memory.
 
 use super::Input;
-use crate::frontend::vhost_user::gate::{Message, Receive, Refusal, Regions};
+use crate::frontend::vhost_user::budget::MemoryBudget;
+use crate::frontend::vhost_user::gate::{Message, Receive, Refusal, Regions, Shape, check};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,17 +14,20 @@ const MOST_DESCRIPTORS: usize = 32;
 /// Of the file behind every descriptor.
 const FILE: u64 = 1 << 20;
 
+/// Of the device.
+const SHAPE: Shape = Shape { queues: 4, queue_size: 256 };
+
 /// Any bytes: how they are cut, then the stream. A message that is let pass is no longer than messages are, and is
 /// what was sent; memory that is let pass lies inside its file.
 pub fn gate(bytes: &[u8]) {
     let mut input = Input(bytes);
     let (step, fds) = (1 + usize::from(input.u8()), usize::from(input.u8()));
     let mut stream = Stream { rest: input.0, step, fds, given: 0 };
-    let mut regions = Regions::default();
+    let mut regions = Regions::none(MemoryBudget::of_process(1).share());
     loop {
         let before = stream.rest;
         stream.given = 0;
-        let Ok(Some(message)) = Message::read(&mut stream) else { return };
+        let Ok(Some(mut message)) = Message::read(&mut stream) else { return };
         let used = before.len() - stream.rest.len();
         assert!(message.body.len() <= MOST_BYTES && message.descriptors.len() <= MOST_DESCRIPTORS);
         assert_eq!(message.descriptors.len(), stream.given, "descriptors are neither lost nor kept");
@@ -31,11 +35,16 @@ pub fn gate(bytes: &[u8]) {
         assert_eq!(Message::compose(message.request.into(), flags, &message.body), before[..used]);
         message.number();
         message.is_question();
-        match regions.after(&message) {
-            Ok(Some(next)) => regions = next,
+        let count = message.descriptors.len();
+        match regions.after(&mut message) {
+            Ok(Some(change)) => regions = change.regions,
             Ok(None) => {}
             Err(_) => return,
         }
+        if check(&mut message, SHAPE, &regions).is_err() {
+            return;
+        }
+        assert_eq!(message.descriptors.len(), count, "descriptors are neither lost nor kept");
     }
 }
 

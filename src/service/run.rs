@@ -15,6 +15,7 @@ use super::status::{SandboxStatus, VolumeStatus};
 use crate::block::Errno;
 use crate::engine::{OpenError, Volume};
 use crate::frontend::ublk::StableName;
+use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::worker::{Habits, Lent, Link, Worker};
 use std::collections::BTreeMap;
 use std::io;
@@ -166,6 +167,7 @@ impl Service {
         if !config.ublk.is_empty() {
             StableName::prepare();
         }
+        let memory = MemoryBudget::of_process(config.vhost_user.len());
         // From here on we are no longer alone: what is given up, is given up by all.
         let sandbox = sandbox::enter(&sandbox::Plan::of(config))?;
         let mut workers = Vec::new();
@@ -190,7 +192,7 @@ impl Service {
             stop: Notify::new(),
         };
         let service = Service { control, shared: Arc::new(shared) };
-        match service.shared.add_exports(config, endpoints) {
+        match service.shared.add_exports(config, endpoints, &memory) {
             Ok(()) => Ok(service),
             Err(error) => {
                 if let Err(left) = service.shared.take_down(Farewell::Withdraw) {
@@ -257,7 +259,12 @@ impl Service {
 impl Shared {
     /// Starts every export, in the order of the configuration: sockets, then disks, whose start makes the
     /// kernel read them.
-    fn add_exports(&self, config: &Config, endpoints: Vec<Endpoint>) -> Result<(), Error> {
+    fn add_exports(
+        &self,
+        config: &Config,
+        endpoints: Vec<Endpoint>,
+        memory: &Arc<MemoryBudget>,
+    ) -> Result<(), Error> {
         let links: Vec<Link> = lock(&self.workers).iter().map(|worker| worker.link().clone()).collect();
         let mut placement = Placement::over(&links);
         let queues = |asked: Option<u16>| asked.unwrap_or(links.len().try_into().unwrap_or(u16::MAX));
@@ -265,7 +272,7 @@ impl Shared {
             let volume = &self.volumes[&export.volume];
             let queues = queues(export.queues);
             let on = placement.of(queues, self.single_worker(volume));
-            let started = VhostUserExport::start(export, queues, endpoint, volume, on)
+            let started = VhostUserExport::start(export, queues, endpoint, volume, on, memory.share())
                 .map_err(|source| Error::VhostUser { socket: export.socket.display().to_string(), source })?;
             lock(&self.exports).push(Export::VhostUser(started));
             log::info!("volume {} is served on {}", export.volume, export.socket.display());

@@ -18,6 +18,15 @@ pub const CONFIG_SPACE: usize = 256;
 /// Offset of `writeback`, the one field a driver may write.
 pub const WRITEBACK: u32 = 32;
 
+/// Where the fields begin for Cloud Hypervisor up to 50 (`VHOST_USER_CONFIG_OFFSET`), as they do in the registers of
+/// virtio-mmio. For everybody else they begin at 0.
+const MMIO_OFFSET: u32 = 0x100;
+
+/// The place in the configuration space that a VMM means by `offset`.
+pub fn offset(offset: u32) -> u32 {
+    offset.checked_sub(MMIO_OFFSET).unwrap_or(offset)
+}
+
 /// Virtio features of a device with this geometry, without the vhost-user bit.
 pub fn features(geometry: &Geometry) -> u64 {
     let mut bits = vec![

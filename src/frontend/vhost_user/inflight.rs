@@ -12,6 +12,8 @@
 
 mod mark;
 
+use super::backing::Backing;
+use super::fault::Guard;
 use crate::ring::Mapping;
 pub use mark::Mark;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
@@ -20,6 +22,7 @@ use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
@@ -60,10 +63,17 @@ const ALIGN: usize = 64;
 const MAX_QUEUES: u16 = 256;
 const MAX_QUEUE_SIZE: u16 = 32768;
 
+/// The file as it is mapped here.
+struct Shared {
+    /// Before the mapping, which it must not outlive.
+    guard: Option<Guard>,
+    map: Mapping,
+}
+
 /// The notes of a device's vrings.
 #[derive(Clone)]
 pub struct Inflight {
-    map: Arc<Mapping>,
+    shared: Arc<Shared>,
     queues: u16,
     queue_size: u16,
 }
@@ -71,7 +81,7 @@ pub struct Inflight {
 /// The notes of one vring. Written by one worker at a time.
 #[derive(Clone)]
 pub struct InflightQueue {
-    map: Arc<Mapping>,
+    shared: Arc<Shared>,
     /// Where its part begins; a multiple of [`ALIGN`].
     at: usize,
     /// Heads it has room for: `0..size`.
@@ -110,26 +120,61 @@ impl Inflight {
         Ok((file, bytes))
     }
 
-    /// Takes the file that a VMM kept: `bytes` from `offset` on, for so many queues of that size.
+    /// Takes the file that a VMM kept, `bytes` from `offset` on, for so many queues of that size; `socket` is shut down
+    /// when the VMM takes some of it away.
     ///
     /// # Errors
-    /// `InvalidInput` for a file that could shrink under us or is too short, or notes in a layout that is not ours.
+    /// `InvalidInput` for a file that could shrink under us, is too short or not in ordinary memory, or notes in a
+    /// layout that is not ours.
+    pub(super) fn guarded(
+        file: File,
+        bytes: u64,
+        offset: u64,
+        queues: u16,
+        queue_size: u16,
+        socket: &Arc<UnixStream>,
+    ) -> io::Result<Inflight> {
+        let guard = |map: &Mapping, page| Guard::new(map.as_ptr(), map.len(), page, socket, None).map(Some);
+        Inflight::take(file, bytes, offset, queues, queue_size, guard)
+    }
+
+    /// As [`guarded`](Self::guarded), of a file that nobody changes.
+    #[cfg(any(test, fuzzing))]
     pub fn open(file: File, bytes: u64, offset: u64, queues: u16, queue_size: u16) -> io::Result<Inflight> {
+        Inflight::take(file, bytes, offset, queues, queue_size, |_, _| Ok(None))
+    }
+
+    fn take(
+        file: File,
+        bytes: u64,
+        offset: u64,
+        queues: u16,
+        queue_size: u16,
+        guard: impl FnOnce(&Mapping, usize) -> io::Result<Option<Guard>>,
+    ) -> io::Result<Inflight> {
         check_shape(queues, queue_size)?;
+        let backing = Backing::of(&file).map_err(|error| refused(error.to_string()))?;
         let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
-        if !seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK)) {
-            return Err(refused("its file is not one that was given out: it may be truncated".into()));
+        // Ours is a memfd of small pages. With huge ones the kernel may have none left when the page is gone.
+        if backing.huge || !seals.is_ok_and(|seals| seals.contains(SealFlag::F_SEAL_SHRINK)) {
+            return Err(refused(
+                "its file is not one that was given out: some of it may be taken away".into(),
+            ));
         }
         let needed = usize::from(queues) * stride(queue_size);
-        let length = file.metadata()?.len();
+        let length = backing.bytes;
         if bytes < needed as u64 || offset.checked_add(bytes).is_none_or(|end| end > length) {
             return Err(refused(format!(
                 "{bytes} bytes from {offset} on, in a file of {length}, for {queues} queues of {queue_size}, \
                  which need {needed}"
             )));
         }
-        let map = Arc::new(Mapping::shared(file.as_fd(), offset, needed)?);
-        let inflight = Inflight { map, queues, queue_size };
+        if !offset.is_multiple_of(backing.page) {
+            return Err(refused(format!("its offset of {offset} is no multiple of a page")));
+        }
+        let map = Mapping::shared(file.as_fd(), offset, needed)?;
+        let guard = guard(&map, backing.page as usize)?;
+        let inflight = Inflight { shared: Arc::new(Shared { guard, map }), queues, queue_size };
         for index in 0..queues.into() {
             inflight.queue(index).map_or(Ok(()), |queue| queue.check())?;
         }
@@ -163,11 +208,16 @@ impl Inflight {
         self.marks().for_each(|queue| queue.set_mark(queue.mark().with_flushed()));
     }
 
+    /// Whether the VMM took some of it away.
+    pub(super) fn is_lost(&self) -> bool {
+        self.shared.guard.as_ref().is_some_and(Guard::is_lost)
+    }
+
     /// The part of vring `index`; `None` when the VMM made none for it.
     pub fn queue(&self, index: usize) -> Option<InflightQueue> {
         let at = index * stride(self.queue_size);
         let there = index < usize::from(self.queues);
-        there.then(|| InflightQueue { map: self.map.clone(), at, size: self.queue_size })
+        there.then(|| InflightQueue { shared: self.shared.clone(), at, size: self.queue_size })
     }
 }
 
@@ -191,14 +241,14 @@ impl InflightQueue {
     fn header(&self) -> &Header {
         // SAFETY: the beginning of this queue's part of the mapping, which `open` made long enough and no one can shorten;
         // aligned, since a mapping begins on a page; and nothing but atomics, which may change behind our back.
-        unsafe { &*self.map.as_ptr().add(self.at).cast() }
+        unsafe { &*self.shared.map.as_ptr().add(self.at).cast() }
     }
 
     fn entry(&self, head: u16) -> &Entry {
         assert!(head < self.size);
         let at = self.at + size_of::<Header>() + size_of::<Entry>() * usize::from(head);
         // SAFETY: as above, and there are `size` entries; the padding is never read.
-        unsafe { &*self.map.as_ptr().add(at).cast() }
+        unsafe { &*self.shared.map.as_ptr().add(at).cast() }
     }
 
     /// Where the mark is; `None` where a queue of that size leaves no room for it. None of a power of two does.
@@ -210,7 +260,7 @@ impl InflightQueue {
         }
         let at = self.at + end - size_of::<AtomicU64>();
         // SAFETY: the end of this queue's part, behind its entries and aligned, since parts begin at multiples of 64.
-        Some(unsafe { &*self.map.as_ptr().add(at).cast() })
+        Some(unsafe { &*self.shared.map.as_ptr().add(at).cast() })
     }
 
     /// What was left here for us.

@@ -1,5 +1,7 @@
 //! A VMM's memory as a worker sees it: guest addresses resolved to ours, and nothing else reachable.
 
+use super::backing::Backing;
+use super::budget::Charge;
 use super::fault::Guard;
 use crate::block::Iovec;
 use std::os::unix::net::UnixStream;
@@ -12,8 +14,8 @@ use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, G
 #[derive(Clone)]
 pub struct Memory {
     regions: Arc<[Region]>,
-    /// Before the mappings, which they must not outlive.
-    guards: Arc<[Guard]>,
+    /// Before the mappings, which they must not outlive. One for each region; none of memory that nobody takes away.
+    guards: Arc<[Arc<Guard>]>,
     _mappings: Arc<GuestMemoryMmap<()>>,
 }
 
@@ -77,30 +79,51 @@ impl Memory {
     /// # Errors
     /// When a region reaches past the end of its file.
     pub fn new(mappings: Arc<GuestMemoryMmap<()>>) -> Result<Memory, MemoryError> {
-        Memory::take(mappings, None)
+        let regions = Memory::regions(&mappings)?;
+        Ok(Memory { regions: regions.into(), guards: Arc::default(), _mappings: mappings })
     }
 
-    /// Takes the table as it is now, of a VMM that is hung up on (by `socket`) when it takes memory away.
+    /// Takes the table as it is now, of a VMM that is hung up on (by `socket`) when it takes memory away. What
+    /// `before` holds already stays guarded as it is. `charges` are the addresses of what is new, by guest address.
     ///
     /// # Errors
-    /// When a region reaches past the end of its file, or there are too many.
+    /// When a region reaches past the end of its file, or the kernel takes no signal handler.
     pub(super) fn guarded(
         mappings: Arc<GuestMemoryMmap<()>>,
         socket: &Arc<UnixStream>,
+        before: Option<&Memory>,
+        mut charges: Vec<(u64, Charge)>,
     ) -> Result<Memory, MemoryError> {
-        Memory::take(mappings, Some(socket))
+        let regions = Memory::regions(&mappings)?;
+        let mut guards = Vec::with_capacity(regions.len());
+        for region in &regions {
+            if let Some(guard) = before.and_then(|before| before.guard(region)) {
+                guards.push(guard);
+                continue;
+            }
+            let Region { start, len, host } = *region;
+            let charge = charges.iter().position(|(of, _)| *of == start).map(|at| charges.swap_remove(at).1);
+            let page = page_size(&mappings, start).map_err(|source| MemoryError::File { start, source })?;
+            let guard = Guard::new(host, len as usize, page, socket, charge)
+                .map_err(|source| MemoryError::Guard { start, source })?;
+            guards.push(Arc::new(guard));
+        }
+        Ok(Memory { regions: regions.into(), guards: guards.into(), _mappings: mappings })
+    }
+
+    /// The guard of a mapping that is in both tables: two at one address are one, as long as both tables are held.
+    fn guard(&self, region: &Region) -> Option<Arc<Guard>> {
+        let at = self.regions.iter().position(|held| held.host == region.host && held.len == region.len)?;
+        self.guards.get(at).cloned()
     }
 
     /// Whether the VMM took some of it away.
     pub(super) fn is_lost(&self) -> bool {
-        self.guards.iter().any(Guard::is_lost)
+        self.guards.iter().any(|guard| guard.is_lost())
     }
 
-    fn take(
-        mappings: Arc<GuestMemoryMmap<()>>,
-        socket: Option<&Arc<UnixStream>>,
-    ) -> Result<Memory, MemoryError> {
-        let mut guards = Vec::new();
+    /// What is mapped, by guest address.
+    fn regions(mappings: &GuestMemoryMmap<()>) -> Result<Vec<Region>, MemoryError> {
         let mut regions = Vec::with_capacity(mappings.num_regions());
         for region in mappings.iter() {
             let (start, len) = (region.start_addr().0, region.len());
@@ -114,14 +137,10 @@ impl Memory {
             let host = mappings
                 .get_host_address(GuestAddress(start))
                 .map_err(|_| MemoryError::NotMapped { start })?;
-            if let Some(socket) = socket {
-                let guard = Guard::new(host, len as usize, socket);
-                guards.push(guard.map_err(|source| MemoryError::Guard { start, source })?);
-            }
             regions.push(Region { start, len, host });
         }
         regions.sort_by_key(|region| region.start);
-        Ok(Memory { regions: regions.into(), guards: guards.into(), _mappings: mappings })
+        Ok(regions)
     }
 
     /// Our address of guest address `at`, and how many bytes from there on are contiguous, `len` at most.
@@ -132,10 +151,12 @@ impl Memory {
         Some((region.host.wrapping_add(skip as usize), len.min(region.len - skip)))
     }
 
-    /// Our address of `len` bytes that lie in one region and start at a multiple of `align`.
+    /// Our address of `len` bytes that lie in one region and start at a multiple of `align`: for the guest, whom the
+    /// specification asks for that, and for us, who access it so.
     pub fn resolve(&self, at: u64, len: u64, align: u64) -> Option<*mut u8> {
         let (host, found) = self.contiguous(at, len)?;
-        (found == len && at.is_multiple_of(align)).then_some(host)
+        let aligned = at.is_multiple_of(align) && (host as u64).is_multiple_of(align);
+        (found == len && aligned).then_some(host)
     }
 
     /// Resolves all of `len` bytes from `at` on, giving each region's part to `push`, which says whether it
@@ -154,6 +175,13 @@ impl Memory {
         }
         true
     }
+}
+
+/// Bytes in a page of the file behind the region at guest address `start`.
+fn page_size(mappings: &GuestMemoryMmap<()>, start: u64) -> std::io::Result<usize> {
+    let region = mappings.find_region(GuestAddress(start));
+    let file = region.and_then(GuestMemoryRegion::file_offset).ok_or(std::io::ErrorKind::InvalidInput)?;
+    Ok(Backing::of(file.file())?.page as usize)
 }
 
 /// A descriptor table: the vring's own, or an indirect one.
@@ -273,6 +301,61 @@ mod tests {
         }
         assert!(memory.resolve(0x1001, 16, 1).is_some());
         assert!(memory.resolve(0x1001, 16, 2).is_none());
+    }
+
+    #[test]
+    fn our_address_is_aligned_too() {
+        // As a VMM has it whose regions begin at no page's beginning: aligned for the guest alone.
+        let memory = memory(&[(0x1001, 0x1000)]);
+        for (at, align) in [(0x1010, 16), (0x1002, 2), (0x1004, 4)] {
+            assert!(memory.resolve(at, 16, align).is_none(), "{at:#x}");
+            assert!(memory.resolve(at, 16, 1).is_some(), "{at:#x}");
+            assert!(memory.resolve(at + 1, 16, align).is_none(), "{at:#x}: aligned for us alone");
+        }
+        assert!(memory.table(0x1010, 4).host.is_none(), "read piece by piece instead");
+        assert!(memory.descriptor(memory.table(0x1010, 4), 3).is_some());
+    }
+
+    #[test]
+    fn a_mapping_has_one_guard_in_all_tables_that_it_is_in() {
+        let memfd = || {
+            let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+            let file = std::fs::File::from(nix::sys::memfd::memfd_create(c"guest", flags).unwrap());
+            file.set_len(0x2000).unwrap();
+            file
+        };
+        let region = |at: u64| {
+            let mapping = MmapRegion::from_file(FileOffset::new(memfd(), 0), 0x2000).unwrap();
+            GuestRegionMmap::new(mapping, GuestAddress(at)).unwrap()
+        };
+        let share = super::super::budget::MemoryBudget::of_process(1).share();
+        let charge = |at: u64| (at, share.charge(0x2000).unwrap());
+        let (socket, _vmm) = UnixStream::pair().unwrap();
+        let socket = Arc::new(socket);
+        let table = Arc::new(GuestMemoryMmap::from_regions(vec![region(0x10000), region(0x20000)]).unwrap());
+        let first = Memory::guarded(table.clone(), &socket, None, vec![charge(0x20000), charge(0x10000)]);
+        let first = first.unwrap();
+        let wider = Arc::new(table.insert_region(Arc::new(region(0x8000))).unwrap());
+        let second = Memory::guarded(wider.clone(), &socket, Some(&first), vec![charge(0x8000)]).unwrap();
+        assert!(Arc::ptr_eq(&first.guards[0], &second.guards[1]));
+        assert!(Arc::ptr_eq(&first.guards[1], &second.guards[2]));
+        assert_eq!(share.used(), 0x6000);
+        drop((first, table));
+        assert_eq!(share.used(), 0x6000);
+        // What a later table lacks is free when the last one with it is gone.
+        let (narrower, _) = wider.remove_region(GuestAddress(0x10000), 0x2000).unwrap();
+        let third = Memory::guarded(Arc::new(narrower), &socket, Some(&second), Vec::new()).unwrap();
+        assert_eq!(share.used(), 0x6000);
+        drop((second, wider));
+        assert_eq!((share.used(), third.guards.len()), (0x4000, 2));
+        // What is taken away stays so in every table.
+        assert!(!third.is_lost());
+        third._mappings.iter().next().unwrap().file_offset().unwrap().file().set_len(0).unwrap();
+        let mut bytes = [1; 8];
+        assert!(third.split(0x8000, 8, |part| gather(&[part], &mut bytes) == 8));
+        assert_eq!((bytes, third.is_lost()), ([0; 8], true));
+        drop(third);
+        assert_eq!((share.used(), Arc::strong_count(&socket)), (0, 1));
     }
 
     #[test]

@@ -8,6 +8,8 @@
 //! changes, the vring is stopped first, which waits until the kernel is done with the guest's memory.
 
 mod areas;
+mod backing;
+pub mod budget;
 mod config;
 mod device;
 mod fault;

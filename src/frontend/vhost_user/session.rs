@@ -2,9 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use super::budget::{Charge, MemoryShare};
 use super::config;
 use super::device::Device;
-use super::gate::{BackendChannel, Ended, Gate, Refusal, Vmm, connection};
+use super::gate::{BackendChannel, Ended, Gate, Refusal, Shape, Vmm, connection};
 use super::inflight::Inflight;
 use super::memory::Memory;
 use super::session_vring::{Host, SessionVring, Shared, Table};
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon};
+use vhost_user_backend::{Error as DaemonError, VhostUserBackend, VhostUserDaemon, VringT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
@@ -46,10 +47,11 @@ pub enum SessionError {
 /// The device as one VMM negotiates it.
 pub struct Session {
     shared: Arc<Shared>,
-    queues: u16,
-    queue_size: u16,
+    shape: Shape,
     /// The VMM's own, to hang up by.
     socket: Arc<UnixStream>,
+    /// Addresses for the memory that the next change brings.
+    charges: Mutex<Vec<(u64, Charge)>>,
     vrings: OnceLock<Vec<SessionVring>>,
 }
 
@@ -57,7 +59,7 @@ impl Session {
     /// Serves one VMM, until either side ends it. When it returns, every request of the VMM's is complete and nothing
     /// of its memory is in use; only then does the VMM see that we hung up.
     ///
-    /// `channel` is open for as long as the VMM has one.
+    /// `channel` is open for as long as the VMM has one. Its memory comes out of `share`.
     ///
     /// # Errors
     /// When the VMM broke the protocol.
@@ -65,8 +67,9 @@ impl Session {
         mut vmm: Vmm<'_>,
         device: &Arc<Device>,
         host: &Arc<dyn Host>,
-        (queues, queue_size): (u16, u16),
+        shape: Shape,
         channel: &BackendChannel,
+        share: &Arc<MemoryShare>,
     ) -> Result<(), SessionError> {
         let shared = Arc::new(Shared {
             device: Arc::new(device.renewed()),
@@ -77,7 +80,8 @@ impl Session {
         });
         let socket = Arc::new(vmm.socket().map_err(SessionError::Private)?);
         let vrings = OnceLock::new();
-        let session = Arc::new(Session { shared: shared.clone(), queues, queue_size, socket, vrings });
+        let (shared, charges) = (shared.clone(), Mutex::default());
+        let session = Arc::new(Session { shared: shared.clone(), shape, socket, charges, vrings });
         let table: Table = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let (daemon, vrings) = SessionVring::make_for(&shared, || {
             VhostUserDaemon::new("ringblk-session".into(), session.clone(), table)
@@ -87,14 +91,14 @@ impl Session {
         let (listener, private) = connection().map_err(SessionError::Private)?;
         daemon.start(&mut Listener::from(listener)).map_err(SessionError::Start)?;
         // The gate hangs up on the daemon when it returns.
-        let result = Gate::new(&mut vmm, private, &session, channel).run();
+        let result = Gate::new(&mut vmm, private, &session, channel, share).run();
         let ended = daemon.wait();
         for vring in vrings {
             vring.stop();
         }
         session.settle();
         channel.close();
-        if session.memory().as_ref().is_some_and(Memory::is_lost) {
+        if session.is_lost() {
             return Err(SessionError::MemoryGone);
         }
         result.map_err(|error| match error {
@@ -105,8 +109,35 @@ impl Session {
     }
 
     /// Queues and descriptors in each, at most.
-    pub(super) fn shape(&self) -> (u16, u16) {
-        (self.queues, self.queue_size)
+    pub(super) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// To hang up by.
+    pub(super) fn socket(&self) -> &Arc<UnixStream> {
+        &self.socket
+    }
+
+    /// Addresses for what the next change of the memory table brings.
+    pub(super) fn set_charges(&self, charges: Vec<(u64, Charge)>) {
+        *self.charges.lock().unwrap_or_else(PoisonError::into_inner) = charges;
+    }
+
+    /// Lets no vring take requests until it is enabled again.
+    pub(super) fn disable(&self) {
+        self.vrings().iter().for_each(|vring| vring.set_enabled(false));
+    }
+
+    /// Whether the VMM took memory away that it had shown.
+    fn is_lost(&self) -> bool {
+        let inflight = self.shared.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+        self.memory().as_ref().is_some_and(Memory::is_lost)
+            || inflight.as_ref().is_some_and(Inflight::is_lost)
+    }
+
+    /// Virtio features that a driver may accept.
+    pub(super) fn offered_features(&self) -> u64 {
+        self.features()
     }
 
     /// What a VMM may accept of the protocol.
@@ -154,11 +185,11 @@ impl VhostUserBackend for Session {
     type Vring = SessionVring;
 
     fn num_queues(&self) -> usize {
-        self.queues.into()
+        self.shape.queues.into()
     }
 
     fn max_queue_size(&self) -> usize {
-        self.queue_size.into()
+        self.shape.queue_size.into()
     }
 
     fn features(&self) -> u64 {
@@ -187,15 +218,16 @@ impl VhostUserBackend for Session {
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let device = &self.shared.device;
-        let space = config::space(device.geometry(), self.queues, self.queue_size, device.writeback());
-        let wanted = offset as usize..(offset as usize).saturating_add(size as usize);
-        // An empty answer is the protocol's way to say that there is no such place.
-        space.get(wanted).map(<[u8]>::to_vec).unwrap_or_default()
+        let Shape { queues, queue_size } = self.shape;
+        let space = config::space(device.geometry(), queues, queue_size, device.writeback());
+        let fields = space.into_iter().skip(config::offset(offset) as usize);
+        // What no field is at reads zero.
+        fields.chain(std::iter::repeat(0)).take(size as usize).collect()
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         match bytes {
-            [on @ (0 | 1)] if offset == config::WRITEBACK => {
+            [on @ (0 | 1)] if config::offset(offset) == config::WRITEBACK => {
                 self.shared.device.set_writeback(*on == 1);
                 if let Some(inflight) = &*self.inflight() {
                     inflight.set_writeback(*on == 1);
@@ -207,10 +239,10 @@ impl VhostUserBackend for Session {
                 }
             }
             _ => {
-                let len = bytes.len();
-                log::warn!(
-                    "{}: {len} bytes at {offset} of its configuration are not to be written",
-                    self.shared.device.name()
+                let (len, log) = (bytes.len(), self.shared.device.log());
+                log.warn(
+                    "configuration",
+                    format_args!("{len} bytes at {offset} of its configuration are not to be written"),
                 );
             }
         }
@@ -219,8 +251,11 @@ impl VhostUserBackend for Session {
 
     fn update_memory(&self, table: Table) -> io::Result<()> {
         // The old table's mappings live until the last vring that uses them has drained.
-        let memory = Memory::guarded(table.memory().into_inner(), &self.socket).map_err(|error| {
-            log::error!("{}: {error}", self.shared.device.name());
+        let charges = std::mem::take(&mut *self.charges.lock().unwrap_or_else(PoisonError::into_inner));
+        let mappings = table.memory().into_inner();
+        let memory = Memory::guarded(mappings, &self.socket, self.memory().as_ref(), charges);
+        let memory = memory.map_err(|error| {
+            self.shared.device.log().error("memory", format_args!("{error}"));
             io::Error::new(io::ErrorKind::InvalidInput, error)
         })?;
         for vring in self.vrings() {

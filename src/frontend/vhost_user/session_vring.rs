@@ -158,7 +158,8 @@ impl SessionVring {
     }
 
     fn complain(&self, what: &str, error: &io::Error) {
-        log::error!("{}: vring {}: {what}: {error}", self.link.shared.device.name(), self.link.index);
+        let log = self.link.shared.device.log();
+        log.error("vring", format_args!("vring {}: {what}: {error}", self.link.index));
         if let Some(err) = &*lock(&self.link.err) {
             err.signal();
         }

@@ -6,7 +6,8 @@ mod workers;
 use super::Abandoned;
 use crate::engine::Volume;
 use crate::frontend::vhost_user::Device;
-use crate::frontend::vhost_user::gate::{BackendChannel, Told};
+use crate::frontend::vhost_user::budget::MemoryShare;
+use crate::frontend::vhost_user::gate::{BackendChannel, Shape, Told};
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::socket::{Access, SocketError, SocketFile};
 use crate::service::status::VhostUserStatus;
@@ -76,7 +77,7 @@ struct Shared {
 }
 
 impl VhostUserExport {
-    /// Serves `volume` on `endpoint`, its queues on `links` in turn.
+    /// Serves `volume` on `endpoint`, its queues on `links` in turn. Its VMMs' memory comes out of `memory`.
     ///
     /// # Errors
     /// When there are no descriptors or threads left.
@@ -86,6 +87,7 @@ impl VhostUserExport {
         endpoint: Endpoint,
         volume: &Arc<Volume>,
         links: Vec<Link>,
+        memory: Arc<MemoryShare>,
     ) -> io::Result<VhostUserExport> {
         let status = VhostUserStatus {
             volume: config.volume.clone(),
@@ -111,7 +113,8 @@ impl VhostUserExport {
             listener,
             device,
             host: Arc::new(Workers { links, lent: Lent::new(volume.clone(), queues) }),
-            shape: (queues, config.queue_size),
+            shape: Shape { queues, queue_size: config.queue_size },
+            memory,
             shared: shared.clone(),
             next: RefCell::new(None),
         };

@@ -1,9 +1,9 @@
 //! The gate: between a VMM's connection and vhost-user-backend, which it shields and completes.
 //!
 //! It owns the VMM's socket and passes each message on over a private connection, once it is whole and within the
-//! limits of its kind; the answer comes back the same way. Three requests it answers itself, because the crate
-//! cannot: GET_INFLIGHT_FD, SET_INFLIGHT_FD and SET_BACKEND_REQ_FD. What it refuses has changed nothing; the VMM
-//! is dropped.
+//! limits of its kind, and once what it says makes sense; the answer comes back the same way. Some requests it answers
+//! itself: GET_INFLIGHT_FD, SET_INFLIGHT_FD and SET_BACKEND_REQ_FD, because the crate cannot, and GET_MAX_MEM_SLOTS,
+//! because the crate does not know. What it refuses has changed nothing; the VMM is dropped.
 //!
 //! One message at a time: the next is read when the crate has answered the last, so that nothing ever happens on
 //! both sides of the gate at once. The gate has no thread of its own. It runs on its export's, which sleeps
@@ -17,13 +17,15 @@ mod private;
 mod regions;
 mod relay;
 mod socket;
+mod vrings;
 
 pub use channel::{BackendChannel, Told};
 pub use message::{Message, Receive};
 pub(super) use private::connection;
-pub use regions::Regions;
+pub use regions::{Change, Regions};
 pub(super) use relay::{Ended, Gate};
 pub use socket::{Interest, Vmm, Wake, Watch};
+pub use vrings::{Shape, check};
 
 use std::time::Duration;
 use vhost::vhost_user::message::FrontendReq;
@@ -73,6 +75,9 @@ pub enum Refusal {
     /// Accepted, but never offered.
     #[error("protocol features {0:#x} were not offered")]
     Unoffered(u64),
+    /// The same of virtio features.
+    #[error("features {0:#x} were not offered")]
+    UnofferedFeatures(u64),
     /// What a request says cannot be.
     #[error("{request:?}: {cause}")]
     Content {

@@ -1,71 +1,147 @@
-//! The memory a VMM shows us, checked before it is mapped.
+//! The memory a VMM shows us, checked before it is mapped: what is let pass can be mapped, replaced and unmapped whole,
+//! and translates each address to at most one place.
 
+use super::super::backing::Backing;
+use super::super::budget::{Charge, MOST_BYTES, MemoryShare};
 use super::Message;
-use rustix::fs::{FileType, fstat, fstatfs};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use vhost::vhost_user::message::{FrontendReq, VhostUserMemory, VhostUserMemoryRegion};
 use vm_memory::ByteValued;
 
-/// What vhost-user-backend answers to GET_MAX_MEM_SLOTS, and does not hold anybody to.
-const MAX_REGIONS: usize = 509;
+/// Guest addresses, the VMM's, offsets and lengths are multiples of this: bytes in a page of the smallest size.
+const PAGE: u64 = 4096;
 
-/// All of a VMM's memory, in bytes: 16 TiB. A process has 128 TiB of addresses, for all exports together.
-const MAX_BYTES: u64 = 16 << 40;
-
-/// Of `statfs(2)`: a file system whose pages some process provides, when it likes. A worker that touches one may wait
-/// for ever.
-const FUSE: i64 = 0x6573_5546;
-
-/// Which memory a VMM shows: what counts against the limits.
-#[derive(Clone, Debug, Default)]
+/// Which memory a VMM shows.
+#[derive(Clone, Debug)]
 pub struct Regions {
-    /// First guest address, bytes.
-    held: Vec<(u64, u64)>,
+    held: Vec<Region>,
+    /// What it may have.
+    share: Arc<MemoryShare>,
+}
+
+/// One region, as a VMM names it when it takes it away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Region {
+    /// First guest address.
+    guest: u64,
+    /// First address of the VMM's own.
+    user: u64,
+    /// Bytes; never 0.
+    bytes: u64,
+}
+
+/// What a VMM would show after a message.
+#[derive(Debug)]
+pub struct Change {
+    /// All of it.
+    pub regions: Regions,
+    /// The addresses set aside for what is new, by guest address.
+    pub charges: Vec<(u64, Charge)>,
 }
 
 impl Regions {
-    /// What it would show after `message`; `None` for a message that is not about memory.
+    /// None, of a VMM that may have so much.
+    pub fn none(share: Arc<MemoryShare>) -> Regions {
+        Regions { held: Vec::new(), share }
+    }
+
+    /// How many there may be.
+    pub fn slots(&self) -> usize {
+        self.share.slots()
+    }
+
+    /// What it would show after `message`, whose table is put in order; `None` for a message that is not about memory.
     ///
     /// # Errors
     /// Why the message must not be carried out.
-    pub fn after(&self, message: &Message) -> Result<Option<Regions>, String> {
-        let body = message.body.as_slice();
-        let next = match message.request {
+    pub fn after(&self, message: &mut Message) -> Result<Option<Change>, String> {
+        let (mut held, new) = match message.request {
             FrontendReq::SET_MEM_TABLE => {
-                let (head, table) = body.split_at_checked(size_of::<VhostUserMemory>()).ok_or("too short")?;
-                let count = head.first_chunk().map_or(0, |count| u32::from_ne_bytes(*count)) as usize;
-                let entry = size_of::<VhostUserMemoryRegion>();
-                if table.len() != count * entry || message.descriptors.len() != count {
-                    let (bytes, files) = (table.len(), message.descriptors.len());
-                    return Err(format!("{count} regions in {bytes} bytes with {files} descriptors"));
+                let table = take_table(message)?;
+                let mut new = Vec::with_capacity(table.len());
+                for (region, file) in &table {
+                    new.push(checked(region, file)?);
                 }
-                let mut held = Vec::with_capacity(count);
-                for (bytes, file) in table.chunks_exact(entry).zip(&message.descriptors) {
-                    held.push(check(&region(bytes), Some(file))?);
-                }
-                Regions { held }
+                put_table(message, table);
+                (Vec::new(), new)
             }
             FrontendReq::ADD_MEM_REG => {
-                let mut next = self.clone();
-                next.held.push(check(&single(body), message.descriptors.first())?);
-                next
+                let file = message.descriptors.first().ok_or("without a descriptor")?;
+                (self.held.clone(), vec![checked(&single(&message.body), file)?])
             }
             FrontendReq::REM_MEM_REG => {
-                let gone = check(&single(body), None)?;
-                let mut next = self.clone();
-                next.held.retain(|held| *held != gone);
-                next
+                let gone = ranges(&single(&message.body))?;
+                let mut held = self.held.clone();
+                let at = held.iter().position(|region| *region == gone);
+                held.swap_remove(at.ok_or_else(|| format!("{gone}: there is none such"))?);
+                (held, Vec::new())
             }
             _ => return Ok(None),
         };
-        if next.held.len() > MAX_REGIONS {
-            return Err(format!("more than {MAX_REGIONS} regions"));
+        held.extend_from_slice(&new);
+        let (count, slots) = (held.len(), self.slots());
+        if count > slots {
+            return Err(format!("{count} regions, of {slots} memory slots"));
         }
-        let bytes = next.held.iter().fold(0, |all: u64, (_, bytes)| all.saturating_add(*bytes));
-        if bytes > MAX_BYTES {
-            return Err(format!("{bytes} bytes of memory are more than {MAX_BYTES}"));
+        let bytes = held.iter().fold(0, |all: u64, region| all.saturating_add(region.bytes));
+        if bytes > MOST_BYTES {
+            return Err(format!("{bytes} bytes of memory are more than {MOST_BYTES}"));
         }
-        Ok(Some(next))
+        held.sort_unstable_by_key(|region| region.guest);
+        if let Some(two) = held.windows(2).find(|two| two[0].guest + two[0].bytes > two[1].guest) {
+            return Err(format!("{} and {} overlap", two[0], two[1]));
+        }
+        // The VMM's own addresses may overlap: a ring is where the first region has it.
+        let mut charges = Vec::with_capacity(new.len());
+        for region in new {
+            charges.push((region.guest, self.share.charge(region.bytes)?));
+        }
+        Ok(Some(Change { regions: Regions { held, share: self.share.clone() }, charges }))
+    }
+
+    /// The guest address of what the VMM has at `user`; `None` where it has shown no memory.
+    pub fn guest_address(&self, user: u64) -> Option<u64> {
+        let region = self.held.iter().find(|region| user.wrapping_sub(region.user) < region.bytes)?;
+        Some(region.guest + (user - region.user))
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+}
+
+impl std::fmt::Display for Region {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "region at {:#x} of {} bytes", self.guest, self.bytes)
+    }
+}
+
+const HEAD: usize = size_of::<VhostUserMemory>();
+const ENTRY: usize = size_of::<VhostUserMemoryRegion>();
+
+/// A table's regions with their files, out of the message, in the order of their guest addresses: vm-memory takes no
+/// other, and the protocol asks for none.
+fn take_table(message: &mut Message) -> Result<Vec<(VhostUserMemoryRegion, OwnedFd)>, String> {
+    let (head, table) = message.body.split_at_checked(HEAD).ok_or("too short")?;
+    let count = head.first_chunk().map_or(0, |count| u32::from_ne_bytes(*count)) as usize;
+    let (bytes, files) = (table.len(), message.descriptors.len());
+    if bytes != count * ENTRY || files != count {
+        return Err(format!("{count} regions in {bytes} bytes with {files} descriptors"));
+    }
+    let regions = table.chunks_exact(ENTRY).map(region);
+    let mut table: Vec<_> = regions.zip(message.descriptors.drain(..)).collect();
+    table.sort_by_key(|(region, _)| region.guest_phys_addr);
+    Ok(table)
+}
+
+/// The way back.
+fn put_table(message: &mut Message, table: Vec<(VhostUserMemoryRegion, OwnedFd)>) {
+    message.body.truncate(HEAD);
+    for (region, file) in table {
+        message.body.extend_from_slice(region.as_slice());
+        message.descriptors.push(file);
     }
 }
 
@@ -78,141 +154,48 @@ fn region(bytes: &[u8]) -> VhostUserMemoryRegion {
 
 /// A region that comes alone, after 64 bits of padding.
 fn single(body: &[u8]) -> VhostUserMemoryRegion {
-    region(&body[body.len() - size_of::<VhostUserMemoryRegion>()..])
+    region(&body[body.len() - ENTRY..])
 }
 
-/// Where it begins and its length, when it can be mapped: by the file it comes with, if it needs one.
-fn check(region: &VhostUserMemoryRegion, file: Option<&OwnedFd>) -> Result<(u64, u64), String> {
-    let (start, bytes) = (region.guest_phys_addr, region.memory_size);
+/// A region whose addresses make sense.
+fn ranges(region: &VhostUserMemoryRegion) -> Result<Region, String> {
+    let (guest, bytes) = (region.guest_phys_addr, region.memory_size);
     let (user, offset) = (region.user_addr, region.mmap_offset);
-    let complain = |what: String| Err(format!("region at {start:#x} of {bytes} bytes: {what}"));
+    let ours = Region { guest, user, bytes };
     if bytes == 0 {
-        return complain("nothing in it".into());
+        return Err(format!("{ours}: nothing in it"));
     }
-    for (what, from) in [("guest", start), ("VMM", user), ("file", offset)] {
+    for (what, from) in [("guest", guest), ("VMM", user), ("file", offset)] {
         if from.checked_add(bytes).is_none() {
-            return complain(format!("its {what} addresses wrap around from {from:#x}"));
+            return Err(format!("{ours}: its {what} addresses wrap around from {from:#x}"));
         }
     }
-    let Some(file) = file else { return Ok((start, bytes)) };
-    let stat = match fstat(file) {
-        Ok(stat) => stat,
-        Err(error) => return complain(format!("its file: {error}")),
-    };
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return complain("it is not in a regular file".into());
-    }
-    match fstatfs(file) {
-        Ok(system) if system.f_type == FUSE => {
-            return complain("its file is on FUSE, where another process provides the pages".into());
+    Ok(ours)
+}
+
+/// A region that can be mapped: by its file too.
+fn checked(region: &VhostUserMemoryRegion, file: &OwnedFd) -> Result<Region, String> {
+    let ours = ranges(region)?;
+    let (offset, bytes) = (region.mmap_offset, ours.bytes);
+    let backing = Backing::of(file).map_err(|error| format!("{ours}: {error}"))?;
+    // Where it begins, ours is aligned as the guest's are. Part of a huge page cannot be unmapped nor replaced; of any
+    // other the kernel takes the rest along, and some VMMs (libblkio) show as much as they need.
+    for (what, value, unit) in [
+        ("guest address", ours.guest, PAGE),
+        ("VMM address", ours.user, PAGE),
+        ("offset in its file", offset, backing.page.max(PAGE)),
+        ("length", bytes, if backing.huge { backing.page } else { 1 }),
+    ] {
+        if !value.is_multiple_of(unit) {
+            return Err(format!("{ours}: its {what} of {value:#x} is no multiple of a page, {unit} bytes"));
         }
-        Ok(_) => {}
-        Err(error) => return complain(format!("its file system: {error}")),
     }
     // Touching what is missing would be a SIGBUS.
-    let length = u64::try_from(stat.st_size).unwrap_or(0);
-    if offset + bytes > length {
-        return complain(format!("it starts at {offset} in a file of {length}"));
+    if offset + bytes > backing.bytes {
+        return Err(format!("{ours}: it starts at {offset} in a file of {}", backing.bytes));
     }
-    Ok((start, bytes))
+    Ok(ours)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use nix::sys::memfd::{MFdFlags, memfd_create};
-    use std::fs::File;
-    use std::os::unix::net::UnixStream;
-    use vhost::vhost_user::message::VhostUserMemoryRegion as Region;
-
-    const MIB: u64 = 1 << 20;
-    const AT: u64 = 0x7f00_0000_0000;
-
-    fn memfd(bytes: u64) -> OwnedFd {
-        let file = File::from(memfd_create(c"memory", MFdFlags::MFD_CLOEXEC).unwrap());
-        file.set_len(bytes).unwrap();
-        file.into()
-    }
-
-    fn message(request: FrontendReq, regions: &[Region], descriptors: Vec<OwnedFd>) -> Message {
-        let count = if request == FrontendReq::SET_MEM_TABLE { regions.len() as u64 } else { 0 };
-        let mut body = count.to_ne_bytes().to_vec();
-        regions.iter().for_each(|region| body.extend_from_slice(region.as_slice()));
-        Message { request, need_reply: false, body, descriptors }
-    }
-
-    fn add(regions: &Regions, region: Region, file: OwnedFd) -> Result<Option<Regions>, String> {
-        regions.after(&message(FrontendReq::ADD_MEM_REG, &[region], vec![file]))
-    }
-
-    #[test]
-    fn what_wraps_or_is_empty_is_refused() {
-        let none = Regions::default();
-        let cases = [
-            ("nothing in it", Region::new(MIB, 0, AT, 0)),
-            ("guest addresses wrap", Region::new(!4095, MIB, AT, 0)),
-            ("VMM addresses wrap", Region::new(MIB, MIB, !4095, 0)),
-            ("file addresses wrap", Region::new(MIB, MIB, AT, !4095)),
-            ("guest addresses wrap", Region::new(MIB, !4095, AT, 0)),
-            ("in a file of 1048576", Region::new(MIB, MIB + 1, AT, 0)),
-            ("in a file of 1048576", Region::new(MIB, MIB, AT, 4096)),
-        ];
-        for (why, region) in cases {
-            let error = add(&none, region, memfd(MIB)).unwrap_err();
-            assert!(error.contains(why), "{error}");
-            let table = message(FrontendReq::SET_MEM_TABLE, &[region], vec![memfd(MIB)]);
-            assert!(none.after(&table).unwrap_err().contains(why));
-            // What is taken away comes without a file, and must not wrap either.
-            let gone = none.after(&message(FrontendReq::REM_MEM_REG, &[region], vec![]));
-            assert_eq!(gone.is_err(), !why.contains("in a file"), "{why}");
-        }
-        assert!(add(&none, Region::new(MIB, MIB, AT, 0), memfd(MIB)).unwrap().is_some());
-    }
-
-    #[test]
-    fn memory_is_in_a_regular_file() {
-        let region = Region::new(MIB, 4096, AT, 0);
-        let dir = File::open("/proc/self").unwrap();
-        let null = File::open("/dev/null").unwrap();
-        let socket = UnixStream::pair().unwrap().0;
-        for file in [OwnedFd::from(dir), null.into(), socket.into()] {
-            let error = add(&Regions::default(), region, file).unwrap_err();
-            assert!(error.contains("not in a regular file"), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_table_says_how_many_regions_it_has() {
-        let regions = [Region::new(MIB, MIB, AT, 0), Region::new(4 * MIB, MIB, AT + 4 * MIB, 0)];
-        let none = Regions::default();
-        let whole = message(FrontendReq::SET_MEM_TABLE, &regions, vec![memfd(MIB), memfd(MIB)]);
-        assert_eq!(none.after(&whole).unwrap().unwrap().held, [(MIB, MIB), (4 * MIB, MIB)]);
-        for count in [0, 1, 3, 300, u32::MAX] {
-            let mut message = message(FrontendReq::SET_MEM_TABLE, &regions, vec![memfd(MIB), memfd(MIB)]);
-            message.body[..4].copy_from_slice(&count.to_ne_bytes());
-            assert!(none.after(&message).is_err(), "{count}");
-        }
-        let fewer = message(FrontendReq::SET_MEM_TABLE, &regions, vec![memfd(MIB)]);
-        assert!(none.after(&fewer).is_err());
-    }
-
-    #[test]
-    fn a_vmm_has_its_share_of_addresses() {
-        let mut regions = Regions::default();
-        let file = memfd(4096);
-        let place = |index: u64| Region::new(index << 20, 4096, AT + (index << 20), 0);
-        for index in 0..MAX_REGIONS as u64 {
-            regions = add(&regions, place(index), file.try_clone().unwrap()).unwrap().unwrap();
-        }
-        let one_more = || add(&regions, place(600), file.try_clone().unwrap());
-        assert!(one_more().unwrap_err().contains("more than 509"));
-        // Those that are gone do not count.
-        let gone = regions.after(&message(FrontendReq::REM_MEM_REG, &[place(7)], vec![])).unwrap().unwrap();
-        assert!(add(&gone, place(600), file.try_clone().unwrap()).is_ok());
-
-        let large = || memfd(MAX_BYTES);
-        let first = add(&Regions::default(), Region::new(0, MAX_BYTES, 0, 0), large()).unwrap().unwrap();
-        let second = Region::new(MAX_BYTES, 4096, MAX_BYTES, 0);
-        assert!(add(&first, second, large()).unwrap_err().contains("bytes of memory"));
-    }
-}
+mod tests;

@@ -1,9 +1,10 @@
 //! From the VMM to the daemon and back, one message at a time.
 
+use super::super::budget::MemoryShare;
 use super::super::inflight::Inflight;
 use super::super::session::Session;
 use super::message::HEADER;
-use super::{BackendChannel, Message, Refusal, Regions, Vmm};
+use super::{BackendChannel, Message, Refusal, Regions, Shape, Vmm, check};
 use rustix::io::{Errno, IoSlice};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use std::fs::File;
@@ -11,6 +12,7 @@ use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use vhost::vhost_user::message::{
     FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserHeaderFlag, VhostUserProtocolFeatures,
 };
@@ -44,15 +46,17 @@ pub struct Gate<'a, 'w> {
 }
 
 impl<'a, 'w> Gate<'a, 'w> {
-    /// Between `vmm` and the daemon at the other end of `daemon`, which serves `session`.
+    /// Between `vmm`, which may show memory out of `share`, and the daemon at the other end of `daemon`, which serves
+    /// `session`.
     pub fn new(
         vmm: &'a mut Vmm<'w>,
         daemon: UnixStream,
         session: &'a Session,
         channel: &'a BackendChannel,
+        share: &Arc<MemoryShare>,
     ) -> Gate<'a, 'w> {
         let acked = VhostUserProtocolFeatures::empty();
-        Gate { vmm, daemon, session, channel, acked, regions: Regions::default() }
+        Gate { vmm, daemon, session, channel, acked, regions: Regions::none(share.clone()) }
     }
 
     /// Relays until either side ends it.
@@ -69,6 +73,7 @@ impl<'a, 'w> Gate<'a, 'w> {
                 FrontendReq::GET_INFLIGHT_FD => self.get_inflight(&message),
                 FrontendReq::SET_INFLIGHT_FD => self.set_inflight(&mut message),
                 FrontendReq::SET_BACKEND_REQ_FD => self.open_channel(&mut message),
+                FrontendReq::GET_MAX_MEM_SLOTS => self.get_slots(&message),
                 _ => self.pass_on(&mut message),
             };
             // Why it failed is worth more than whether the VMM took the news.
@@ -80,8 +85,16 @@ impl<'a, 'w> Gate<'a, 'w> {
 
     /// Has the daemon carry out what may pass, and gives its answer to the VMM if the message is a question.
     fn pass_on(&mut self, message: &mut Message) -> Result<(), Ended> {
-        let regions = self.regions.after(message).map_err(|cause| content(message, cause))?;
+        let change = self.regions.after(message).map_err(|cause| content(message, cause))?;
+        check(message, self.session.shape(), &self.regions).map_err(|cause| content(message, cause))?;
         let accepted = match message.request {
+            FrontendReq::SET_FEATURES => {
+                let unoffered = message.number() & !self.session.offered_features();
+                if unoffered != 0 {
+                    return Err(Refusal::UnofferedFeatures(unoffered).into());
+                }
+                None
+            }
             FrontendReq::SET_PROTOCOL_FEATURES => {
                 let accepted = message.number();
                 let unoffered = accepted & !self.session.offered().bits();
@@ -98,6 +111,10 @@ impl<'a, 'w> Gate<'a, 'w> {
             }
             _ => None,
         };
+        let regions = change.map(|change| {
+            self.session.set_charges(change.charges);
+            change.regions
+        });
         let answer = self.ask(message.request, &message.body, &message.descriptors)?;
         if message.is_question() {
             self.vmm.answer(&answer, None)?;
@@ -109,6 +126,10 @@ impl<'a, 'w> Gate<'a, 'w> {
         }
         if let Some(accepted) = accepted {
             self.acked = accepted;
+        }
+        if message.request == FrontendReq::RESET_OWNER {
+            // The specification lets us ignore it or do this; the daemon does neither.
+            self.session.disable();
         }
         Ok(())
     }
@@ -181,7 +202,7 @@ impl<'a, 'w> Gate<'a, 'w> {
     fn get_inflight(&mut self, message: &Message) -> Result<(), Ended> {
         self.accepted(message, VhostUserProtocolFeatures::INFLIGHT_SHMFD)?;
         let mut region = InflightRegion::from(message);
-        let (most_queues, most_size) = self.session.shape();
+        let Shape { queues: most_queues, queue_size: most_size } = self.session.shape();
         if !(1..=most_queues).contains(&region.queues) || !(1..=most_size).contains(&region.queue_size) {
             let InflightRegion { queues, queue_size, .. } = region;
             let cause =
@@ -201,9 +222,16 @@ impl<'a, 'w> Gate<'a, 'w> {
         let InflightRegion { bytes, offset, queues, queue_size } = InflightRegion::from(&*message);
         let file = message.descriptors.pop().map(File::from);
         let file = file.ok_or(Refusal::Descriptors { request: message.request, count: 0 })?;
-        let inflight = Inflight::open(file, bytes, offset, queues, queue_size)
+        let inflight = Inflight::guarded(file, bytes, offset, queues, queue_size, self.session.socket())
             .map_err(|error| content(message, error.to_string()))?;
         self.session.set_inflight(inflight);
+        Ok(())
+    }
+
+    /// Memory slots: as many as this VMM can count on, whatever others have.
+    fn get_slots(&mut self, message: &Message) -> Result<(), Ended> {
+        self.accepted(message, VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)?;
+        self.answer(message.request, &(self.regions.slots() as u64).to_ne_bytes(), None)?;
         Ok(())
     }
 

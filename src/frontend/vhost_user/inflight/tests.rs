@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use super::super::fault::is_guarded;
 use super::*;
 use std::os::unix::fs::FileExt;
 
@@ -149,9 +150,32 @@ fn only_a_file_that_cannot_shrink_is_taken() {
         assert!(open(length, offset, queues, size).is_err(), "{length} {offset} {queues} {size}");
     }
     assert!(file.set_len(0).is_err(), "sealed");
-    let plain = tempfile::tempfile().unwrap();
-    plain.set_len(4096).unwrap();
-    let error = Inflight::open(plain, 4096, 0, 1, 4).map(drop).unwrap_err();
-    assert!(error.to_string().contains("truncated"), "{error}");
+    let error = |file: &File, offset| {
+        file.set_len(4 << 20).ok();
+        fcntl(file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).ok();
+        let file = file.try_clone().unwrap();
+        Inflight::open(file, 8192, offset, 1, 4).map(drop).unwrap_err().to_string()
+    };
+    let memfd = |flags| File::from(memfd_create(c"notes", MFdFlags::MFD_CLOEXEC | flags).unwrap());
+    assert!(error(&memfd(MFdFlags::empty()), 0).contains("taken away"), "it can shrink");
+    let huge = MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB | MFdFlags::MFD_ALLOW_SEALING;
+    assert!(error(&memfd(huge), 0).contains("taken away"), "its pages may be punched away, and be the last");
+    assert!(error(&memfd(MFdFlags::MFD_ALLOW_SEALING), 64).contains("multiple of a page"));
+    assert!(error(&File::open("/proc/self/status").unwrap(), 0).contains("it has to be a memfd"));
     assert!(Inflight::create(0, 4).is_err() && Inflight::create(1, 40000).is_err());
+}
+
+#[test]
+fn what_a_vmm_gives_is_guarded_as_long_as_it_is_mapped() {
+    let socket = Arc::new(UnixStream::pair().unwrap().0);
+    let (file, bytes) = Inflight::create(2, 4).unwrap();
+    let inflight = Inflight::guarded(file, bytes, 0, 2, 4, &socket).unwrap();
+    let at = inflight.shared.map.as_ptr();
+    let queue = inflight.queue(1).unwrap();
+    assert!(is_guarded(at) && !inflight.is_lost());
+    drop(inflight);
+    assert!(is_guarded(at));
+    drop(queue);
+    assert!(!is_guarded(at));
+    assert_eq!(Arc::strong_count(&socket), 1);
 }

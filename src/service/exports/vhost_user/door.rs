@@ -3,7 +3,8 @@
 #![forbid(unsafe_code)]
 
 use super::Shared;
-use crate::frontend::vhost_user::gate::{Interest, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::budget::MemoryShare;
+use crate::frontend::vhost_user::gate::{Interest, Shape, Vmm, Wake, Watch};
 use crate::frontend::vhost_user::{Device, Host, Session};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PeerCredentials;
@@ -28,8 +29,9 @@ pub(super) struct Door {
     pub listener: UnixListener,
     pub device: Arc<Device>,
     pub host: Arc<dyn Host>,
-    /// Queues, and descriptors in each.
-    pub shape: (u16, u16),
+    pub shape: Shape,
+    /// What its VMMs may map.
+    pub memory: Arc<MemoryShare>,
     pub shared: Arc<Shared>,
     /// A VMM that came while another was served, with what is known of it.
     pub next: RefCell<Option<(UnixStream, String)>>,
@@ -39,12 +41,13 @@ impl Door {
     /// One session after the other. The next VMM waits until the last one's requests are complete: two never
     /// share the volume through one door.
     pub fn keep(&self) {
+        let log = self.device.log();
         loop {
             let (stream, who) = match self.accept() {
                 Ok(Some(vmm)) => vmm,
                 Ok(None) => return,
                 Err(error) => {
-                    log::error!("{}: cannot accept a VMM: {error}", self.device.name());
+                    log.error("accept", format_args!("cannot accept a VMM: {error}"));
                     if self.pause(BACK_OFF) {
                         return;
                     }
@@ -58,18 +61,19 @@ impl Door {
                 _ => continue,
             }
             let begun = Instant::now();
-            log::info!("{}: a VMM connects: {who}", self.device.name());
+            log.info("connect", format_args!("a VMM connects: {who}"));
             self.shared.connected.store(true, Ordering::Relaxed);
             let vmm = Vmm::new(stream, self);
-            let result = Session::serve(vmm, &self.device, &self.host, self.shape, &self.shared.channel);
+            let channel = &self.shared.channel;
+            let result = Session::serve(vmm, &self.device, &self.host, self.shape, channel, &self.memory);
             self.shared.connected.store(false, Ordering::Relaxed);
             let rest = match result {
                 Ok(()) => {
-                    log::info!("{}: the VMM is gone", self.device.name());
+                    log.info("gone", format_args!("the VMM is gone"));
                     PACE.saturating_sub(begun.elapsed())
                 }
                 Err(error) => {
-                    log::error!("{}: the VMM is dropped: {error}", self.device.name());
+                    log.error("dropped", format_args!("the VMM is dropped: {error}"));
                     BACK_OFF
                 }
             };
@@ -158,13 +162,15 @@ impl Watch for Door {
                 Event::Ready(_) => match self.queued() {
                     Ok(None) => {}
                     Ok(Some(vmm)) => {
-                        log::info!("{}: another VMM connects and waits: {}", self.device.name(), vmm.1);
+                        let who = &vmm.1;
+                        self.device.log().info("wait", format_args!("another VMM connects and waits: {who}"));
                         *self.next.borrow_mut() = Some(vmm);
                         listen = false;
                     }
                     // It stays in the queue, for when this one is gone.
                     Err(error) => {
-                        log::warn!("{}: another VMM cannot be accepted: {error}", self.device.name());
+                        let message = format_args!("another VMM cannot be accepted: {error}");
+                        self.device.log().warn("accept", message);
                         listen = false;
                     }
                 },
