@@ -96,6 +96,11 @@ impl Mapping {
     /// # Panics
     /// When the ranges together reach past the end of the mapping.
     pub fn scatter(&self, offset: usize, iovecs: &[Iovec]) {
+        self.scatter_each(offset, iovecs.iter().copied());
+    }
+
+    /// The same for ranges that come one by one.
+    pub(super) fn scatter_each(&self, offset: usize, iovecs: impl Iterator<Item = Iovec>) {
         let mut at = offset;
         for iovec in iovecs {
             let from = self.range(at, iovec.len());
@@ -120,6 +125,11 @@ impl Mapping {
     /// # Panics
     /// As for [`scatter`](Self::scatter).
     pub fn gather(&self, offset: usize, iovecs: &[Iovec]) {
+        self.gather_each(offset, iovecs.iter().copied());
+    }
+
+    /// The same for ranges that come one by one.
+    pub(super) fn gather_each(&self, offset: usize, iovecs: impl Iterator<Item = Iovec>) {
         let mut at = offset;
         for iovec in iovecs {
             let to = self.range(at, iovec.len());

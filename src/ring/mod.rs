@@ -17,17 +17,20 @@ mod command;
 mod core;
 #[cfg(test)]
 pub mod double;
+mod fair;
 mod flusher;
+mod pool;
 mod sqe;
 mod task;
 mod uring;
 
-pub use self::core::{Core, Io, Park};
+pub use self::core::{Core, Io, PASS_WORK, Park};
 pub use buffer::{Mapping, zeroes};
 pub use command::CommandRing;
 pub use flusher::set_io_flusher;
 /// A time for [`Sqe::Timeout`].
 pub use io_uring::types::Timespec;
+pub use pool::{Buffer, Pool};
 pub use sqe::{Cqe, Kind, Sqe, Target, UserData};
 pub use task::Tasks;
 pub use uring::{Setup, Uring};

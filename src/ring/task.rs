@@ -81,9 +81,11 @@ impl<R: Ring, F: Future<Output = ()>> Tasks<R, F> {
         }
     }
 
-    /// Takes in what was spawned and polls what was woken, until neither is left. Whether it did anything.
+    /// Takes in what was spawned and polls what was woken, until neither is left, and those whose
+    /// [turn](Io::turn) has come: once for each pass of the worker. Whether it did anything.
     pub fn run_ready(&mut self) -> bool {
         let mut worked = false;
+        self.core.begin_pass();
         loop {
             while let Some((slot, future)) = self.core.take_spawned() {
                 self.put(slot, Task::Background(future));
