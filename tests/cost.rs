@@ -65,7 +65,8 @@ const BATCHES: u32 = 50;
 /// there were too many runs. A slot gets its memory when a request first comes to it, and how many are in use at once
 /// is up to chance.
 fn calls(config: &VolumeConfig, shape: Shape) -> Vec<u64> {
-    let habits = Habits { patience: Duration::from_micros(50), slow_after: Duration::from_secs(10) };
+    let habits =
+        Habits { patience: Duration::from_micros(50), slow_after: Duration::from_secs(10), shared: false };
     let worker = Worker::start(7, habits).unwrap();
     let volume = Arc::new(Volume::open("cost", config).unwrap());
     let mut guest = Prepared::new(shape);

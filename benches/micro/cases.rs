@@ -192,9 +192,11 @@ fn memory() -> VolumeConfig {
 
 fn worker(config: VolumeConfig, shape: Shape, idle: usize) -> Box<dyn Run> {
     // It looks for requests all the time, once it has seen that they come.
-    let worker =
-        Worker::start(0, Habits { patience: Duration::from_secs(1), slow_after: Duration::from_secs(10) })
-            .unwrap();
+    let worker = Worker::start(
+        0,
+        Habits { patience: Duration::from_secs(1), slow_after: Duration::from_secs(10), shared: false },
+    )
+    .unwrap();
     // Each idle vring is of a volume of its own, and has had some requests.
     let start = || {
         let volume = Arc::new(Volume::open("bench", &config).unwrap());

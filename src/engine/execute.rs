@@ -17,8 +17,8 @@ use crate::ring::{Io, Ring};
 ///
 /// # Errors
 /// `EROFS` for a change to a read-only export, `ENOSPC` for a write and `EIO` for anything else past the
-/// end (what the kernel's own block layer answers), `EINVAL` for a range that is not on logical blocks,
-/// `EOPNOTSUPP` for a discard where there is none; otherwise what the volume says.
+/// end (what the kernel's own block layer answers), `EINVAL` for a range that is not on logical blocks or longer than
+/// the volume offers for its operation, `EOPNOTSUPP` for a discard where there is none; otherwise what the volume says.
 pub async fn execute<R: Ring>(
     volume: &Attached<R>,
     io: &Io<R>,
@@ -173,7 +173,13 @@ fn admit<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> Result<(), Err
     if !geometry.aligned(request.sector, request.sectors) {
         return Err(Errno::EINVAL);
     }
-    Ok(())
+    // A store does these in one go, and what comes after them waits: hence the limits, which are the client's to keep.
+    let most = match request.op {
+        Op::Discard => geometry.discard.map_or(0, |limits| limits.max_sectors),
+        Op::WriteZeroes => geometry.max_write_zeroes,
+        Op::Read | Op::Write | Op::Flush => return Ok(()),
+    };
+    if request.sectors > most { Err(Errno::EINVAL) } else { Ok(()) }
 }
 
 /// Whether the data of a request that nobody has touched is of its length, and of a kind that the volume takes.

@@ -13,7 +13,7 @@
 use super::volume::{Store, Volume};
 use crate::block::{Geometry, GeometryError, SECTOR};
 use std::io;
-use std::sync::PoisonError;
+use std::sync::{MutexGuard, TryLockError};
 
 /// Those who show a volume to others, as far as its size concerns them.
 pub trait Exports {
@@ -83,6 +83,9 @@ pub enum ResizeError {
         /// Which export, and why.
         reason: String,
     },
+    /// Another change has not ended. Nothing has changed.
+    #[error("another change of its size is under way: its store may not answer")]
+    UnderWay,
     /// It cannot be cut yet. Nothing has changed.
     #[error("requests beyond the new end do not complete")]
     Busy,
@@ -105,7 +108,7 @@ impl Volume {
     /// # Errors
     /// See [`ResizeError`]: but for `Untold`, everything is as it was before.
     pub fn resize(&self, bytes: u64, force: bool, exports: &dyn Exports) -> Result<Resized, ResizeError> {
-        let _one_at_a_time = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.one_at_a_time()?;
         let geometry = self.geometry();
         if geometry.read_only {
             return Err(ResizeError::ReadOnly);
@@ -130,13 +133,22 @@ impl Volume {
     /// # Errors
     /// As for [`resize`](Self::resize).
     pub fn refresh(&self, force: bool, exports: &dyn Exports) -> Result<Resized, ResizeError> {
-        let _one_at_a_time = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = self.one_at_a_time()?;
         let from = self.geometry().bytes();
         let to = Geometry::new(self.store.size(from)?, self.geometry().logical_block)?.bytes();
         if to < from && !force {
             return Err(ResizeError::Shrinks { from, to });
         }
         self.change(to, None, exports)
+    }
+
+    /// Whoever comes second is sent away: what the first waits for may never come, and each that waits takes a thread.
+    fn one_at_a_time(&self) -> Result<MutexGuard<'_, ()>, ResizeError> {
+        match self.resizing.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(ResizeError::UnderWay),
+        }
     }
 
     /// Makes the capacity `to` bytes, and the store as long as `length` says.

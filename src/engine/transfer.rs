@@ -124,14 +124,14 @@ pub(super) fn advance(iovecs: &mut &mut [Iovec], mut count: usize) {
 }
 
 /// The ranges of the first `count` bytes.
-pub(super) fn front(iovecs: &[Iovec], mut count: usize) -> Vec<Iovec> {
-    let cut = |iovec: &Iovec| {
+pub(super) fn front(iovecs: &[Iovec], mut count: usize) -> impl Iterator<Item = Iovec> {
+    let cut = move |iovec: &Iovec| {
         let mut part = *iovec;
         part.split_off(count);
         count -= part.len();
         part
     };
-    iovecs.iter().map(cut).filter(|part| !part.is_empty()).collect()
+    iovecs.iter().map(cut).filter(|part| !part.is_empty())
 }
 
 /// Writes zeroes the long way, a MiB at a time.

@@ -163,6 +163,7 @@ impl Service {
         let habits = Habits {
             patience: Duration::from_micros(config.poll_us.into()),
             slow_after: Duration::from_secs(config.slow_after),
+            shared: true,
         };
         if !config.ublk.is_empty() {
             StableName::prepare();

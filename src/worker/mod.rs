@@ -18,15 +18,22 @@ use crate::frontend::{ublk, vhost_user};
 use mailbox::Mailbox;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// A running worker. Dropping the handle asks it to end, and waits for it.
+/// A running worker. Dropping the handle asks it to end, and waits for it; not for ever, since it may be in a call that a
+/// store holds up.
 pub struct Worker {
+    number: usize,
     link: Link,
     thread: Option<JoinHandle<()>>,
+    /// Disconnected at its end.
+    alive: Receiver<()>,
 }
+
+/// How long a worker may take to end: ten times what one does that nothing holds up.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// How a worker spends its time.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +42,8 @@ pub struct Habits {
     pub patience: Duration,
     /// Requests that take longer are logged; zero for none.
     pub slow_after: Duration,
+    /// Queues of several volumes may come. Then it makes no call that a store could hold up: the kernel's threads do.
+    pub shared: bool,
 }
 
 /// A way to a worker, for whoever starts and stops queues on it. Cheap to clone.
@@ -105,7 +114,9 @@ impl Worker {
         let mailbox = Arc::new(Mailbox::new()?);
         let inside = mailbox.clone();
         let (ready, made) = Reply::pair();
+        let (life, alive) = channel();
         let thread = thread::Builder::new().name(format!("ringblk-{number}")).spawn(move || {
+            let _life: Sender<()> = life;
             // The ring is made here because it belongs to the thread that makes it.
             match run::Run::new(&inside, habits) {
                 Ok(run) => {
@@ -117,7 +128,7 @@ impl Worker {
         })?;
         let link = Link { mailbox };
         made.recv().map_err(|_| gone())??;
-        Ok(Worker { link, thread: Some(thread) })
+        Ok(Worker { number, link, thread: Some(thread), alive })
     }
 
     /// A way to this worker.
@@ -129,7 +140,9 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.link.mailbox.post(Command::Quit);
-        if let Some(thread) = self.thread.take() {
+        if let Err(RecvTimeoutError::Timeout) = self.alive.recv_timeout(END_LIMIT) {
+            log::error!("worker {} does not end: it is left in a call that does not return", self.number);
+        } else if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }

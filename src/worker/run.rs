@@ -50,7 +50,9 @@ impl Run {
     pub fn new(mailbox: &Arc<Mailbox>, habits: Habits) -> io::Result<Run> {
         let ring = Uring::new(Setup { buffers: BUFFERS, ..Setup::default() })?;
         set_io_flusher();
-        Ok(Run { core: Core::new(ring), mailbox: mailbox.clone(), habits })
+        let core = Core::new(ring);
+        core.set_shared(habits.shared);
+        Ok(Run { core, mailbox: mailbox.clone(), habits })
     }
 
     /// Serves until told to quit.

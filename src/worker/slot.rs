@@ -36,6 +36,11 @@ impl Client {
     pub fn flusher(&self) -> &Flusher {
         self.flushers.queue(self.queue)
     }
+
+    /// Names the export: the address of what its queues have in common.
+    pub fn export(&self) -> usize {
+        Arc::as_ptr(&self.flushers).addr()
+    }
 }
 
 /// What a slot's future is made from.
@@ -59,6 +64,7 @@ async fn serve<S: Source<Uring>>(seat: &Seat, source: &S) {
     let flusher = client.flusher();
     let (tag, mut state) = (*tag, S::State::default());
     io.set_tag(tag);
+    io.set_group(client.export());
     while let Some(mut request) = source.next(io, tag, &mut state).await {
         watch.begin(&request);
         let result = execute(volume, io, flusher, &mut request).await;

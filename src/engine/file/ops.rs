@@ -7,7 +7,7 @@ use crate::block::{Data, Errno};
 use crate::engine::backend::Backend;
 use crate::engine::losses::Losses;
 use crate::engine::transfer::{self, By, Direction};
-use crate::ring::{Core, Io, Mapping, Ring, Sqe, Target};
+use crate::ring::{Core, Io, Pool, Ring, Sqe, Target};
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
@@ -23,10 +23,10 @@ pub struct FileOps<R: Ring> {
     /// The same by its descriptor, for what is carried out here.
     plain: Target,
     inline: Inline,
+    /// For transfers that direct I/O does not take as they are. Its own, and not the worker's: a store that hangs keeps
+    /// none from another.
+    bounce: Pool<R>,
 }
-
-/// The most a bounce holds, in bytes: a multiple of every alignment there is.
-const BOUNCE: u64 = 1 << 20;
 
 impl<R: Ring> FileOps<R> {
     /// Enters the store in the ring's file table.
@@ -34,7 +34,7 @@ impl<R: Ring> FileOps<R> {
         let target = core.ring().register(volume.file.as_raw_fd());
         let plain = Target::Fd(volume.file.as_raw_fd());
         let inline = Inline::new(volume.reads_wait, volume.writes_wait());
-        FileOps { core: core.clone(), volume, target, plain, inline }
+        FileOps { core: core.clone(), volume, target, plain, inline, bounce: Pool::new(core) }
     }
 
     /// See [`Losses`].
@@ -86,7 +86,8 @@ impl<R: Ring> FileOps<R> {
         self.bounce(io, direction, data, len, offset).await
     }
 
-    /// When a transfer begins that is to be carried out here. One that must reach the disk waits for it and never is.
+    /// When a transfer begins that is to be carried out here. One that must reach the disk waits for it and never is; and
+    /// none is where it could hold up other volumes: a frozen file system, or a server that is gone, blocks for ever.
     fn here(
         &self,
         io: &Io<R>,
@@ -96,6 +97,9 @@ impl<R: Ring> FileOps<R> {
         offset: u64,
     ) -> Option<Instant> {
         let Data::Iovecs(iovecs) = data else { return None };
+        if self.core.is_shared() {
+            return None;
+        }
         match direction {
             Direction::Read => self.inline.read(len),
             Direction::Write { rw_flags: 0 } => self.inline.write(len, || {
@@ -107,8 +111,8 @@ impl<R: Ring> FileOps<R> {
         }
     }
 
-    /// Through an aligned buffer of our own: the slow path, with an allocation. A part at a time, because a
-    /// guest may name the same memory many times over and so ask for more than there is.
+    /// Through aligned buffers of our own, the slow path: one for each part, since a guest decides how many such
+    /// transfers there are and how long (it may name the same memory many times over).
     async fn bounce(
         &self,
         io: &Io<R>,
@@ -118,22 +122,24 @@ impl<R: Ring> FileOps<R> {
         offset: u64,
     ) -> Result<(), Errno> {
         let Data::Iovecs(iovecs) = data else { return Err(Errno::EINVAL) };
-        let buffer = Mapping::anonymous(len.min(BOUNCE) as usize).map_err(Errno::from)?;
         let mut done = 0;
         while done < len {
-            let step = (len - done).min(buffer.len() as u64);
-            let part = transfer::front(iovecs, step as usize);
+            let buffer = self.bounce.take(io).await?;
+            let step = (len - done).min(Pool::<R>::BYTES as u64) as usize;
             if direction != Direction::Read {
-                buffer.gather(0, &part);
+                io.turn(step as u32).await;
+                buffer.gather(transfer::front(iovecs, step));
             }
-            let mut whole = [buffer.iovec(0, step as usize)];
+            let mut whole = [buffer.iovec(step)];
             let whole = &mut Data::Iovecs(&mut whole);
-            transfer::exactly(io, By::Ring, self.target, direction, whole, step, offset + done).await?;
+            transfer::exactly(io, By::Ring, self.target, direction, whole, step as u64, offset + done)
+                .await?;
             if direction == Direction::Read {
-                buffer.scatter(0, &part);
+                io.turn(step as u32).await;
+                buffer.scatter(transfer::front(iovecs, step));
             }
-            transfer::advance(iovecs, step as usize);
-            done += step;
+            transfer::advance(iovecs, step);
+            done += step as u64;
         }
         Ok(())
     }

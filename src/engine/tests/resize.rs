@@ -3,7 +3,7 @@
 use super::model::{once, settle};
 use super::*;
 use crate::engine::grace::Grace;
-use crate::engine::{Exports, execute};
+use crate::engine::{Exports, ResizeError, execute};
 use crate::ring::Tasks;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -45,6 +45,38 @@ fn requests_are_held_against_the_size_of_the_moment() {
     assert_eq!((reads(2048), reads(4095), reads(4096)), ([Ok(()); 2], [Ok(()); 2], [Err(Errno::EIO); 2]));
     volume.resize(1 << 19, true, &Nobody).unwrap();
     assert_eq!((reads(1023), reads(1024)), ([Ok(()); 2], [Err(Errno::EIO); 2]));
+}
+
+/// Somebody else changes the size while we do.
+struct Another<'a>(&'a Volume, Cell<bool>);
+
+impl Exports for Another<'_> {
+    fn can_resize(&self) -> Result<(), String> {
+        let refused = self.0.resize(1 << 21, false, &Nobody).unwrap_err();
+        assert!(matches!(refused, ResizeError::UnderWay), "{refused}");
+        assert!(matches!(self.0.refresh(false, &Nobody), Err(ResizeError::UnderWay)));
+        self.1.set(true);
+        Ok(())
+    }
+
+    fn resize(&self, _: u64) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn drain(&self) -> bool {
+        true
+    }
+}
+
+/// A store that hangs holds the first; those that come after it do not wait.
+#[test]
+fn changes_of_size_do_not_queue_up() {
+    let null = NullConfig { size: Size(1 << 20), block_size: None };
+    let volume = Volume::open("test", &VolumeConfig::Null(null)).unwrap();
+    let another = Another(&volume, Cell::new(false));
+    volume.resize(1 << 22, false, &another).unwrap();
+    assert!(another.1.get());
+    volume.resize(1 << 23, false, &Nobody).unwrap();
 }
 
 #[test]
