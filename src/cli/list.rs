@@ -64,14 +64,14 @@ fn render(status: &Status) -> String {
             volume.target.clone(),
         ]);
     }
-    let mut exports = vec![["EXPORT", "VOLUME", "QUEUES", "MODE", "STATE"].map(String::from)];
+    let mut exports = vec![["EXPORT", "VOLUME", "QUEUES", "WORKERS", "MODE", "STATE"].map(String::from)];
     for export in &status.exports {
-        let (queues, read_only, state) = match export {
+        let (queues, read_only, workers, state) = match export {
             ExportStatus::Ublk(ublk) => {
                 let copy = if ublk.zero_copy { "zero copy" } else { "copy" };
                 let (device, link) = (ublk.device.display(), ublk.link.display());
                 let state = format!("{link} -> {device}, {copy}");
-                (format!("{} x {}", ublk.queues, ublk.depth), ublk.read_only, state)
+                (format!("{} x {}", ublk.queues, ublk.depth), ublk.read_only, ublk.workers, state)
             }
             ExportStatus::VhostUser(vhost_user) => {
                 let state = match vhost_user.connected {
@@ -79,10 +79,11 @@ fn render(status: &Status) -> String {
                     false => "waiting for a VMM",
                 };
                 let queues = format!("{} x {}", vhost_user.queues, vhost_user.queue_size);
-                (queues, vhost_user.read_only, state.to_owned())
+                (queues, vhost_user.read_only, vhost_user.workers, state.to_owned())
             }
         };
-        exports.push([export.name(), export.volume().to_owned(), queues, mode(read_only), state]);
+        let workers = workers.map_or("shared".to_owned(), |own| format!("{own} own"));
+        exports.push([export.name(), export.volume().to_owned(), queues, workers, mode(read_only), state]);
     }
     let (version, pid, workers) = (&status.version, status.pid, status.workers);
     let stopping = if status.stopping { ", stopping" } else { "" };
@@ -136,9 +137,9 @@ ringblk 0.1.0, pid 42, workers 2
 VOLUME  DRIVER  SIZE      BLOCK  MODE  TARGET
 root    file    1.00 GiB  512    rw    /srv/root.img
 
-EXPORT                             VOLUME  QUEUES   MODE  STATE
-ublk:root                          root    2 x 128  rw    /dev/ringblk/root -> /dev/ublkb0, zero copy
-vhost-user:/run/ringblk/root.sock  root    2 x 256  ro    waiting for a VMM
+EXPORT                             VOLUME  QUEUES   WORKERS  MODE  STATE
+ublk:root                          root    2 x 128  shared   rw    /dev/ringblk/root -> /dev/ublkb0, zero copy
+vhost-user:/run/ringblk/root.sock  root    2 x 256  1 own    ro    waiting for a VMM
 ";
         assert_eq!(text, expected);
     }

@@ -22,14 +22,18 @@ Drivers (NAME=DRIVER:TARGET):
   or tried again for a time, or waits for `ringblk resume NAME`.
 
 Options of --ublk:
-  queues=N, depth=N, zero-copy=auto|on|off, id=N, max-io=SIZE
+  queues=N, depth=N, zero-copy=auto|on|off, id=N, max-io=SIZE, workers=N
   recovery=reissue|queue|fail-io|off
   What becomes of the disk when the service dies or is handed over. It stays, and
   the same configuration finds it again; meanwhile all requests wait (reissue),
   only new ones do (queue), or they fail (fail-io, Linux 6.13). Or it goes (off).
 
 Options of --vhost-user:
-  queues=N, queue-size=N, mode=0600, owner=USER[:GROUP], read-only=on|off
+  queues=N, queue-size=N, mode=0600, owner=USER[:GROUP], read-only=on|off,
+  serial=TEXT, workers=N
+
+Each export shares the service's workers, or has workers=N of its own, which
+serve no other export: what its store or its guest holds up, others do not notice.
 
 Sizes take K, M, G and T (binary). A comma inside a value is written \",,\".
 
@@ -58,7 +62,8 @@ pub(super) struct Args {
     /// Show a volume to a virtual machine on a Unix socket
     #[arg(long, value_name = "VOLUME=SOCKET[,key=value...]")]
     vhost_user: Vec<String>,
-    /// Threads that do the work [default: as many as CPUs, at most the queues]
+    /// Threads that do the work of the exports without workers of their own [default: as many as CPUs, at most the
+    /// queues]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
     #[arg(long, value_name = "MICROSECONDS", help = format!(

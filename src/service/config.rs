@@ -29,7 +29,8 @@ pub const DEFAULT_CONTROL: &str = "/run/ringblk/control.sock";
 /// Everything a service is to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Worker threads, 1 to [`Config::MAX_WORKERS`]; `None`: as many as CPUs, at most the queues.
+    /// Worker threads that the exports without their own share, 1 to [`Config::MAX_WORKERS`]; `None`: as many as CPUs, at
+    /// most the queues.
     pub workers: Option<usize>,
     /// Microseconds that a worker may look for requests before it sleeps, 0 to [`Config::MAX_POLL_US`].
     pub poll_us: u32,
@@ -237,13 +238,14 @@ impl fmt::Display for Config {
         for (name, volume) in &self.volumes {
             writeln!(f, "volume {name}: {volume}{}", self.policies[name])?;
         }
-        let queues = |count: Option<u16>| match count {
-            Some(count) => format!("queues {count}"),
-            None => "a queue for every worker".to_owned(),
-        };
+        let own = |workers: Option<u16>| workers.map_or(String::new(), |count| format!(", workers {count}"));
         for export in &self.ublk {
-            write!(f, "ublk {}: {}, ", export.volume, queues(export.queues))?;
-            write!(f, "depth {}, zero copy {}", export.depth, export.zero_copy)?;
+            let queues = match export.queues {
+                Some(count) => format!("queues {count}"),
+                None => "a queue for every worker".to_owned(),
+            };
+            write!(f, "ublk {}: {queues}, depth {}", export.volume, export.depth)?;
+            write!(f, ", zero copy {}{}", export.zero_copy, own(export.workers))?;
             match export.id {
                 Some(id) => writeln!(f, ", /dev/ublkb{id}")?,
                 None => writeln!(f)?,
@@ -251,8 +253,9 @@ impl fmt::Display for Config {
         }
         for export in &self.vhost_user {
             let (volume, socket) = (&export.volume, export.socket.display());
-            write!(f, "vhost-user {volume}: {socket}, {}", queues(export.queues))?;
-            write!(f, ", queue size {}, mode {:04o}", export.queue_size, export.mode)?;
+            let queues = export.most_queues();
+            write!(f, "vhost-user {volume}: {socket}, up to {queues} queues of {}", export.queue_size)?;
+            write!(f, ", serial {}{}, mode {:04o}", export.serial(), own(export.workers), export.mode)?;
             if let Some(owner) = &export.owner {
                 write!(f, ", owner {owner}")?;
             }
@@ -296,6 +299,7 @@ queues = 2
 zero-copy = true
 id = 7
 max-io = "1M"
+workers = 2
 
 [[vhost-user]]
 volume = "root"
@@ -303,7 +307,10 @@ socket = "/run/x/root.sock"
 mode = "0660"
 owner = "root:0"
 read-only = true
-queue-size = 1024
+queues = 4
+queue-size = 512
+serial = "disk-1"
+workers = 1
 "#;
 
     #[test]
@@ -322,9 +329,9 @@ queue-size = 1024
         ] {
             flags.add_volume_flag(text).unwrap();
         }
-        flags.add_ublk_flag("root,queues=2,zero-copy=on,id=7,max-io=1M").unwrap();
+        flags.add_ublk_flag("root,queues=2,zero-copy=on,id=7,max-io=1M,workers=2").unwrap();
         flags
-            .add_vhost_user_flag("root=/run/x/root.sock,mode=0660,owner=root:0,read-only=on,queue-size=1024")
+            .add_vhost_user_flag("root=/run/x/root.sock,mode=0660,owner=root:0,read-only=on,queues=4,queue-size=512,serial=disk-1,workers=1")
             .unwrap();
 
         let config = file.finish().unwrap();
@@ -384,8 +391,8 @@ queue-size = 1024
             "workers: 2",
             "volume scratch: memory:1G",
             "volume far: nbd:nbd://server/disk, connections 2, reconnect 30 s, on error retry for 60 s",
-            "ublk root: queues 2, depth 128, zero copy on, /dev/ublkb7",
-            "vhost-user root: /run/x/root.sock, a queue for every worker, queue size 1024, mode 0660, \
+            "ublk root: queues 2, depth 128, zero copy on, workers 2, /dev/ublkb7",
+            "vhost-user root: /run/x/root.sock, up to 4 queues of 512, serial disk-1, workers 1, mode 0660, \
              owner root:0, read-only",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\nnot in\n{text}");

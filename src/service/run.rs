@@ -86,7 +86,10 @@ pub fn run(config: Config) -> Result<(), Error> {
     // Signals first: from here on one asks for a clean end, whatever is being made.
     let signals = runtime.block_on(async { Signals::new() }).map_err(Error::Control)?;
     let service = Service::start(&config)?;
-    runtime.block_on(service.until_stopped(signals))
+    let result = runtime.block_on(service.until_stopped(signals));
+    // Its end would wait for what the control API has others do: a change of size that its store does not answer.
+    std::mem::forget(runtime);
+    result
 }
 
 /// What ends a service from outside.
@@ -128,7 +131,7 @@ struct Shared {
     lent: Vec<Lent>,
     volume_status: Vec<VolumeStatus>,
     workers: Mutex<Vec<Worker>>,
-    worker_count: usize,
+    placement: Placement,
     sandbox: SandboxStatus,
     stopping: AtomicBool,
     /// The stop that was asked for first, if one was.
@@ -159,11 +162,12 @@ impl Service {
             log::warn!("a socket passed by systemd is no export's: {:?}", unused.local_addr());
         }
 
-        let count = worker_count(config);
-        let habits = Habits {
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        let placement = Placement::of(config, |name| volumes[name].single_worker(), cpus);
+        let habits = |number| Habits {
             patience: Duration::from_micros(config.poll_us.into()),
             slow_after: Duration::from_secs(config.slow_after),
-            shared: true,
+            shared: placement.is_shared(number),
         };
         if !config.ublk.is_empty() {
             StableName::prepare();
@@ -172,8 +176,9 @@ impl Service {
         // From here on we are no longer alone: what is given up, is given up by all.
         let sandbox = sandbox::enter(&sandbox::Plan::of(config))?;
         let mut workers = Vec::new();
-        for number in 0..count {
-            workers.push(Worker::start(number, habits).map_err(|source| Error::Worker { number, source })?);
+        for number in 0..placement.workers() {
+            let worker = Worker::start(number, habits(number));
+            workers.push(worker.map_err(|source| Error::Worker { number, source })?);
         }
         let shared = Shared {
             exports: Mutex::default(),
@@ -186,7 +191,7 @@ impl Service {
             lent: volumes.values().map(|volume| Lent::new(volume.clone(), 1)).collect(),
             volumes,
             workers: Mutex::new(workers),
-            worker_count: count,
+            placement,
             sandbox,
             stopping: AtomicBool::new(false),
             farewell: Mutex::default(),
@@ -267,60 +272,61 @@ impl Shared {
         memory: &Arc<MemoryBudget>,
     ) -> Result<(), Error> {
         let links: Vec<Link> = lock(&self.workers).iter().map(|worker| worker.link().clone()).collect();
-        let mut placement = Placement::over(&links);
-        let queues = |asked: Option<u16>| asked.unwrap_or(links.len().try_into().unwrap_or(u16::MAX));
-        for (export, endpoint) in config.vhost_user.iter().zip(endpoints) {
+        let links = |on: &[usize]| on.iter().map(|worker| links[*worker].clone()).collect::<Vec<_>>();
+        for ((export, endpoint), (queues, on)) in
+            config.vhost_user.iter().zip(endpoints).zip(&self.placement.vhost_user)
+        {
             let volume = &self.volumes[&export.volume];
-            let queues = queues(export.queues);
-            let on = placement.of(queues, self.single_worker(volume));
-            let started = VhostUserExport::start(export, queues, endpoint, volume, on, memory.share())
-                .map_err(|source| Error::VhostUser { socket: export.socket.display().to_string(), source })?;
+            let started =
+                VhostUserExport::start(export, *queues, endpoint, volume, links(on), memory.share())
+                    .map_err(|source| Error::VhostUser {
+                        socket: export.socket.display().to_string(),
+                        source,
+                    })?;
             lock(&self.exports).push(Export::VhostUser(started));
             log::info!("volume {} is served on {}", export.volume, export.socket.display());
         }
-        for export in &config.ublk {
-            let volume = &self.volumes[&export.volume];
-            let on = placement.of(queues(export.queues), self.single_worker(volume));
-            let started = UblkExport::start(export, volume, &on)?;
+        for (export, on) in config.ublk.iter().zip(&self.placement.ublk) {
+            let started = UblkExport::start(export, &self.volumes[&export.volume], &links(on))?;
             log::info!("volume {} is served at {}", export.volume, started.status().link.display());
             lock(&self.exports).push(Export::Ublk(Box::new(started)));
         }
         Ok(())
     }
 
-    /// The worker of a volume that only one may use: which one follows from its place in the list.
-    fn single_worker(&self, volume: &Volume) -> Option<usize> {
-        let at = self.volumes.keys().position(|name| name == volume.name())?;
-        volume.single_worker().then_some(at)
+    /// Ways to the workers that may have requests to a volume, and to no others: those may be held up by theirs.
+    fn links_of(&self, volume: &Volume) -> Vec<Link> {
+        let workers = lock(&self.workers);
+        let serving = self.placement.serving(volume.name());
+        serving.filter_map(|number| workers.get(number)).map(|worker| worker.link().clone()).collect()
     }
 
     /// Ends every export, flushes every volume, ends the workers.
     fn take_down(&self, how: Farewell) -> Result<(), Error> {
         let mut left = Vec::new();
+        let deadline = Instant::now() + STOP_LIMIT;
         // Taken out in a statement of its own, so that the list is not locked while we wait.
         let next = || lock(&self.exports).pop();
         while let Some(mut export) = next() {
             let name = export.status().name();
             *lock(&self.leaving) = Some(name.clone());
-            if let Err(abandoned) = export.leave(how, Instant::now() + STOP_LIMIT) {
+            let least = Instant::now() + STOP_LEAST;
+            if let Err(abandoned) = export.leave(how, deadline.max(least)) {
                 left.push(format!("{name}: {abandoned}"));
             }
         }
         let mut result = Ok(());
-        for lent in &self.lent {
-            let (name, volume) = (lent.volume.name(), &lent.volume);
-            let link = {
-                let workers = lock(&self.workers);
-                // Where a single connection has the writes, it alone can vouch for them.
-                let at = self.single_worker(volume).unwrap_or(0) % workers.len().max(1);
-                workers.get(at).map(|worker| worker.link().clone())
-            };
-            let Some(link) = link else { break };
-            if volume.geometry().read_only || !volume.geometry().volatile_cache {
-                continue;
-            }
+        let deadline = Instant::now() + FLUSH_LIMIT;
+        let written = |of: &Volume| !of.geometry().read_only && of.geometry().volatile_cache;
+        let flushes = self.lent.iter().filter(|lent| written(&lent.volume)).filter_map(|lent| {
+            // Where a single connection has the writes, it alone can vouch for them.
+            let link = self.links_of(&lent.volume).into_iter().next()?;
+            Some((lent.volume.name(), link.flush(lent.clone())))
+        });
+        // All at once: one that hangs takes no time from the others.
+        for (name, answer) in flushes.collect::<Vec<_>>() {
             // A flush without an answer is a flush that failed: what was acknowledged may not be on stable storage.
-            let answer = link.flush(lent.clone()).recv_timeout(STOP_LIMIT);
+            let answer = answer.recv_timeout(deadline.saturating_duration_since(Instant::now()));
             if let Err(source) = answer.unwrap_or(Err(Errno::ETIMEDOUT)) {
                 log::error!("volume {name}: flush: {source}");
                 result = Err(Error::Flush { name: name.into(), source });
@@ -353,15 +359,11 @@ const HELD_UP_EVERY: Duration = Duration::from_secs(5);
 /// How long requests that were given up may take to fail.
 const ABANDON_LIMIT: Duration = Duration::from_secs(5);
 
-/// No export's stop takes longer than this; one that does is reported and left.
+/// The exports' stops take no longer than this together; one that does is reported and left.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 
-/// As many as asked for, or as CPUs but at most the queues; an export without a number of its own has as
-/// many queues as there are workers.
-fn worker_count(config: &Config) -> usize {
-    let cpus = thread::available_parallelism().map_or(1, usize::from);
-    let queues = |asked: Option<u16>| asked.map_or(cpus, usize::from);
-    let all = config.ublk.iter().map(|export| queues(export.queues)).sum::<usize>()
-        + config.vhost_user.iter().map(|export| queues(export.queues)).sum::<usize>();
-    config.workers.unwrap_or(cpus.min(all).max(1))
-}
+/// What an export has in any case, for what does not depend on its store.
+const STOP_LEAST: Duration = Duration::from_secs(5);
+
+/// The last flushes take no longer than this together.
+const FLUSH_LIMIT: Duration = Duration::from_secs(120);

@@ -109,6 +109,9 @@ pub struct UblkStatus {
     pub zero_copy: bool,
     /// Writes are refused.
     pub read_only: bool,
+    /// Workers of its own; `None`: it shares those of the service.
+    #[serde(default)]
+    pub workers: Option<usize>,
 }
 
 /// A vhost-user export and its VMM.
@@ -126,6 +129,9 @@ pub struct VhostUserStatus {
     pub connected: bool,
     /// Writes are refused.
     pub read_only: bool,
+    /// Workers of its own; `None`: it shares those of the service.
+    #[serde(default)]
+    pub workers: Option<usize>,
 }
 
 impl ExportStatus {
@@ -254,6 +260,7 @@ pub(crate) fn sample() -> Status {
                 depth: 128,
                 zero_copy: true,
                 read_only: false,
+                workers: None,
             }),
             ExportStatus::VhostUser(VhostUserStatus {
                 volume: "root".into(),
@@ -262,6 +269,7 @@ pub(crate) fn sample() -> Status {
                 queue_size: 256,
                 connected: false,
                 read_only: true,
+                workers: Some(1),
             }),
         ],
     }
@@ -279,6 +287,8 @@ mod tests {
         assert_eq!(policy, ["\"stop\"", "true", "3"]);
         assert_eq!(json["exports"][0]["kind"], "ublk");
         assert_eq!(json["exports"][0]["device"], "/dev/ublkb0");
+        assert_eq!(json["exports"][0]["workers"], serde_json::Value::Null);
+        assert_eq!(json["exports"][1]["workers"], 1);
         assert_eq!(json["exports"][1]["kind"], "vhost-user");
         assert_eq!(json["exports"][1]["socket"], "/run/ringblk/root.sock");
         assert_eq!(serde_json::from_value::<Status>(json).unwrap(), sample());

@@ -4,7 +4,7 @@ use super::model::{once, settle};
 use super::{DISK, image, is_write, open, request, small, transfer, uring};
 use crate::block::{Data, Errno, Flags, Op, Request, Size};
 use crate::engine::config::{MemoryConfig, VolumeConfig};
-use crate::engine::{Attached, Volume, execute};
+use crate::engine::{Attached, Flusher, Volume, execute};
 use crate::ring::double::{Double, Faults, get};
 use crate::ring::{Core, Io, Mapping, PASS_WORK, Pool, Sqe, Tasks, Uring};
 use std::cell::RefCell;

@@ -30,6 +30,9 @@ pub struct UblkConfig {
     /// What becomes of the disk when the service dies; `None`: [`Recovery::Reissue`] where the volume's data outlives
     /// the service, else [`Recovery::Off`].
     pub recovery: Option<Recovery>,
+    /// Workers of its own, which serve no other export, 1 to [`UblkConfig::MAX_WORKERS`]; `None`: it shares those of the
+    /// service.
+    pub workers: Option<u16>,
 }
 
 /// What becomes of a disk whose server died.
@@ -75,6 +78,8 @@ impl UblkConfig {
     pub const MAX_ID: u32 = (1 << 20) - 1;
     /// The largest request: every tag of a copy-mode queue has a buffer of this size.
     pub const MAX_IO: u32 = 32 << 20;
+    /// More workers for one disk than this is a slip of the finger.
+    pub const MAX_WORKERS: u16 = 256;
     /// Depth where none is given.
     pub const DEFAULT_DEPTH: u16 = 128;
     /// Largest request where none is given.
@@ -90,6 +95,7 @@ impl UblkConfig {
             id: None,
             max_io: UblkConfig::DEFAULT_MAX_IO,
             recovery: None,
+            workers: None,
         }
     }
 
@@ -102,6 +108,9 @@ impl UblkConfig {
             in_range("queues", queues.into(), 1, UblkConfig::MAX_QUEUES.into())?;
         }
         in_range("depth", self.depth.into(), 1, UblkConfig::MAX_DEPTH.into())?;
+        if let Some(workers) = self.workers {
+            in_range("workers", workers.into(), 1, UblkConfig::MAX_WORKERS.into())?;
+        }
         if let Some(id) = self.id {
             in_range("id", id, 0, UblkConfig::MAX_ID)?;
         }
@@ -226,6 +235,8 @@ mod tests {
         for (key, value) in [
             ("queues", "0"),
             ("queues", "4097"),
+            ("workers", "0"),
+            ("workers", "257"),
             ("depth", "0"),
             ("depth", "4097"),
             ("id", "1048576"),

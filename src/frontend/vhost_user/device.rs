@@ -24,12 +24,12 @@ pub struct Device {
 }
 
 impl Device {
-    /// A device whose identity, GET_ID's answer, is the first 20 bytes of the volume's name.
-    pub fn new(volume: &str, socket: &str, mut geometry: Geometry, read_only: bool) -> Device {
+    /// A device whose identity, GET_ID's answer, is `serial`: of that the first 20 bytes.
+    pub fn new(serial: &str, socket: &str, mut geometry: Geometry, read_only: bool) -> Device {
         geometry.read_only |= read_only;
         let mut id = [0; ID_LEN];
-        let len = volume.len().min(ID_LEN);
-        id[..len].copy_from_slice(&volume.as_bytes()[..len]);
+        let len = serial.len().min(ID_LEN);
+        id[..len].copy_from_slice(&serial.as_bytes()[..len]);
         let writeback = AtomicBool::new(geometry.volatile_cache);
         let name = format!("vhost-user:{socket}");
         let log = Arc::new(LogLimit::new(name.clone()));

@@ -18,7 +18,8 @@ pub struct VhostUserConfig {
     pub volume: String,
     /// The Unix socket to listen on; a relative path starts at the service's working directory.
     pub socket: PathBuf,
-    /// The most queues a VMM may use, 1 to [`VhostUserConfig::MAX_QUEUES`]; `None`: one a worker.
+    /// The most queues a VMM may use, 1 to [`VhostUserConfig::MAX_QUEUES`]; `None`: see
+    /// [`most_queues`](VhostUserConfig::most_queues).
     pub queues: Option<u16>,
     /// The largest vring a VMM may set up: a power of two, 2 to [`VhostUserConfig::MAX_QUEUE_SIZE`].
     #[serde(default = "default_queue_size")]
@@ -31,6 +32,12 @@ pub struct VhostUserConfig {
     /// Offer the volume read-only.
     #[serde(default)]
     pub read_only: bool,
+    /// Workers of its own, which serve no other export, 1 to [`VhostUserConfig::MAX_QUEUES`]; `None`: it shares those of
+    /// the service.
+    pub workers: Option<u16>,
+    /// What the guest is told as the disk's serial number: 1 to [`VhostUserConfig::MAX_SERIAL`] printable ASCII characters
+    /// without spaces; `None`: made from the volume's name. See [`serial`](VhostUserConfig::serial).
+    pub serial: Option<String>,
 }
 
 fn default_queue_size() -> u16 {
@@ -46,8 +53,10 @@ impl VhostUserConfig {
     pub const MAX_QUEUES: u16 = 256;
     /// The largest queue of virtio 1.3 (section 2.7: at most 2^15).
     pub const MAX_QUEUE_SIZE: u16 = 32768;
-    /// Largest vring where none is given.
-    pub const DEFAULT_QUEUE_SIZE: u16 = 256;
+    /// Largest vring where none is given: the largest that QEMU sets up.
+    pub const DEFAULT_QUEUE_SIZE: u16 = 1024;
+    /// The longest serial number (`VIRTIO_BLK_ID_BYTES`).
+    pub const MAX_SERIAL: usize = 20;
     /// Socket permissions where none are given.
     pub const DEFAULT_MODE: u32 = 0o600;
     /// The longest path that fits in a `sockaddr_un` with its final NUL.
@@ -63,6 +72,34 @@ impl VhostUserConfig {
             mode: VhostUserConfig::DEFAULT_MODE,
             owner: None,
             read_only: false,
+            workers: None,
+            serial: None,
+        }
+    }
+
+    /// The most queues a VMM may use. Where there is no number, as many as QEMU starts by itself: one for each CPU of
+    /// its guest, which has no more of them than the host; and 64 in any case. Those that are not used cost us nothing,
+    /// but a VMM that sets up all it is offered (crosvm) an eventfd and an interrupt each.
+    pub fn most_queues(&self) -> u16 {
+        let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
+        let default = || u16::try_from(cpus()).unwrap_or(u16::MAX).clamp(64, Self::MAX_QUEUES);
+        self.queues.unwrap_or_else(default)
+    }
+
+    /// The disk's serial number. Where none was given, the volume's name, as long as it fits; else its beginning and a
+    /// hash of all of it, so that long names which begin alike do not make one disk of two.
+    pub fn serial(&self) -> String {
+        let name = &self.volume;
+        match &self.serial {
+            Some(serial) => serial.clone(),
+            None if name.len() <= Self::MAX_SERIAL => name.clone(),
+            None => {
+                // FNV-1a: it must be the same in every version of ours.
+                let hash = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+                let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325, hash);
+                let front: String = name.chars().take(9).collect();
+                format!("{front}-{:010x}", (hash ^ hash >> 40) & 0xff_ffff_ffff)
+            }
         }
     }
 
@@ -86,6 +123,19 @@ impl VhostUserConfig {
         if !size.is_power_of_two() || !(2..=Self::MAX_QUEUE_SIZE).contains(&size) {
             let most = Self::MAX_QUEUE_SIZE;
             return Err(("queue-size", format!("must be a power of two from 2 to {most}, not {size}")));
+        }
+        if let Some(workers) = self.workers
+            && !(1..=Self::MAX_QUEUES).contains(&workers)
+        {
+            let most = Self::MAX_QUEUES;
+            return Err(("workers", format!("must be from 1 to {most}, not {workers}")));
+        }
+        if let Some(serial) = &self.serial
+            && !((1..=Self::MAX_SERIAL).contains(&serial.len())
+                && serial.bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            let most = Self::MAX_SERIAL;
+            return Err(("serial", format!("must be 1 to {most} printable ASCII characters without spaces")));
         }
         if self.mode > 0o777 {
             return Err(("mode", format!("must be at most 0777, not {:04o}", self.mode)));
@@ -180,7 +230,7 @@ mod tests {
     fn defaults_are_the_documented_ones() {
         let config = read(r#"{"volume": "v", "socket": "/run/v.sock"}"#).unwrap();
         assert_eq!(config, VhostUserConfig::new("v", "/run/v.sock"));
-        assert_eq!((config.mode, config.queue_size), (0o600, 256));
+        assert_eq!((config.mode, config.queue_size), (0o600, 1024));
         config.check().unwrap();
     }
 
@@ -199,6 +249,13 @@ mod tests {
         for (key, value) in [
             ("queues", "0"),
             ("queues", "257"),
+            ("workers", "0"),
+            ("workers", "257"),
+            ("serial", "\"\""),
+            ("serial", "\"123456789012345678901\""),
+            ("serial", "\"a b\""),
+            ("serial", "\"grün\""),
+            ("serial", "\"a\\u0007\""),
             ("queue-size", "0"),
             ("queue-size", "1"),
             ("queue-size", "100"),
@@ -219,6 +276,23 @@ mod tests {
             assert_eq!(VhostUserConfig::new("v", socket).check().unwrap_err().0, "socket");
         }
         VhostUserConfig::new("v", "x".repeat(107)).check().unwrap();
+    }
+
+    #[test]
+    fn serial_numbers_are_the_names_and_never_alike() {
+        let serial = |name: &str| VhostUserConfig::new(name, "/s").serial();
+        assert_eq!(serial("root"), "root");
+        assert_eq!(serial("exactly-twenty-bytes"), "exactly-twenty-bytes");
+        let long = ["a-volume-with-a-long-name-1", "a-volume-with-a-long-name-2"].map(serial);
+        assert_ne!(long[0], long[1]);
+        for serial in long {
+            assert!(serial.len() == 20 && serial.starts_with("a-volume--"), "{serial}");
+        }
+        // For ever: a guest finds its disks by it.
+        assert_eq!(serial("a-volume-with-a-long-name-1"), "a-volume--eaea20665b");
+        let given = with("serial", "\"12345678901234567890\"").unwrap();
+        given.check().unwrap();
+        assert_eq!(given.serial(), "12345678901234567890");
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Volumes behind front doors: where a configuration becomes something that runs.
 
+mod placement;
 pub mod ublk;
 pub mod vhost_user;
 
 use super::status::ExportStatus;
-use crate::worker::Link;
+pub use placement::Placement;
 use std::time::Instant;
 use ublk::UblkExport;
 use vhost_user::VhostUserExport;
@@ -91,30 +92,5 @@ impl Export {
             // A VMM comes back by itself, to whoever listens by then.
             (Export::VhostUser(export), _) => export.stop(deadline),
         }
-    }
-}
-
-/// Spreads queues over workers, each export going on where the last one ended.
-pub struct Placement<'a> {
-    links: &'a [Link],
-    next: usize,
-}
-
-impl<'a> Placement<'a> {
-    /// Over these; there must be one.
-    pub fn over(links: &'a [Link]) -> Placement<'a> {
-        Placement { links, next: 0 }
-    }
-
-    /// A worker for each of `queues` queues; one and the same for all of them when the volume must not be
-    /// used by several.
-    pub fn of(&mut self, queues: u16, single_worker: Option<usize>) -> Vec<Link> {
-        (0..queues)
-            .map(|_| {
-                let at = single_worker.unwrap_or(self.next);
-                self.next += usize::from(single_worker.is_none());
-                self.links[at % self.links.len()].clone()
-            })
-            .collect()
     }
 }

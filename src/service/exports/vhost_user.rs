@@ -77,7 +77,8 @@ struct Shared {
 }
 
 impl VhostUserExport {
-    /// Serves `volume` on `endpoint`, its queues on `links` in turn. Its VMMs' memory comes out of `memory`.
+    /// Serves `volume` on `endpoint`, its queues on `links` in turn from the first on. Its VMMs' memory comes out of
+    /// `memory`.
     ///
     /// # Errors
     /// When there are no descriptors or threads left.
@@ -96,6 +97,7 @@ impl VhostUserExport {
             queue_size: config.queue_size,
             connected: false,
             read_only: config.read_only || volume.geometry().read_only,
+            workers: config.workers.is_some().then_some(links.len()),
         };
         let shared = Arc::new(Shared {
             stopping: AtomicBool::new(false),
@@ -105,7 +107,7 @@ impl VhostUserExport {
         });
         let socket = config.socket.display().to_string();
         let device =
-            Arc::new(Device::new(volume.name(), &socket, volume.geometry().clone(), config.read_only));
+            Arc::new(Device::new(&config.serial(), &socket, volume.geometry().clone(), config.read_only));
         let listener = endpoint.listener()?;
         // A connection may be gone again before it is accepted.
         listener.set_nonblocking(true)?;

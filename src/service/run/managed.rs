@@ -13,7 +13,7 @@ impl Managed for Shared {
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
-            workers: self.worker_count,
+            workers: self.placement.workers(),
             stopping: self.stopping.load(Ordering::Relaxed),
             sandbox: self.sandbox.clone(),
             volumes: self.volume_status.iter().map(|status| self.as_it_is(status)).collect(),

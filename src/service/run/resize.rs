@@ -65,7 +65,7 @@ impl engine::Exports for Exports<'_> {
     }
 
     fn drain(&self) -> bool {
-        let links: Vec<_> = lock(&self.shared.workers).iter().map(|worker| worker.link().clone()).collect();
+        let links = self.shared.links_of(self.volume);
         let answers: Vec<_> = links.iter().map(|link| link.drain(self.volume.clone(), DRAIN_LIMIT)).collect();
         // A worker that has ended answers nothing, and nothing is in flight on it.
         let deadline = Instant::now() + DRAIN_LIMIT + SLACK;
