@@ -39,6 +39,15 @@ struct Slot {
     state: State,
     /// Woken by another slot since it last parked.
     woken: bool,
+    /// Its operation only waits for something, and may be cancelled.
+    rests: bool,
+    /// It is not to wait any more: see [`Core::interrupt`].
+    interrupted: bool,
+}
+
+impl Slot {
+    const FREE: Slot =
+        Slot { generation: 0, state: State::Free, woken: false, rests: false, interrupted: false };
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -87,12 +96,27 @@ impl<R: Ring> Core<R> {
         }
     }
 
-    /// Runs a future of this worker's own from now until it ends.
-    pub fn spawn<F: Future<Output = ()> + 'static>(self: &Rc<Self>, make: impl FnOnce(Io<R>) -> F) {
+    /// Ends what `slot` waits for other than the kernel's work, now and from now on: rests ([`Io::rest`]), and whatever
+    /// looks at [`Io::is_interrupted`] when it is woken. An operation in flight that names memory goes on to its end.
+    pub fn interrupt(&self, slot: u32) {
+        let mut slots = self.slots.borrow_mut();
+        let state = &mut slots[slot as usize];
+        state.interrupted = true;
+        if state.state == State::InFlight && state.rests {
+            let user_data = UserData::new(Kind::Slot, state.generation, slot);
+            self.ring.push(&Sqe::Cancel { user_data }, UserData::new(Kind::Nobody, 0, 0));
+        }
+        drop(slots);
+        self.wake(slot);
+    }
+
+    /// Runs a future of this worker's own from now until it ends. Its slot.
+    pub fn spawn<F: Future<Output = ()> + 'static>(self: &Rc<Self>, make: impl FnOnce(Io<R>) -> F) -> u32 {
         let slot = self.allocate();
         let future = make(Io::new(self, slot));
         self.spawned.borrow_mut().push((slot, Box::pin(future)));
         self.wake(slot);
+        slot
     }
 
     pub(super) fn take_spawned(&self) -> Option<(u32, Background)> {
@@ -132,10 +156,11 @@ impl<R: Ring> Core<R> {
     pub(super) fn allocate(&self) -> u32 {
         let mut slots = self.slots.borrow_mut();
         let slot = self.free.borrow_mut().pop().unwrap_or_else(|| {
-            slots.push(Slot { generation: 0, state: State::Free, woken: false });
+            slots.push(Slot::FREE);
             (slots.len() - 1) as u32
         });
-        slots[slot as usize].state = State::Idle;
+        let generation = slots[slot as usize].generation;
+        slots[slot as usize] = Slot { generation, state: State::Idle, ..Slot::FREE };
         slot
     }
 
@@ -143,6 +168,7 @@ impl<R: Ring> Core<R> {
         let mut slots = self.slots.borrow_mut();
         slots[slot as usize].state = State::Free;
         slots[slot as usize].woken = false;
+        slots[slot as usize].interrupted = false;
         self.free.borrow_mut().push(slot);
     }
 
@@ -250,10 +276,34 @@ impl<R: Ring> Io<R> {
         self.core.ring.carry_out(sqe)
     }
 
+    /// Whether nothing here is to wait for more than the kernel's work: see [`Core::interrupt`].
+    pub fn is_interrupted(&self) -> bool {
+        self.core.slots.borrow()[self.slot as usize].interrupted
+    }
+
+    /// As [`submit`](Self::submit), for an operation that waits and names no memory but its own: a poll or a timeout.
+    /// `-ECANCELED` when the slot is interrupted.
+    pub async fn rest(&self, sqe: &Sqe) -> i32 {
+        let rests = |so| self.core.slots.borrow_mut()[self.slot as usize].rests = so;
+        if self.is_interrupted() {
+            return -libc::ECANCELED;
+        }
+        rests(true);
+        let result = self.submit(sqe).await;
+        rests(false);
+        result
+    }
+
     /// Ends after `time`. Others get their turn meanwhile, however short that is.
     pub async fn sleep(&self, time: Duration) {
         let timespec = Timespec::from(time);
         self.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
+    }
+
+    /// Ends after `time`, or when the slot is interrupted.
+    pub async fn rest_for(&self, time: Duration) {
+        let timespec = Timespec::from(time);
+        self.rest(&Sqe::Timeout { timespec: &raw const timespec }).await;
     }
 
     /// Waits for [`Core::wake`]; returns at once if it came since the last park.

@@ -167,11 +167,21 @@ impl Double {
 
     /// Makes `fd` readable: the polls on it complete.
     pub fn signal(&self, fd: RawFd) {
+        self.complete_polls(fd, true);
+    }
+
+    /// As [`signal`](Self::signal), and multishot polls end with it, as the kernel's do when there is no room for their
+    /// completions.
+    pub fn signal_last(&self, fd: RawFd) {
+        self.complete_polls(fd, false);
+    }
+
+    fn complete_polls(&self, fd: RawFd, goes_on: bool) {
         let State { pending, ready, .. } = &mut *self.state.borrow_mut();
         pending.retain(|Pending { sqe, user_data, .. }| {
             let (file, more) = match *sqe {
                 Sqe::PollOnce { file } => (file, false),
-                Sqe::PollMultishot { file } => (file, true),
+                Sqe::PollMultishot { file } => (file, goes_on),
                 _ => return true,
             };
             let polled = file == Target::Fd(fd);

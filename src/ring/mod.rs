@@ -20,6 +20,7 @@ pub mod double;
 mod fair;
 mod flusher;
 mod pool;
+mod signal;
 mod sqe;
 mod task;
 mod uring;
@@ -31,6 +32,7 @@ pub use flusher::set_io_flusher;
 /// A time for [`Sqe::Timeout`].
 pub use io_uring::types::Timespec;
 pub use pool::{Buffer, Pool};
+pub use signal::EventSignal;
 pub use sqe::{Cqe, Kind, Sqe, Target, UserData};
 pub use task::Tasks;
 pub use uring::{Setup, Uring};

@@ -119,7 +119,7 @@ mod tests {
         while tasks.run_ready() || core.in_flight() > 0 {
             core.ring().enter(core.in_flight() > 0).unwrap();
             core.ring().reap(&mut cqes);
-            for cqe in cqes.drain(..) {
+            for cqe in cqes.drain(..).filter(|cqe| cqe.user_data.kind() == Some(Kind::Slot)) {
                 tasks.complete(&cqe);
             }
         }
@@ -180,6 +180,60 @@ mod tests {
         core.wake(slot);
         tasks.run_ready();
         assert!(!tasks.is_alive(slot));
+    }
+
+    #[test]
+    fn an_interrupted_slot_waits_for_the_kernels_work_alone() {
+        use std::os::fd::AsRawFd;
+        use std::time::{Duration, Instant};
+        const HOUR: Duration = Duration::from_secs(3600);
+        let core = uring();
+        let event = nix::sys::eventfd::EventFd::new().unwrap();
+        let file = Target::Fd(std::os::fd::AsFd::as_fd(&event).as_raw_fd());
+        let mut tasks: Tasks<Uring, super::Background> = Tasks::new(core.clone());
+        let results: Rc<Cell<[i32; 3]>> = Rc::default();
+        let ended = results.clone();
+        let slot = tasks.add(|io| {
+            Box::pin(async move {
+                let polled = io.rest(&Sqe::PollOnce { file }).await;
+                let again = io.rest(&Sqe::PollOnce { file }).await;
+                io.rest_for(HOUR).await;
+                // Work of the kernel's own is done as ever.
+                let timespec = crate::ring::Timespec::from(Duration::from_millis(1));
+                let work = io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
+                ended.set([polled, again, work]);
+            })
+        });
+        let sleeper = tasks.add(|io| Box::pin(async move { io.rest_for(HOUR).await }));
+        core.ring().enter(false).unwrap();
+        let begun = Instant::now();
+        core.interrupt(slot);
+        core.interrupt(sleeper);
+        core.interrupt(slot);
+        settle(&core, &mut tasks);
+        assert_eq!(results.get(), [-libc::ECANCELED, -libc::ECANCELED, -libc::ETIME]);
+        assert!(begun.elapsed() < HOUR / 2);
+        // Whoever has the slot next is not.
+        let interrupted = Rc::new(Cell::new(true));
+        let seen = interrupted.clone();
+        let next = tasks.add(|io| Box::pin(async move { seen.set(io.is_interrupted()) }));
+        assert!(!interrupted.get() && [slot, sleeper].contains(&next));
+    }
+
+    /// What names memory is not cancelled: the kernel may be writing there.
+    #[test]
+    fn an_operation_in_flight_is_not_interrupted() {
+        let core = uring();
+        let timespec = crate::ring::Timespec::from(std::time::Duration::from_millis(50));
+        let result = Rc::new(Cell::new(0));
+        let ended = result.clone();
+        let mut tasks = Tasks::new(core.clone());
+        let slot = tasks.add(|io| async move {
+            ended.set(io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await);
+        });
+        core.interrupt(slot);
+        settle(&core, &mut tasks);
+        assert_eq!(result.get(), -libc::ETIME);
     }
 
     #[test]
