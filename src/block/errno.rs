@@ -34,6 +34,8 @@ impl Errno {
     pub const ETIMEDOUT: Errno = Errno(libc::ETIMEDOUT);
     /// The time is over.
     pub const ETIME: Errno = Errno(libc::ETIME);
+    /// Not carried out, and to be carried out again: its queue stops while it waits for its store. From no store.
+    pub const ERESTART: Errno = Errno(libc::ERESTART);
     /// No memory, or no room in a kernel table.
     pub const ENOMEM: Errno = Errno(libc::ENOMEM);
 

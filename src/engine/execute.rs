@@ -105,7 +105,11 @@ fn syncs<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> bool {
 /// Waits while the volume is stopped. What no volume should see is refused without a wait.
 async fn queue_up<R: Ring>(volume: &Attached<R>, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
     admit(volume, request)?;
-    volume.policy().queue_up(io, What::of(request, io)).await
+    match volume.policy().queue_up(io, What::of(request, io)).await {
+        // What waits is not complete, so a flush need not cover it; and it is not to wait any more.
+        Err(Errno::ERESTART) if request.op == Op::Flush => Ok(()),
+        other => other,
+    }
 }
 
 /// Tries a request that failed until it succeeds or its time is up.

@@ -5,6 +5,7 @@
 //! - what [`execute`](super::execute()) refuses before the store is asked. That is the client's mistake, and stays one;
 //! - `EINVAL` and `EOPNOTSUPP`: the store understood the request, and will answer it so every time;
 //! - `EFAULT`: it is the client's memory that is missing;
+//! - `ERESTART`: it waited, and its queue stops;
 //! - a flush that failed. The kernel tells of lost writes once, and the next flush succeeds without them, so that to
 //!   try a flush again is to say that lost data is safe. One that never reached its server is another matter
 //!   ([`Attached::may_flush_again`](super::Attached)).
@@ -126,14 +127,14 @@ impl Policy {
     /// Whether it concerns an error of the store.
     pub fn covers(&self, errno: Errno) -> bool {
         self.is_active()
-            && !matches!(errno, Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EFAULT)
+            && !matches!(errno, Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EFAULT | Errno::ERESTART)
             && !self.abandoned.load(Ordering::Relaxed)
     }
 
     /// A request that has not been tried waits until the others are resumed.
     ///
     /// # Errors
-    /// The one that everything waits for, when they are given up.
+    /// The one that everything waits for, when they are given up; `ERESTART` when the slot is interrupted.
     pub async fn queue_up<R: Ring>(&self, io: &Io<R>, what: What) -> Result<(), Errno> {
         let joined = {
             let mut state = self.lock();
@@ -143,7 +144,7 @@ impl Policy {
             })
         };
         match joined {
-            Some((gate, _waits)) => gate.pass(io).await.map_err(|()| gate.errno),
+            Some((gate, _waits)) => decided(gate.pass(io).await, gate.errno),
             // Resumed since the look.
             None => Ok(()),
         }
@@ -152,7 +153,7 @@ impl Policy {
     /// A request failed with an error that the policy [covers](Self::covers): returns when it is to be tried again.
     ///
     /// # Errors
-    /// `errno`, when it is to be told to the client after all.
+    /// `errno`, when it is to be told to the client after all; `ERESTART` when the slot is interrupted.
     pub async fn failed<R: Ring>(
         &self,
         io: &Io<R>,
@@ -162,6 +163,7 @@ impl Policy {
     ) -> Result<(), Errno> {
         match self.on_error {
             OnError::Report => Err(errno),
+            _ if io.is_interrupted() => Err(Errno::ERESTART),
             OnError::Retry => self.pause(io, what, errno, attempts).await,
             OnError::Stop => self.stop(io, what, errno).await,
         }
@@ -184,12 +186,15 @@ impl Policy {
         self.tell(format_args!("{what}: {errno}: it is tried again for {} s", left.as_secs_f32().ceil()));
         {
             let _waits = self.enlist(&mut self.lock(), io, what, errno, false);
-            io.sleep(pause).await;
+            io.rest_for(pause).await;
         }
         attempts.paused += pause;
         attempts.pause = (attempts.pause * 2).min(LONGEST_PAUSE);
         attempts.count += 1;
-        if self.abandoned.load(Ordering::Relaxed) { Err(errno) } else { Ok(()) }
+        if self.abandoned.load(Ordering::Relaxed) {
+            return Err(errno);
+        }
+        if io.is_interrupted() { Err(Errno::ERESTART) } else { Ok(()) }
     }
 
     async fn stop<R: Ring>(&self, io: &Io<R>, what: What, errno: Errno) -> Result<(), Errno> {
@@ -211,7 +216,7 @@ impl Policy {
             let waits = self.enlist(&mut state, io, what, errno, true);
             (gate, waits)
         };
-        gate.pass(io).await.map_err(|()| errno)
+        decided(gate.pass(io).await, errno)
     }
 
     /// Lets the requests go on that wait: to be tried again, or to fail with their errors. How many there were.
@@ -292,6 +297,15 @@ impl Policy {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Whoever panics with it has left nothing half done: each change is one push, take or retain.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a verdict means for a request that waited because of `errno`.
+fn decided(verdict: Verdict, errno: Errno) -> Result<(), Errno> {
+    match verdict {
+        Verdict::GoOn => Ok(()),
+        Verdict::GiveUp => Err(errno),
+        Verdict::Interrupted => Err(Errno::ERESTART),
     }
 }
 

@@ -146,7 +146,7 @@ impl<R: Ring> Pool<R> {
     /// A connection to send something over, that may wait for one to be made.
     ///
     /// # Errors
-    /// `ENOTCONN` when there is none, and none is worth waiting for.
+    /// `ENOTCONN` when there is none, and none is worth waiting for; `ERESTART` when the slot is interrupted.
     pub async fn any(&self, io: &Io<R>) -> Result<&Connection<R>, Errno> {
         loop {
             if let Some(connection) = self.pick(|_| true) {
@@ -154,6 +154,9 @@ impl<R: Ring> Pool<R> {
             }
             if !self.connections.iter().any(|place| place.connection.is_worth_waiting()) {
                 return Err(Errno::ENOTCONN);
+            }
+            if io.is_interrupted() {
+                return Err(Errno::ERESTART);
             }
             self.wait(io).await;
         }

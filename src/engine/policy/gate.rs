@@ -29,6 +29,8 @@ pub(super) struct Gate {
 pub(super) enum Verdict {
     GoOn,
     GiveUp,
+    /// Of one slot alone, which is [interrupted](Io::is_interrupted).
+    Interrupted,
 }
 
 impl Gate {
@@ -49,26 +51,24 @@ impl Gate {
         }
     }
 
-    /// Waits for [`open`](Self::open).
-    ///
-    /// # Errors
-    /// When those who wait are sent back.
-    pub async fn pass<R: Ring>(&self, io: &Io<R>) -> Result<(), ()> {
+    /// Waits for [`open`](Self::open), or until the slot is interrupted.
+    pub async fn pass<R: Ring>(&self, io: &Io<R>) -> Verdict {
         loop {
-            match self.verdict.get() {
-                Some(Verdict::GoOn) => return Ok(()),
-                Some(Verdict::GiveUp) => return Err(()),
-                None => {}
+            if let Some(verdict) = self.verdict.get() {
+                return *verdict;
+            }
+            if io.is_interrupted() {
+                return Verdict::Interrupted;
             }
             let polled = match &self.event {
                 Some(event) => {
                     let file = Target::Fd(event.as_fd().as_raw_fd());
-                    io.submit(&Sqe::PollOnce { file }).await
+                    io.rest(&Sqe::PollOnce { file }).await
                 }
                 None => -libc::EBADF,
             };
             if polled < 0 {
-                io.sleep(LOOK_EVERY).await;
+                io.rest_for(LOOK_EVERY).await;
             }
         }
     }
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn without_a_descriptor_a_gate_is_looked_at() {
-        for (verdict, end) in [(Verdict::GoOn, Ok(())), (Verdict::GiveUp, Err(()))] {
+        for verdict in [Verdict::GoOn, Verdict::GiveUp] {
             let gate = Rc::new(Gate { event: None, ..Gate::new(Errno::EIO) });
             let core = Core::new(Double::new(1, Faults::default()));
             let mut tasks = Tasks::new(core.clone());
@@ -104,7 +104,7 @@ mod tests {
             gate.open(verdict);
             gate.open(Verdict::GoOn);
             settle(&core, &mut tasks);
-            assert_eq!(ended.get(), Some(end));
+            assert_eq!(ended.get(), Some(verdict));
         }
     }
 }

@@ -386,8 +386,14 @@ pub fn settle<R: Ring, F: Future<Output = ()>>(core: &Rc<Core<R>>, tasks: &mut T
         core.ring().enter(core.in_flight() > 0).unwrap();
         core.ring().reap(&mut cqes);
         for cqe in cqes.drain(..) {
-            assert_eq!(cqe.user_data.kind(), Some(Kind::Slot));
-            tasks.complete(&cqe);
+            match cqe.user_data.kind() {
+                // Of a cancel.
+                Some(Kind::Nobody) => {}
+                kind => {
+                    assert_eq!(kind, Some(Kind::Slot));
+                    tasks.complete(&cqe);
+                }
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::engine::config::{OnError, PolicyConfig};
 use crate::engine::execute;
-use crate::ring::{Ring, Tasks};
+use crate::ring::{Kind, Ring, Tasks};
 use std::cell::RefCell;
 use std::fs::File;
 use std::future::Future;
@@ -148,7 +148,7 @@ impl World {
         World { file: file.into_file(), memory, volume, core, attached, tasks, ended }
     }
 
-    fn begin(&mut self, op: Op, sector: u64) {
+    fn begin(&mut self, op: Op, sector: u64) -> u32 {
         let mut request = match op {
             Op::Flush => request(op, sector, 0),
             _ => transfer(op, sector, &self.memory),
@@ -159,7 +159,7 @@ impl World {
                 let result = execute(&attached, &io, &Flusher::default(), &mut request).await;
                 ended.borrow_mut().push((sector, result));
             })
-        });
+        })
     }
 
     /// Goes on until so many requests have ended, and so many wait. What ended since the last call.
@@ -170,7 +170,8 @@ impl World {
             self.tasks.run_ready();
             self.core.ring().enter(false).unwrap();
             self.core.ring().reap(&mut cqes);
-            cqes.drain(..).for_each(|cqe| self.tasks.complete(&cqe));
+            let slots = cqes.drain(..).filter(|cqe| cqe.user_data.kind() == Some(Kind::Slot));
+            slots.for_each(|cqe| self.tasks.complete(&cqe));
             let state = self.volume.policy_state();
             if self.ended.borrow().len() == ended && state.waiting == waiting {
                 assert_eq!(state.paused, waiting > 0);
@@ -229,6 +230,46 @@ fn requests_that_are_given_up_fail_with_their_error() {
     assert_eq!(world.until(1, 0), [(1, Err(Errno::EIO))]);
     world.begin(Op::Read, 1);
     assert_eq!(world.until(1, 0), [(1, Err(Errno::EIO))]);
+}
+
+/// Whoever waits in a slot that is interrupted waits no more; the others do.
+#[test]
+fn who_is_interrupted_does_not_wait() {
+    let mut world = World::new();
+    world.file.set_len(0).unwrap();
+    world.begin(Op::Read, 1);
+    world.until(0, 1);
+    world.begin(Op::Write, 2);
+    let flush = world.begin(Op::Flush, 3);
+    world.begin(Op::Read, 4);
+    world.until(0, 4);
+    for slot in [0, flush] {
+        world.core.interrupt(slot);
+    }
+    // A flush covers what is complete, so it goes past those that wait.
+    assert_eq!(world.until(2, 2), [(1, Err(Errno::ERESTART)), (3, Ok(()))]);
+    world.file.set_len(LEN).unwrap();
+    world.volume.resume(false);
+    assert_eq!(world.until(2, 0), [(2, Ok(())), (4, Ok(()))]);
+}
+
+#[test]
+fn attempts_end_when_their_slot_is_interrupted() {
+    let (core, volume) = with_policy(retry(DAY), Faults { io_error: 100, ..Faults::default() });
+    let (memory, result) = (Mapping::anonymous(512).unwrap(), Rc::new(RefCell::new(None)));
+    let ended = result.clone();
+    let mut tasks = Tasks::new(core.clone());
+    let slot = tasks.add(|io| async move {
+        *ended.borrow_mut() = Some(execute(&volume, &io, &mut transfer(Op::Read, 0, &memory)).await);
+    });
+    core.ring().enter(true).unwrap();
+    let mut cqes = Vec::new();
+    core.ring().reap(&mut cqes);
+    cqes.iter().for_each(|cqe| tasks.complete(cqe));
+    assert!(result.borrow().is_none(), "it pauses");
+    core.interrupt(slot);
+    settle(&core, &mut tasks);
+    assert_eq!(*result.borrow(), Some(Err(Errno::ERESTART)));
 }
 
 /// A volume that became smaller while a request waited.
