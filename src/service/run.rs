@@ -321,7 +321,7 @@ impl Shared {
         let flushes = self.lent.iter().filter(|lent| written(&lent.volume)).filter_map(|lent| {
             // Where a single connection has the writes, it alone can vouch for them.
             let link = self.links_of(&lent.volume).into_iter().next()?;
-            Some((lent.volume.name(), link.flush(lent.clone())))
+            Some((lent.volume.name(), link.flush(lent.clone(), STORE_LIMIT)))
         });
         // All at once: one that hangs takes no time from the others.
         for (name, answer) in flushes.collect::<Vec<_>>() {
@@ -364,6 +364,9 @@ const STOP_LIMIT: Duration = Duration::from_secs(120);
 
 /// What an export has in any case, for what does not depend on its store.
 const STOP_LEAST: Duration = Duration::from_secs(5);
+
+/// How long the last flush of a volume may wait for its store to come back.
+const STORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// The last flushes take no longer than this together.
 const FLUSH_LIMIT: Duration = Duration::from_secs(120);

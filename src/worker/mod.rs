@@ -61,14 +61,15 @@ pub struct Lent {
     pub flushers: Arc<Flushers>,
 }
 
-/// What a worker is told. Every command but the last two is answered, once.
+/// What a worker is told. Every command that has a `Reply` is answered, once.
 enum Command {
     AddUblk { setup: ublk::QueueSetup, lent: Lent, ready: Reply<io::Result<()>>, ended: Reply<()> },
     StartVring { setup: vhost_user::VringSetup, lent: Lent, reply: Reply<io::Result<VringId>> },
-    StopVring { id: VringId, reply: Reply<Option<u16>> },
+    StopVring { id: VringId, reply: Reply<Option<vhost_user::Stopped>> },
+    InterruptVring { id: VringId, mode: vhost_user::StopMode },
     EnableVring { id: VringId, enabled: bool, reply: Reply<()> },
     CallVring { id: VringId, call: Option<vhost_user::CallFd>, reply: Reply<()> },
-    Flush { lent: Lent, reply: Reply<Result<(), Errno>> },
+    Flush { lent: Lent, limit: Duration, reply: Reply<Result<(), Errno>> },
     Drain { volume: Arc<Volume>, limit: Duration, reply: Reply<bool> },
     Abandon,
     Quit,
@@ -168,12 +169,17 @@ impl Link {
         self.ask(|reply| Command::StartVring { setup, lent, reply })?
     }
 
-    /// Stops taking requests from a vring; what it returns hears the index of the next one when the last
-    /// that was taken is complete (`None` for a vring that is not there).
-    pub fn stop_vring(&self, id: VringId) -> Receiver<Option<u16>> {
+    /// Stops taking requests from a vring; what it returns hears what the vring leaves behind when the last that was
+    /// taken is complete (`None` for a vring that is not there).
+    pub fn stop_vring(&self, id: VringId) -> Receiver<Option<vhost_user::Stopped>> {
         let (reply, answer) = Reply::pair();
         self.mailbox.post(Command::StopVring { id, reply });
         answer
+    }
+
+    /// Ends the waits of requests of a vring that stops: those for a store that failed, or for a server that is gone.
+    pub fn interrupt_vring(&self, id: VringId, mode: vhost_user::StopMode) {
+        self.mailbox.post(Command::InterruptVring { id, mode });
     }
 
     /// Takes requests from a vring, or lets them wait. Completions go on.
@@ -193,10 +199,10 @@ impl Link {
     }
 
     /// Brings every write to a volume that was acknowledged, on any worker, to stable storage, for the first of the
-    /// flushers. What it returns hears how that went.
-    pub fn flush(&self, lent: Lent) -> Receiver<Result<(), Errno>> {
+    /// flushers. What it returns hears how that went. For a store that is not there it waits so long at most.
+    pub fn flush(&self, lent: Lent, limit: Duration) -> Receiver<Result<(), Errno>> {
         let (reply, answer) = Reply::pair();
-        self.mailbox.post(Command::Flush { lent, reply });
+        self.mailbox.post(Command::Flush { lent, limit, reply });
         answer
     }
 

@@ -34,6 +34,8 @@ struct Place {
     /// What each of them is at.
     watches: Vec<Rc<Watch>>,
     alive: Rc<Cell<usize>>,
+    /// Its requests do not wait for their store.
+    interrupted: bool,
     /// Told when a ublk queue has ended.
     ended: Option<Reply<()>>,
 }
@@ -93,7 +95,7 @@ struct Loop<F, M> {
     /// Vrings to look at in each pass: kicked, or with requests in flight. Idle ones cost nothing.
     active: Vec<u32>,
     /// Vrings that drain.
-    stopping: Vec<(u32, Reply<Option<u16>>)>,
+    stopping: Vec<(u32, Reply<Option<vhost_user::Stopped>>)>,
     deserted: Rc<RefCell<Vec<u32>>>,
     /// Kick descriptors armed so far: tells a late kick of a vring that is gone.
     kicks: u32,
@@ -218,6 +220,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     }
                     None => reply.send(None),
                 },
+                Command::InterruptVring { id, mode } => self.interrupt_vring(id.0, mode),
                 Command::EnableVring { id, enabled, reply } => {
                     if let Some(vring) = self.vring(id.0) {
                         vring.enable(enabled);
@@ -231,7 +234,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     }
                     reply.send(());
                 }
-                Command::Flush { lent, reply } => self.flush(lent, reply),
+                Command::Flush { lent, limit, reply } => self.flush(lent, limit, reply),
                 Command::Drain { volume, limit, reply } => self.drain(&volume, limit, reply),
                 Command::Abandon => {
                     self.attached.iter().for_each(|(_, attached)| attached.abandon());
@@ -241,13 +244,40 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         }
     }
 
-    fn flush(&mut self, lent: Lent, reply: Reply<Result<(), Errno>>) {
-        let attached = self.attach(&lent.volume, false);
-        self.core.spawn(|io| async move {
+    fn flush(&mut self, lent: Lent, limit: Duration, reply: Reply<Result<(), Errno>>) {
+        let (attached, core) = (self.attach(&lent.volume, false), self.core.clone());
+        // Each ends the other; a slot may be somebody else's once its task has ended.
+        let alive = Rc::new(Cell::new([None; 2]));
+        let (flush, timer) = (alive.clone(), alive.clone());
+        let end_other = move |alive: &Cell<[Option<u32>; 2]>, own: usize| {
+            if let Some(other) = alive.take()[1 - own] {
+                core.interrupt(other);
+            }
+        };
+        let end = end_other.clone();
+        let first = self.core.spawn(|io| async move {
             let mut request =
                 Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data: Data::None };
-            reply.send(execute(&attached, &io, lent.flushers.queue(0), &mut request).await);
+            let result = execute(&attached, &io, lent.flushers.queue(0), &mut request).await;
+            reply.send(
+                result.map_err(|errno| if errno == Errno::ERESTART { Errno::ETIMEDOUT } else { errno }),
+            );
+            end(&flush, 0);
         });
+        let second = self.core.spawn(|io| async move {
+            io.rest_for(limit).await;
+            end_other(&timer, 1);
+        });
+        alive.set([Some(first), Some(second)]);
+    }
+
+    /// Ends the waits of a vring's requests for their store, now and from now on.
+    fn interrupt_vring(&mut self, at: u32, mode: vhost_user::StopMode) {
+        let Some(vring) = self.vring(at) else { return };
+        vring.interrupt(mode);
+        let Some(place) = self.places[at as usize].as_mut() else { return };
+        place.interrupted = true;
+        place.slots.iter().for_each(|slot| self.core.interrupt(*slot));
     }
 
     fn drain(&mut self, volume: &Arc<Volume>, limit: Duration, reply: Reply<bool>) {
@@ -318,7 +348,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         ended: Option<Reply<()>>,
     ) -> u32 {
         let (slots, watches, alive) = (Vec::new(), Vec::new(), Rc::default());
-        let place = Place { queue, volume, client, slots, watches, alive, ended };
+        let place = Place { queue, volume, client, slots, watches, alive, interrupted: false, ended };
         let free = self.places.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.places.push(None);
@@ -349,6 +379,9 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             })
         });
         place.slots.push(slot);
+        if place.interrupted {
+            self.core.interrupt(slot);
+        }
     }
 
     /// Runs where the queues' requests come from.
@@ -369,14 +402,10 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     fn kicked(&mut self, cqe: &Cqe) {
         let place = cqe.user_data.number();
         let Some(vring) = self.vring(place) else { return };
-        if !vring.is_kick(cqe.user_data) {
-            return;
+        if vring.kicked(self.core.ring(), cqe.user_data, cqe.more) {
+            self.patience.kicked();
+            self.activate(place);
         }
-        if !cqe.more {
-            vring.arm_kick(self.core.ring(), cqe.user_data);
-        }
-        self.patience.kicked();
-        self.activate(place);
     }
 
     fn activate(&mut self, place: u32) {
@@ -425,14 +454,14 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             |vring: Option<&Rc<vhost_user::Vring>>| vring.is_none_or(|vring| vring.in_flight() == 0);
         while let Some(index) = self.stopping.iter().position(|(at, _)| drained(self.vring(*at))) {
             let (at, reply) = self.stopping.swap_remove(index);
-            let next = self.vring(at).map(|vring| {
+            let stopped = self.vring(at).map(|vring| {
                 vring.publish();
                 vring.tell(false);
                 vring.disarm_kick(self.core.ring());
-                vring.next_avail()
+                vring.stopped()
             });
             self.remove(at);
-            reply.send(next);
+            reply.send(stopped);
             parted = true;
         }
         parted

@@ -109,7 +109,6 @@ impl Prepared {
     /// What the vring starts with. With `called`, each batch of completions is told through the call descriptor.
     pub fn setup(&self, called: bool) -> VringSetup {
         let geometry = Geometry::new(1 << 30, 512).unwrap();
-        let call = self.call.as_fd().try_clone_to_owned().unwrap();
         VringSetup {
             index: 0,
             device: Arc::new(Device::new("prepared", "none", geometry, false)),
@@ -119,12 +118,13 @@ impl Prepared {
             avail_ring: AVAIL,
             used_ring: USED,
             next_avail: 0,
+            unfinished: Vec::new(),
             enabled: true,
             read_only: false,
             features: 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC,
             event_idx: false,
             kick: self.kick.clone(),
-            call: called.then(|| CallFd::new(call.into()).unwrap()),
+            call: called.then(|| CallFd::new(&self.call).unwrap()),
             err: None,
             inflight: None,
         }

@@ -260,7 +260,8 @@ fn attempts_end_when_their_slot_is_interrupted() {
     let ended = result.clone();
     let mut tasks = Tasks::new(core.clone());
     let slot = tasks.add(|io| async move {
-        *ended.borrow_mut() = Some(execute(&volume, &io, &mut transfer(Op::Read, 0, &memory)).await);
+        *ended.borrow_mut() =
+            Some(execute(&volume, &io, &Flusher::default(), &mut transfer(Op::Read, 0, &memory)).await);
     });
     core.ring().enter(true).unwrap();
     let mut cqes = Vec::new();

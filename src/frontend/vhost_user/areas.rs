@@ -1,8 +1,8 @@
 //! The two areas of a split vring that driver and device talk through (virtio 1.3 sections 2.7.6 and 2.7.8),
 //! read and written in place. Both are little-endian, and the other side may write at any time.
 
+use super::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 use super::memory::Memory;
-use std::sync::atomic::{AtomicU16, Ordering};
 
 /// The driver area: flags, idx, ring\[size\], used_event; 16 bits each.
 pub(super) struct Avail {
@@ -83,15 +83,19 @@ impl Used {
 
     pub fn set(&self, at: u16, head: u16, written: u32) {
         let at = 4 + 8 * (at & (self.size - 1)) as usize;
-        // SAFETY: inside the area that `resolve` checked, aligned to 4; the driver does not look before the index
-        // moves.
-        unsafe {
-            self.base.add(at).cast::<u32>().write_volatile(u32::from(head).to_le());
-            self.base.add(at + 4).cast::<u32>().write_volatile(written.to_le());
-        }
+        // SAFETY: inside the area that `resolve` checked, aligned to 4; an atomic may change behind our back.
+        let element = unsafe { &*self.base.add(at).cast::<[AtomicU32; 2]>() };
+        element[0].store(u32::from(head).to_le(), Ordering::Relaxed);
+        element[1].store(written.to_le(), Ordering::Relaxed);
     }
 
     pub fn set_avail_event(&self, idx: u16) {
         self.half(4 + 8 * self.size as usize).store(idx.to_le(), Ordering::Relaxed);
+    }
+
+    /// What was written before is visible to the driver before we read what it writes next: the one order that neither
+    /// [`set_idx`](Self::set_idx) nor [`Avail::idx`] gives.
+    pub fn fence(&self) {
+        fence(Ordering::SeqCst);
     }
 }

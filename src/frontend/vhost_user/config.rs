@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::request::{MAX_RANGES, MAX_SEGMENTS};
+use super::request::MAX_RANGES;
 use crate::block::{Geometry, SECTOR};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -63,18 +63,24 @@ pub fn indirect(acked: u64) -> bool {
     acked & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0
 }
 
-/// The most data segments in a request: a chain must fit the queue, with its header and its status.
-pub fn seg_max(queue_size: u16) -> u32 {
-    u32::from(queue_size.saturating_sub(2)).clamp(1, MAX_SEGMENTS as u32)
+/// The most data segments that are offered. A driver without indirect descriptors must find room for as many in its
+/// vring, with a header and a status, and VMMs make vrings of 128 unless told otherwise. More are taken
+/// ([`MAX_SEGMENTS`](super::request::MAX_SEGMENTS)): a guest that was offered them by an earlier version goes on.
+const SEG_MAX: u32 = 126;
+
+/// The most data segments in a request, where a chain may have so many descriptors.
+pub fn seg_max(longest_chain: u16) -> u32 {
+    u32::from(longest_chain.saturating_sub(2)).clamp(1, SEG_MAX)
 }
 
 /// `struct virtio_blk_config` of `linux/virtio_blk.h`, little-endian, zero-padded.
-pub fn space(geometry: &Geometry, queues: u16, queue_size: u16, writeback: bool) -> [u8; CONFIG_SPACE] {
+/// `longest_chain`: see [`seg_max`].
+pub fn space(geometry: &Geometry, queues: u16, longest_chain: u16, writeback: bool) -> [u8; CONFIG_SPACE] {
     let mut space = [0; CONFIG_SPACE];
     let mut put = |offset: usize, bytes: &[u8]| space[offset..offset + bytes.len()].copy_from_slice(bytes);
     let blocks = |bytes: u32| bytes / geometry.logical_block;
     put(0, &geometry.sectors().to_le_bytes());
-    put(12, &seg_max(queue_size).to_le_bytes());
+    put(12, &seg_max(longest_chain).to_le_bytes());
     put(20, &geometry.logical_block.to_le_bytes());
     // Topology: log2 of logical blocks in a physical one, offset of the first, then sizes in logical blocks.
     put(24, &[blocks(geometry.physical_block).max(1).ilog2() as u8, 0]);
@@ -158,6 +164,6 @@ mod tests {
     fn a_chain_fits_its_queue() {
         assert_eq!(seg_max(2), 1);
         assert_eq!(seg_max(128), 126);
-        assert_eq!(seg_max(32768), MAX_SEGMENTS as u32);
+        assert_eq!((seg_max(127), seg_max(129), seg_max(32768)), (125, 126, 126));
     }
 }

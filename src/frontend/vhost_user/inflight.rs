@@ -12,6 +12,7 @@
 
 mod mark;
 
+use super::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use super::backing::Backing;
 use super::fault::Guard;
 use crate::ring::Mapping;
@@ -24,7 +25,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 /// The one layout there is.
 const VERSION: u16 = 1;

@@ -195,6 +195,13 @@ pub struct Table {
     len: u16,
 }
 
+impl Table {
+    /// Descriptors in it.
+    pub fn len(&self) -> u16 {
+        self.len
+    }
+}
+
 impl Memory {
     /// The table of `len` descriptors at guest address `at`.
     pub fn table(&self, at: u64, len: u16) -> Table {

@@ -8,6 +8,7 @@
 //! changes, the vring is stopped first, which waits until the kernel is done with the guest's memory.
 
 mod areas;
+mod atomic;
 mod backing;
 pub mod budget;
 mod config;
@@ -30,4 +31,4 @@ pub use memory::{Memory, MemoryError};
 pub use notify::CallFd;
 pub use session::{Session, SessionError};
 pub use session_vring::{Host, Running};
-pub use vring::{Vring, VringSetup};
+pub use vring::{StopMode, Stopped, Vring, VringSetup};

@@ -9,6 +9,7 @@ use super::gate::{BackendChannel, Ended, Gate, Refusal, Shape, Vmm, connection};
 use super::inflight::Inflight;
 use super::memory::Memory;
 use super::session_vring::{Host, SessionVring, Shared, Table};
+use super::vring::StopMode;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,7 +95,7 @@ impl Session {
         let result = Gate::new(&mut vmm, private, &session, channel, share).run();
         let ended = daemon.wait();
         for vring in vrings {
-            vring.stop();
+            vring.stop(StopMode::Disconnect);
         }
         session.settle();
         channel.close();
@@ -171,6 +172,15 @@ impl Session {
         }
     }
 
+    /// Descriptors that a chain may have in any vring. One in a table of its own may be longer than its vring, and
+    /// drivers know that.
+    fn longest_chain(&self) -> u16 {
+        let smallest = self.vrings().iter().map(SessionVring::size).min();
+        let indirect = config::indirect(self.shared.features.load(Ordering::Relaxed));
+        let most = self.shape.queue_size;
+        if indirect { most } else { smallest.unwrap_or(most).min(most) }
+    }
+
     fn memory(&self) -> MutexGuard<'_, Option<Memory>> {
         self.shared.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -218,8 +228,8 @@ impl VhostUserBackend for Session {
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let device = &self.shared.device;
-        let Shape { queues, queue_size } = self.shape;
-        let space = config::space(device.geometry(), queues, queue_size, device.writeback());
+        let (queues, longest) = (self.shape.queues, self.longest_chain());
+        let space = config::space(device.geometry(), queues, longest, device.writeback());
         let fields = space.into_iter().skip(config::offset(offset) as usize);
         // What no field is at reads zero.
         fields.chain(std::iter::repeat(0)).take(size as usize).collect()
@@ -259,7 +269,7 @@ impl VhostUserBackend for Session {
             io::Error::new(io::ErrorKind::InvalidInput, error)
         })?;
         for vring in self.vrings() {
-            vring.stop();
+            vring.stop(StopMode::Restart);
         }
         *self.memory() = Some(memory);
         for vring in self.vrings() {
@@ -275,7 +285,7 @@ impl VhostUserBackend for Session {
 
     fn stop_vring(&self, index: u32) -> io::Result<()> {
         if let Some(vring) = self.vrings().get(index as usize) {
-            vring.stop();
+            vring.stop(StopMode::Quiesce);
         }
         Ok(())
     }

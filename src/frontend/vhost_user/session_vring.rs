@@ -9,8 +9,8 @@
 use super::device::Device;
 use super::inflight::Inflight;
 use super::memory::Memory;
-use super::notify::{CallFd, check_eventfd};
-use super::vring::VringSetup;
+use super::notify::{CallFd, check_eventfd, signal_error};
+use super::vring::{StopMode, Stopped, VringSetup};
 use std::cell::RefCell;
 use std::fs::File;
 use std::io;
@@ -40,8 +40,9 @@ pub trait Host: Send + Sync {
 
 /// A vring that runs on a worker.
 pub trait Running: Send {
-    /// Stops it, and waits until the last request it took is complete. The index of the next one.
-    fn stop(self: Box<Self>) -> u16;
+    /// Stops it, and waits until the kernel has none of its requests. Those that wait for their store end as `mode`
+    /// says: in a moment, whatever becomes of the store.
+    fn stop(self: Box<Self>, mode: StopMode) -> Stopped;
     /// Lets it take requests or not.
     fn enable(&self, enabled: bool);
     /// Replaces its call descriptor.
@@ -89,8 +90,10 @@ struct VringLink {
     /// The VMM has said where its rings are: until then they are not at address 0.
     placed: AtomicBool,
     kick: Mutex<Option<Arc<File>>>,
-    call: Mutex<Option<CallFd>>,
-    err: Mutex<Option<CallFd>>,
+    call: Mutex<Option<Arc<File>>>,
+    err: Mutex<Option<Arc<File>>>,
+    /// What it took, did not complete, and has to go on with.
+    unfinished: Mutex<Vec<u16>>,
     running: Mutex<Option<Box<dyn Running>>>,
 }
 
@@ -130,6 +133,10 @@ impl SessionVring {
             let (true, Some(kick)) = (ready, lock(&link.kick).clone()) else { return };
             let Some(memory) = lock(&link.shared.memory).clone() else { return };
             link.shared.decide_writeback(queue.next_avail());
+            let call = match lock(&link.call).as_deref().map(CallFd::new).transpose() {
+                Ok(call) => call,
+                Err(error) => return self.complain("its driver cannot be called", &error),
+            };
             VringSetup {
                 index: link.index,
                 device: link.shared.device.clone(),
@@ -139,12 +146,13 @@ impl SessionVring {
                 avail_ring: queue.avail_ring(),
                 used_ring: queue.used_ring(),
                 next_avail: queue.next_avail(),
+                unfinished: lock(&link.unfinished).clone(),
                 enabled: state.is_enabled(),
                 read_only: link.shared.device.geometry().read_only,
                 features: link.shared.features.load(Ordering::Relaxed),
                 event_idx: queue.event_idx_enabled(),
                 kick,
-                call: lock(&link.call).clone(),
+                call,
                 err: lock(&link.err).clone(),
                 inflight: lock(&link.shared.inflight)
                     .as_ref()
@@ -152,26 +160,42 @@ impl SessionVring {
             }
         };
         match link.shared.host.start(setup) {
-            Ok(running) => *lock(&link.running) = Some(running),
+            Ok(running) => {
+                lock(&link.unfinished).clear();
+                *lock(&link.running) = Some(running);
+            }
             Err(error) => self.complain("it cannot be started", &error),
         }
     }
 
     fn complain(&self, what: &str, error: &io::Error) {
-        let log = self.link.shared.device.log();
-        log.error("vring", format_args!("vring {}: {what}: {error}", self.link.index));
+        let (index, log) = (self.link.index, self.link.shared.device.log());
+        log.error("vring complaint", format_args!("vring {index}: {what}: {error}"));
         if let Some(err) = &*lock(&self.link.err) {
-            err.signal();
+            signal_error(err);
         }
     }
 
-    /// Stops it, if it runs, when everything it took is complete. Whether it ran.
-    pub(super) fn stop(&self) -> bool {
+    /// Stops it, if it runs. Whether it did.
+    pub(super) fn stop(&self, mode: StopMode) -> bool {
+        let unfinished = &self.link.unfinished;
+        if mode != StopMode::Restart {
+            // Whatever it begins with next, it does not go on with these.
+            lock(unfinished).clear();
+        }
         // Taken out first: the lock is not held while we wait.
         let Some(running) = lock(&self.link.running).take() else { return false };
-        let next = running.stop();
-        self.inner.set_queue_next_avail(next);
+        let stopped = running.stop(mode);
+        self.inner.set_queue_next_avail(stopped.next_avail);
+        if mode == StopMode::Restart {
+            *lock(unfinished) = stopped.unfinished;
+        }
         true
+    }
+
+    /// Descriptors that it has, or may have at most as long as the VMM has not said.
+    pub(super) fn size(&self) -> u16 {
+        self.inner.get_ref().get_queue().size()
     }
 
     /// Stops it and lets it go on, with what the session knows now.
@@ -181,7 +205,7 @@ impl SessionVring {
 
     /// Stops it, makes a change, and lets it go on.
     fn between<T>(&self, change: impl FnOnce() -> T) -> T {
-        let ran = self.stop();
+        let ran = self.stop(StopMode::Restart);
         let result = change();
         if ran {
             self.start();
@@ -215,6 +239,7 @@ impl VringT<Table> for SessionVring {
                 kick: Mutex::new(None),
                 call: Mutex::new(None),
                 err: Mutex::new(None),
+                unfinished: Mutex::default(),
                 running: Mutex::new(None),
             });
             let vring = SessionVring { inner, link };
@@ -269,7 +294,7 @@ impl VringT<Table> for SessionVring {
         if same && self.is_running() {
             return Ok(());
         }
-        self.stop();
+        self.stop(StopMode::Restart);
         self.inner.set_queue_info(desc_table, avail_ring, used_ring)?;
         self.link.placed.store(true, Ordering::Relaxed);
         if ready {
@@ -330,11 +355,12 @@ impl VringT<Table> for SessionVring {
     }
 
     fn set_call(&self, file: Option<File>) {
-        let call = file.as_ref().map(|file| file.try_clone().and_then(CallFd::new)).transpose();
+        // Twice: one is the running vring's, the other is kept for those to come.
+        let call = file.as_ref().map(|file| Ok::<_, io::Error>((CallFd::new(file)?, file.try_clone()?)));
         self.inner.set_call(file);
-        match call {
-            Ok(call) => {
-                lock(&self.link.call).clone_from(&call);
+        match call.transpose().map(Option::unzip) {
+            Ok((call, file)) => {
+                *lock(&self.link.call) = file.map(Arc::new);
                 if let Some(running) = &*lock(&self.link.running) {
                     running.set_call(call);
                 }
@@ -344,7 +370,7 @@ impl VringT<Table> for SessionVring {
     }
 
     fn set_err(&self, file: Option<File>) {
-        match file.map(CallFd::new).transpose() {
+        match file.map(|file| check_eventfd(&file).map(|()| Arc::new(file))).transpose() {
             Ok(err) => self.between(|| *lock(&self.link.err) = err),
             Err(error) => self.complain("its error descriptor", &error),
         }

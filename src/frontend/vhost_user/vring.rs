@@ -4,27 +4,27 @@
 //! changes (memory, addresses, kick), the session stops it, which drains it, and starts another: one rule for
 //! every race.
 //!
-//! A guest that breaks the rings (an index that jumps, a head twice in flight) breaks its own vring, which
-//! then takes nothing more; what is in flight still completes.
+//! A guest that breaks the rings (an index that jumps, a head twice in flight, a chain without a status byte that we
+//! can reach) breaks its own vring, which then takes nothing more; what is in flight still completes.
+
+mod notifications;
+mod start;
+mod stop;
 
 use super::areas::{Avail, Used};
-use super::device::Device;
-use super::inflight::{InflightQueue, Mark, Notes};
-use super::memory::{Memory, Table, scatter};
-use super::notify::CallFd;
+use super::inflight::Notes;
+use super::memory::{Table, scatter};
+use super::notify::{CallFd, signal_error};
 use super::request::{Parsed, Range, Scratch, Status, parse};
-use crate::block::{Data, Errno, Flags, Instance, Iovec, Op, Request, SECTOR};
+use crate::block::{Data, Errno, Flags, Iovec, Op, Request, SECTOR};
 use crate::frontend::Source;
-use crate::ring::{Io, Kind, Ring, Sqe, Target, UserData};
+use crate::ring::{Io, Ring, UserData};
+pub use start::VringSetup;
 use std::cell::{Cell, RefCell};
-use std::fs::File;
+use std::fmt;
 use std::future::poll_fn;
-use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
 use std::task::Poll;
-use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+pub use stop::{StopMode, Stopped};
 
 /// What a pass takes from a vring: half of the most that has waited at once, between these, and at most so many
 /// bytes. Few enough that the first are on their way, or done and the guest at work on them, while the rest are
@@ -33,49 +33,6 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 const PASS_LEAST: u16 = 4;
 const PASS_MOST: u16 = 8;
 const PASS_BYTES: u64 = 64 << 10;
-
-/// Requests that are left when a driver is told of the others: the work of about the time that waking it takes.
-const CALL_AT: u16 = 32;
-
-/// After so many passes without anything, a vring is looked at no more until it is kicked: each look costs a load from
-/// memory that the driver writes, each kick a system call on both sides.
-const IDLE_PASSES: u16 = 256;
-
-/// Everything a vring starts with. The addresses are the guest's.
-pub struct VringSetup {
-    /// Its index in the device, for messages.
-    pub index: usize,
-    /// What requests need of the device.
-    pub device: Arc<Device>,
-    /// The VMM's memory, kept until the vring is gone.
-    pub memory: Memory,
-    /// Descriptors: a power of two, 1 to 32768.
-    pub size: u16,
-    /// Descriptor table.
-    pub desc_table: u64,
-    /// Driver area.
-    pub avail_ring: u64,
-    /// Device area.
-    pub used_ring: u64,
-    /// Where in the avail ring to go on.
-    pub next_avail: u16,
-    /// Takes requests from the start.
-    pub enabled: bool,
-    /// Writes are refused.
-    pub read_only: bool,
-    /// The driver's accepted features.
-    pub features: u64,
-    /// EVENT_IDX was negotiated.
-    pub event_idx: bool,
-    /// Readable when there are new requests.
-    pub kick: Arc<File>,
-    /// Written when requests are complete.
-    pub call: Option<CallFd>,
-    /// Written when the vring is broken.
-    pub err: Option<CallFd>,
-    /// Where to note what is in flight, and to find what was when we were killed.
-    pub inflight: Option<InflightQueue>,
-}
 
 /// A running vring. Its requests' tags are ours: they are used last in, first out, so that a guest that keeps
 /// few requests in flight keeps few slots warm, whichever descriptors it uses.
@@ -104,8 +61,10 @@ pub struct Vring {
     free: RefCell<Vec<u16>>,
     /// The head each tag was given and has not looked at yet.
     fresh: Box<[Cell<Option<u16>>]>,
-    /// Heads in flight.
-    busy: Box<[Cell<bool>]>,
+    /// Of each head in flight its place in the order of taking, counted from 1; otherwise 0.
+    busy: Box<[Cell<u32>]>,
+    /// The last such place.
+    sequence: Cell<u32>,
     in_flight: Cell<u16>,
     /// What is in flight, noted for whoever comes after us.
     notes: Option<Notes>,
@@ -113,8 +72,12 @@ pub struct Vring {
     doubtful: bool,
     /// Heads that were in flight when we were killed and have not been taken again, the first last.
     again: RefCell<Vec<u16>>,
+    /// Heads that are left to whoever comes next, with their places in the order.
+    unfinished: RefCell<Vec<(u32, u16)>>,
     enabled: Cell<bool>,
     stopped: Cell<bool>,
+    /// How it stops, once its requests are not to wait for their store any more.
+    interrupted: Cell<Option<StopMode>>,
     broken: Cell<bool>,
     call: RefCell<Option<CallFd>>,
     kick: Cell<UserData>,
@@ -122,87 +85,6 @@ pub struct Vring {
 }
 
 impl Vring {
-    /// Resolves the rings.
-    ///
-    /// # Errors
-    /// `InvalidInput` for a size that is no power of two, an area that is misaligned or not the guest's, or notes
-    /// of what was in flight that make no sense.
-    pub fn new(mut setup: VringSetup) -> io::Result<Vring> {
-        let (size, memory) = (setup.size, &setup.memory);
-        let refuse = |what: &str| {
-            let message = format!("vring {}: {what}", setup.index);
-            Err(io::Error::new(io::ErrorKind::InvalidInput, message))
-        };
-        if !size.is_power_of_two() || size > 32768 {
-            return refuse(&format!("size {size} is not a power of two up to 32768"));
-        }
-        // Lengths and alignments: virtio 1.3 section 2.7.
-        if memory.resolve(setup.desc_table, 16 * u64::from(size), 16).is_none() {
-            return refuse("its descriptor table is not in the guest's memory");
-        }
-        let Some(avail) = Avail::resolve(memory, setup.avail_ring, size) else {
-            return refuse("its avail ring is not in the guest's memory");
-        };
-        let Some(used) = Used::resolve(memory, setup.used_ring, size) else {
-            return refuse("its used ring is not in the guest's memory");
-        };
-        let next_used = used.idx();
-        let table = memory.table(setup.desc_table, size);
-        let (mut notes, mut again) = (None, Vec::new());
-        let server = setup.device.geometry().server.as_ref().map(Instance::get);
-        let mark = setup.inflight.as_ref().map_or(Mark::default(), InflightQueue::mark);
-        let doubtful = server.is_some_and(|instance| mark.is_doubtful(instance));
-        if let Some(queue) = setup.inflight.take() {
-            if queue.size() < size {
-                return refuse(&format!("{size} descriptors, but room to note {} in flight", queue.size()));
-            }
-            let found = queue.recover(next_used)?;
-            if found.heads.iter().any(|head| *head >= size) {
-                return refuse("a descriptor that it does not have is noted as in flight");
-            }
-            if !found.fresh {
-                // What the VMM remembers is the used index: it cannot know how much had been taken.
-                setup.next_avail = next_used.wrapping_add(found.heads.len() as u16);
-            }
-            if !found.heads.is_empty() {
-                let (device, count) = (setup.device.name(), found.heads.len());
-                log::info!("{device}: vring {}: {count} requests are carried out again", setup.index);
-            }
-            again = found.heads;
-            again.reverse();
-            notes = Some(Notes::new(queue, found.counter));
-        }
-        Ok(Vring {
-            table,
-            avail,
-            used,
-            next_avail: Cell::new(setup.next_avail),
-            seen_avail: Cell::new(setup.next_avail),
-            next_used: Cell::new(next_used),
-            published: Cell::new(next_used),
-            told_used: Cell::new(next_used),
-            crest: Cell::new(0),
-            taken: Cell::new(0),
-            bytes_left: Cell::new(PASS_BYTES),
-            owed: Cell::new(false),
-            idle_passes: Cell::new(0),
-            free: RefCell::new((0..size).rev().collect()),
-            fresh: vec![Cell::new(None); size as usize].into(),
-            busy: vec![Cell::new(false); size as usize].into(),
-            in_flight: Cell::new(0),
-            notes,
-            doubtful,
-            again: RefCell::new(again),
-            enabled: Cell::new(setup.enabled),
-            stopped: Cell::new(false),
-            broken: Cell::new(false),
-            call: RefCell::new(setup.call.clone()),
-            kick: Cell::new(UserData::new(Kind::Kick, 0, 0)),
-            kicks_wanted: Cell::new(true),
-            setup,
-        })
-    }
-
     /// For messages: its device and its index there.
     pub fn label(&self) -> String {
         format!("{}: vring {}", self.setup.device.name(), self.setup.index)
@@ -229,39 +111,14 @@ impl Vring {
         self.doubtful
     }
 
+    /// Whether the guest broke it: it takes nothing more.
+    pub fn is_broken(&self) -> bool {
+        self.broken.get()
+    }
+
     /// Takes requests, or lets them wait.
     pub fn enable(&self, enabled: bool) {
         self.enabled.set(enabled);
-    }
-
-    /// Takes nothing more, for good.
-    pub fn stop(&self) {
-        self.stopped.set(true);
-    }
-
-    /// Replaces the call descriptor and signals it once: the driver may have missed one on the old.
-    pub fn set_call(&self, call: Option<CallFd>) {
-        if let Some(call) = &call {
-            call.signal();
-        }
-        *self.call.borrow_mut() = call;
-    }
-
-    /// Has the ring say when the driver kicks. The descriptor is polled and never read: its every write is a
-    /// completion, and a counter takes centuries to overflow.
-    pub fn arm_kick<R: Ring>(&self, ring: &R, user_data: UserData) {
-        self.kick.set(user_data);
-        ring.push(&Sqe::PollMultishot { file: Target::Fd(self.setup.kick.as_raw_fd()) }, user_data);
-    }
-
-    /// Whether a completion is of our kick, and not of one that had our place before.
-    pub fn is_kick(&self, user_data: UserData) -> bool {
-        self.kick.get() == user_data
-    }
-
-    /// Ends [`arm_kick`](Self::arm_kick).
-    pub fn disarm_kick<R: Ring>(&self, ring: &R) {
-        ring.push(&Sqe::Cancel { user_data: self.kick.get() }, UserData::new(Kind::Nobody, 0, 0));
     }
 
     /// Takes the next request, if there is one and this pass may, and says which tag's slot is to be polled.
@@ -279,13 +136,14 @@ impl Vring {
         }
         let head = if again { self.again.borrow_mut().pop()? } else { self.next_head()? };
         let Some(busy) = self.busy.get(head as usize) else {
-            self.give_up(&format!("there is no descriptor {head}"));
+            self.give_up(format_args!("there is no descriptor {head}"));
             return None;
         };
-        if busy.replace(true) {
-            self.give_up(&format!("descriptor {head} is in flight already"));
+        if busy.get() != 0 {
+            self.give_up(format_args!("descriptor {head} is in flight already"));
             return None;
         }
+        busy.set(self.next_sequence());
         // There is a free tag for every head that is not in flight.
         let tag = self.free.borrow_mut().pop()?;
         // What is carried out again is noted, and keeps its place in the order.
@@ -298,6 +156,12 @@ impl Vring {
         self.in_flight.set(self.in_flight.get() + 1);
         self.fresh[tag as usize].set(Some(head));
         Some(tag)
+    }
+
+    fn next_sequence(&self) -> u32 {
+        let next = self.sequence.get().wrapping_add(1).max(1);
+        self.sequence.set(next);
+        next
     }
 
     fn takes_new(&self) -> bool {
@@ -313,7 +177,7 @@ impl Vring {
                 return None;
             }
             if idx.wrapping_sub(next) > self.size() {
-                self.give_up(&format!("the driver's index jumped from {next} to {idx}"));
+                self.give_up(format_args!("the driver's index jumped from {next} to {idx}"));
                 return None;
             }
             self.seen_avail.set(idx);
@@ -324,37 +188,15 @@ impl Vring {
         Some(self.avail.head(next))
     }
 
-    fn give_up(&self, why: &str) {
-        log::error!("{}: {why}: it is stopped", self.label());
+    /// Takes nothing more; what is in flight still completes.
+    fn give_up(&self, why: fmt::Arguments<'_>) {
+        let index = self.setup.index;
+        self.setup.device.log().error("vring stopped", format_args!("vring {index}: {why}: it is stopped"));
         self.broken.set(true);
         self.again.borrow_mut().clear();
         if let Some(err) = &self.setup.err {
-            err.signal();
+            signal_error(err);
         }
-    }
-
-    /// Without EVENT_IDX a driver kicks until told otherwise; with it, once for each time it was asked.
-    fn refuse_kicks(&self) {
-        if self.kicks_wanted.replace(false) && !self.setup.event_idx {
-            self.used.set_flags(VRING_USED_F_NO_NOTIFY as u16);
-        }
-    }
-
-    /// Asks for a kick at the next request. False when there is one already, which nobody will kick for.
-    pub fn ask_for_kick(&self) -> bool {
-        if !self.takes_new() {
-            return true;
-        }
-        self.kicks_wanted.set(true);
-        self.crest.set(0);
-        if self.setup.event_idx {
-            self.used.set_avail_event(self.next_avail.get());
-        } else {
-            self.used.set_flags(0);
-        }
-        // Either the driver sees what we asked for, or we see its request.
-        fence(Ordering::SeqCst);
-        self.avail.idx() == self.next_avail.get()
     }
 
     /// Begins a pass: lets the driver see everything that completed since the last one. Whether there was anything.
@@ -376,66 +218,27 @@ impl Vring {
         true
     }
 
-    /// Tells the driver of what it can see, if that is due: when as much is done as is left and what is left is
-    /// little, or nothing more is about to come (`news`: what [`publish`](Self::publish) said). To wake a driver that
-    /// sleeps costs some 10 us of CPU, and one that is woken for each completion finds it and sleeps again; woken at
-    /// half of its requests it works on these while we work on the others.
-    pub fn tell(&self, news: bool) {
-        let (old, new) = (self.told_used.get(), self.published.get());
-        let untold = new.wrapping_sub(old);
-        let waiting = self.seen_avail.get().wrapping_sub(self.next_avail.get());
-        let left = u32::from(self.in_flight.get()) + u32::from(waiting);
-        if untold == 0 || news && left > u32::from(untold.min(CALL_AT)) {
-            return;
-        }
-        self.told_used.set(new);
-        // Either the driver sees the index before it sleeps, or we see that it wants a call.
-        fence(Ordering::SeqCst);
-        let wanted = if self.setup.event_idx {
-            // vring_need_event() of linux/virtio_ring.h.
-            new.wrapping_sub(self.avail.used_event()).wrapping_sub(1) < untold
-        } else {
-            u32::from(self.avail.flags()) & VRING_AVAIL_F_NO_INTERRUPT == 0
-        };
-        if wanted && let Some(call) = &*self.call.borrow() {
-            call.signal();
-        }
-    }
-
-    /// Whether a worker that is busy elsewhere need not look here any more, but may wait for a kick. Asks for that
-    /// kick.
-    pub fn falls_asleep(&self) -> bool {
-        if self.idle_passes.get() < IDLE_PASSES || self.in_flight() > 0 {
-            return false;
-        }
-        self.idle_passes.set(0);
-        self.ask_for_kick()
-    }
-
-    /// Whether the driver has been given something since it last brought something: it may well bring more soon.
-    pub fn expects_more(&self) -> bool {
-        self.owed.get()
-    }
-
     /// Ends a request: its status, its place in the used ring. The driver sees it when
     /// it is [published](Self::publish).
     fn finish(&self, tag: u16, state: &TagState, status: Status, written: u32) {
-        let written = match state.status {
-            Some(byte) => {
-                scatter(&[status as u8], &[byte]);
-                written + 1
-            }
-            None => 0,
-        };
+        // There is one: `accept` sees to that.
+        if let Some(byte) = state.status {
+            scatter(&[status as u8], &[byte]);
+        }
         let next = self.next_used.get();
-        self.used.set(next, state.head, written);
+        self.used.set(next, state.head, written + 1);
         if let Some(notes) = &self.notes {
             notes.finished(state.head);
         }
         self.next_used.set(next.wrapping_add(1));
-        self.busy[state.head as usize].set(false);
+        self.end(tag, state.head);
+    }
+
+    /// `head` is not in flight any more, and its tag is free. Which place it had in the order of taking.
+    fn end(&self, tag: u16, head: u16) -> u32 {
         self.in_flight.set(self.in_flight.get() - 1);
         self.free.borrow_mut().push(tag);
+        self.busy[head as usize].replace(0)
     }
 
     /// Notes what a request that succeeded means for others that a crash of the volume's server would lose. Before it is
@@ -458,6 +261,12 @@ impl Vring {
         let chain = parse(&self.setup.memory, self.table, head, indirect, &mut state.scratch);
         state.head = head;
         state.status = chain.status;
+        if state.status.is_none() {
+            // A used element would say that all went well: drivers leave 0 in the byte that we cannot find.
+            self.keep(tag, head);
+            self.give_up(format_args!("the chain at descriptor {head} has no status byte that we can reach"));
+            return;
+        }
         match chain.request {
             Ok(Parsed::GetId(data)) => {
                 let written = scatter(self.setup.device.id(), &state.scratch.iovecs[data]);
@@ -534,6 +343,11 @@ impl<R: Ring> Source<R> for Vring {
             && matches!(state.parsed, Some(Parsed::Ranges(_)))
             && !state.scratch.ranges.is_empty()
         {
+            return;
+        }
+        if result == Err(Errno::ERESTART) && self.keeps() {
+            state.parsed = None;
+            self.keep(tag, state.head);
             return;
         }
         if result.is_ok() {

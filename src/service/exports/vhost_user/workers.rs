@@ -4,7 +4,7 @@
 
 use crate::block::Errno;
 use crate::engine::Volume;
-use crate::frontend::vhost_user::{CallFd, Host, Running, VringSetup};
+use crate::frontend::vhost_user::{CallFd, Host, Running, StopMode, Stopped, VringSetup};
 use crate::worker::{Lent, Link, VringId};
 use std::io;
 use std::sync::Arc;
@@ -14,8 +14,15 @@ use std::time::Duration;
 /// A drain that takes longer is told of, and again after as long.
 const SLOW: Duration = Duration::from_secs(5);
 
-/// How long a flush may take that a VMM waits for.
-const FLUSH_LIMIT: Duration = Duration::from_secs(5);
+/// How long requests may wait for their store to come back when the VMM asks for a vring to stop. It knows no way to go
+/// on with them, so they fail then; but most waits are shorter.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long a flush may wait for its store to come back when the guest turns its cache off.
+const FLUSH_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long such a flush may take at all.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// The workers as a session sees them: each queue has its own.
 pub(super) struct Workers {
@@ -33,7 +40,9 @@ impl Host for Workers {
 
     fn flush(&self) -> io::Result<()> {
         let flushers = Arc::new(self.lent.flushers.on_behalf());
-        let answer = self.links[0].flush(Lent { flushers, ..self.lent.clone() }).recv_timeout(FLUSH_LIMIT);
+        let answer = self.links[0]
+            .flush(Lent { flushers, ..self.lent.clone() }, FLUSH_LIMIT)
+            .recv_timeout(ANSWER_LIMIT);
         // A flush without an answer is a flush that failed.
         answer.unwrap_or(Err(Errno::ETIMEDOUT)).map_err(io::Error::from)
     }
@@ -48,8 +57,14 @@ struct OnWorker {
 }
 
 impl Running for OnWorker {
-    fn stop(self: Box<Self>) -> u16 {
+    fn stop(self: Box<Self>, mode: StopMode) -> Stopped {
         let answer = self.link.stop_vring(self.id);
+        if mode == StopMode::Quiesce
+            && let Ok(stopped) = answer.recv_timeout(QUIESCE_LIMIT)
+        {
+            return stopped.unwrap_or_default();
+        }
+        self.link.interrupt_vring(self.id, mode);
         loop {
             match answer.recv_timeout(SLOW) {
                 // Answering before the kernel is done with the guest's memory would let the VMM use it for
@@ -58,9 +73,9 @@ impl Running for OnWorker {
                     let why = self.volume.held_up().map_or(String::new(), |why| format!(" ({why})"));
                     log::warn!("{}: still waiting for its requests in flight{why}", self.name);
                 }
-                Ok(Some(next)) => return next,
+                Ok(Some(stopped)) => return stopped,
                 // The worker is gone, with all that it had in flight: the process ends.
-                Ok(None) | Err(RecvTimeoutError::Disconnected) => return 0,
+                Ok(None) | Err(RecvTimeoutError::Disconnected) => return Stopped::default(),
             }
         }
     }

@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -30,9 +30,9 @@ const INDIRECT: u16 = 4;
 /// Sectors of the disk.
 pub const SECTORS: u64 = 512;
 
-const DESC: u64 = 0;
-const AVAIL: u64 = 0x8000;
-const USED: u64 = 0x1_0000;
+pub const DESC: u64 = 0;
+pub const AVAIL: u64 = 0x8000;
+pub const USED: u64 = 0x1_0000;
 /// Each head's header, status, indirect table and data, in a page and a half.
 const AREAS: u64 = 0x2_0000;
 const AREA: u64 = 0x2000;
@@ -49,7 +49,12 @@ impl Event {
     }
 
     pub fn take(&self) -> bool {
-        self.0.read().is_ok()
+        self.count() > 0
+    }
+
+    /// How often it was written to since the last look.
+    pub fn count(&self) -> u64 {
+        self.0.read().unwrap_or(0)
     }
 
     pub fn ring(&self) {
@@ -61,7 +66,7 @@ impl Event {
     }
 
     pub fn call(&self) -> CallFd {
-        CallFd::new(self.file()).unwrap()
+        CallFd::new(&self.file()).unwrap()
     }
 }
 
@@ -114,14 +119,30 @@ impl Driver {
             avail_ring: AVAIL,
             used_ring: USED,
             next_avail: self.avail,
+            unfinished: Vec::new(),
             enabled: true,
             read_only: false,
             features,
             event_idx: self.event_idx,
             kick: Arc::new(self.kick.file()),
             call: Some(self.call.call()),
-            err: Some(self.err.call()),
+            err: Some(Arc::new(self.err.file())),
             inflight: None,
+        }
+    }
+
+    /// Where its memory is mapped.
+    pub fn host(&self, at: u64) -> u64 {
+        self.memory.get_host_address(GuestAddress(at)).unwrap() as u64
+    }
+
+    /// What takes a copy of all of its memory.
+    pub fn memory(&self) -> impl Fn() -> Vec<u8> + 'static {
+        let (memory, len) = (self.memory.clone(), AREAS + AREA * u64::from(self.size));
+        move || {
+            let mut bytes = vec![0; len as usize];
+            memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+            bytes
         }
     }
 
@@ -133,13 +154,18 @@ impl Driver {
         u16::from_le_bytes(self.get(at, 2).try_into().unwrap())
     }
 
-    fn get(&self, at: u64, len: usize) -> Vec<u8> {
+    pub fn get(&self, at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
         bytes
     }
 
-    fn put_descriptor(&self, at: u64, (addr, len, flags): (u64, usize, u16), next: u16) {
+    /// Writes bytes into the guest's memory.
+    pub fn put(&self, at: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
+    }
+
+    pub fn put_descriptor(&self, at: u64, (addr, len, flags): (u64, usize, u16), next: u16) {
         let mut bytes = addr.to_le_bytes().to_vec();
         bytes.extend((len as u32).to_le_bytes());
         bytes.extend(flags.to_le_bytes());
@@ -147,7 +173,7 @@ impl Driver {
         self.memory.write_slice(&bytes, GuestAddress(at)).unwrap();
     }
 
-    fn area(&self, head: u16) -> u64 {
+    pub fn area(&self, head: u16) -> u64 {
         AREAS + AREA * u64::from(head)
     }
 
@@ -198,6 +224,19 @@ impl Driver {
         self.chains.insert(head, chain);
         self.offer(head);
         Some(head)
+    }
+
+    /// A completion of `head` will come, of a chain that was laid out by hand.
+    pub fn expect(&mut self, head: u16) {
+        self.chains.insert(head, Vec::new());
+    }
+
+    /// Moves the last descriptor of a chain, its status. Where it was.
+    pub fn move_status(&self, head: u16, to: u64) -> u64 {
+        let last = DESC + 16 * u64::from(*self.chains[&head].last().unwrap());
+        let before = u64::from_le_bytes(self.get(last, 8).try_into().unwrap());
+        self.put(last, &to.to_le_bytes());
+        before
     }
 
     /// Makes the chain at `head` available, whatever that is.
@@ -257,6 +296,17 @@ impl Driver {
     /// The device's end of the used ring: all that a VMM knows of a device that was killed.
     pub fn used_idx(&self) -> u16 {
         self.get_u16(USED + 2)
+    }
+
+    /// Its own index, as it stands in memory.
+    pub fn avail_idx(&self) -> u16 {
+        self.get_u16(AVAIL + 2)
+    }
+
+    /// The head in an element of the used ring.
+    pub fn used_head(&self, at: u16) -> u32 {
+        let at = USED + 4 + 8 * u64::from(at % self.size);
+        u32::from_le_bytes(self.get(at, 4).try_into().unwrap())
     }
 
     pub fn in_flight(&self) -> usize {

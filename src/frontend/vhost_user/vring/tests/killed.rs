@@ -4,19 +4,35 @@
 
 use super::driver::{Driver, Worker, device};
 use super::*;
-use crate::frontend::vhost_user::inflight::Inflight;
+use crate::frontend::vhost_user::atomic::traced::{Access, observed};
+use crate::frontend::vhost_user::inflight::{Inflight, InflightQueue};
 use crate::ring::double::{Faults, Random};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 
 /// What the VMM keeps.
-struct Kept {
+pub struct Kept {
     file: File,
     bytes: u64,
 }
 
 impl Kept {
-    fn new(size: u16) -> Kept {
+    pub fn new(size: u16) -> Kept {
         let (file, bytes) = Inflight::create(1, size).unwrap();
         Kept { file, bytes }
+    }
+
+    /// The notes of the one vring.
+    pub fn queue(&self) -> Option<InflightQueue> {
+        let size = ((self.bytes - 16) / 16) as u16;
+        Inflight::open(self.file.try_clone().unwrap(), self.bytes, 0, 1, size).unwrap().queue(0)
+    }
+
+    fn contents(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.bytes as usize];
+        self.file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
     }
 
     /// A worker for the vring, as a VMM has it made after a kill: it knows the used index, and has the notes.
@@ -119,4 +135,50 @@ fn a_ring_that_its_notes_have_no_room_for_is_refused() {
     setup.inflight = open();
     let error = Vring::new(setup).map(drop).unwrap_err();
     assert!(error.to_string().contains("does not have"), "{error}");
+}
+
+/// A kill leaves every store up to some point, and none after it: each is tried as the last.
+#[test]
+fn each_store_may_be_the_last() {
+    const COUNT: u64 = 10;
+    for seed in 0..8 {
+        let mut driver = Driver::new(16, true, u16::MAX - 3);
+        let (start, kept, mut random) = (driver.avail, Rc::new(Kept::new(16)), Random(seed));
+        let driver_kept = kept.clone();
+        let faults = Faults { delay: 60, reorder: true, ..Faults::default() };
+        let mut worker = kept.worker(&driver, seed, faults);
+        let snapshots: Rc<RefCell<Vec<(Vec<u8>, Vec<u8>)>>> = Rc::default();
+        let mut sectors = 0..COUNT;
+        while sectors.start < COUNT || worker.vring.in_flight() > 0 {
+            for sector in sectors.by_ref().take(random.below(4)) {
+                driver.add(IN, sector, &[], 512, true).unwrap();
+            }
+            let (memory, kept, into) = (driver.memory(), driver_kept.clone(), snapshots.clone());
+            let observer = move |access| {
+                if let Access::Store(..) = access {
+                    into.borrow_mut().push((memory(), kept.contents()));
+                }
+            };
+            observed(observer, || worker.pass());
+        }
+        drop(worker);
+        let snapshots = snapshots.take();
+        assert!(snapshots.len() > 8 * COUNT as usize, "{} stores", snapshots.len());
+        for (at, (guest, notes)) in snapshots.iter().enumerate() {
+            let mut driver = Driver::new(16, true, start);
+            driver.put(0, guest);
+            let kept = Kept::new(16);
+            kept.file.write_all_at(notes, 0).unwrap();
+            let mut worker = kept.worker(&driver, 1, Faults::default());
+            worker.settle();
+            // What was asked for by then is done once, none left out, none twice.
+            let asked = driver.avail_idx().wrapping_sub(start);
+            assert_eq!(driver.used_idx().wrapping_sub(start), asked, "seed {seed}, store {at}");
+            let mut heads: Vec<u32> = (0..asked).map(|n| driver.used_head(start.wrapping_add(n))).collect();
+            heads.sort_unstable();
+            heads.dedup();
+            assert_eq!(heads.len(), usize::from(asked), "seed {seed}, store {at}: one twice");
+            driver.seen = driver.used_idx();
+        }
+    }
 }
