@@ -6,7 +6,7 @@ mod common;
 use common::client::Client;
 use common::memory::{GuestMemory, Region};
 use common::model::{Model, Op, Queue, Random};
-use common::player::{Connection, Player};
+use common::player::Played;
 use common::profile::{PROFILES, Profile};
 use common::queue::{Layout, RawQueue};
 use common::ring::{Ring, Used};
@@ -16,7 +16,6 @@ use common::{PATIENCE, eventually};
 use nix::sys::signal::Signal;
 use std::fs;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use vhost::vhost_user::VhostUserFrontend;
@@ -368,41 +367,22 @@ fn a_hundred_connections_leave_nothing_behind() {
     assert!(after.2 <= 16 << 10, "{} KiB of memory for one export", after.2);
 }
 
-/// A guest of this VMM, with every queue that the VMM has.
-struct Played {
-    vmm: Player,
-    queues: Vec<RawQueue>,
-}
-
 /// Sectors of the disk that VMMs are tried on.
 const SECTORS: u64 = 16 << 11;
 
-impl Played {
-    /// The VMM starts, and its guest's driver.
-    fn new(profile: &'static Profile, service: &Service) -> Played {
-        let connection =
-            Connection::open(profile, &service.path("a"), PATIENCE, profile.queues, true).unwrap();
-        assert_eq!(connection.capacity(), SECTORS, "{}: the capacity", profile.name);
-        let (ring_bytes, slots) = (Ring::bytes(profile.size), 4);
-        let each = RawQueue::bytes(profile.size, slots);
-        let memory = Arc::new(GuestMemory::new(BASE, each * profile.queues as u64));
-        let features = connection.offered & profile.features;
-        let layout = if profile.segments { Layout::Pieces } else { Layout::Plain };
-        let queue = |index: u64| {
-            let at = BASE + index * each;
-            let mut ring = Ring::new(&memory, at, profile.size, features & EVENT_IDX != 0);
-            if profile.blocking {
-                ring.block();
-            }
-            RawQueue::new(ring, layout, at + ring_bytes, slots)
-        };
-        let queues: Vec<RawQueue> = (0..profile.queues as u64).map(queue).collect();
-        let rings = queues.iter().map(|queue| &queue.ring);
-        let mut vmm = Player::new(&memory, rings, features, connection);
-        vmm.start().unwrap();
-        Played { vmm, queues }
-    }
+fn played(profile: &'static Profile, service: &Service) -> Played {
+    let mut guest = Played::new(profile, &service.path("a"), profile.queues);
+    let capacity = guest.vmm.connection().unwrap().capacity();
+    assert_eq!(capacity, SECTORS, "{}: the capacity", profile.name);
+    guest
+}
 
+/// A guest at work.
+trait Work {
+    fn work(&mut self, seed: u64);
+}
+
+impl Work for Played {
     /// Writes, flushes, reads back; discards and zeroes where the driver may.
     fn work(&mut self, seed: u64) {
         let may = |feature: u32| self.vmm.features & 1 << feature != 0;
@@ -431,7 +411,7 @@ impl Played {
 fn each_vmm_works_as_it_speaks() {
     let service = slow_service(&["a"]);
     for profile in PROFILES {
-        let mut guest = Played::new(profile, &service);
+        let mut guest = played(profile, &service);
         guest.work(1);
         // The guest resets its device, and its driver goes on where it was.
         let bases = guest.vmm.reset().unwrap();
@@ -445,7 +425,7 @@ fn each_vmm_works_as_it_speaks() {
         guest.work(3);
         // The VMM dies, and another one begins.
         drop(guest);
-        Played::new(profile, &service).work(5);
+        played(profile, &service).work(5);
     }
 }
 
@@ -456,7 +436,7 @@ fn each_vmm_that_comes_back_is_served_on() {
         let image = setup.image(SECTORS * 512);
         let setup = setup.volume("root", &format!("file:{}", image.display()));
         let mut service = setup.door("root", "a", "queues=2").start();
-        let mut guest = Played::new(profile, &service);
+        let mut guest = played(profile, &service);
         guest.work(1);
         // The connection alone, then the service, first as planned and then not. The ring has wrapped by then.
         guest.vmm.disconnect();

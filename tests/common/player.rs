@@ -1,9 +1,12 @@
 //! Plays a VMM by its [`Profile`]: the one place where handshakes are made. It says what that VMM says, no more and in
 //! its order, and signals nothing that it does not signal.
 
+use super::PATIENCE;
 use super::memory::GuestMemory;
 use super::profile::{Acks, Base, Profile, Say};
+use super::queue::{Layout, RawQueue};
 use super::ring::Ring;
+use super::vmm::{BASE, EVENT_IDX};
 use std::error::Error;
 use std::fs::File;
 use std::io::Read;
@@ -396,5 +399,36 @@ impl Player {
     /// The device's indices, as they stand in memory.
     pub fn used(&self) -> Vec<u16> {
         self.lines.iter().map(Line::used_idx).collect()
+    }
+}
+
+/// A guest of a VMM: its rings, and slots for requests.
+pub struct Played {
+    pub vmm: Player,
+    pub queues: Vec<RawQueue>,
+}
+
+impl Played {
+    /// The VMM starts, and its guest's driver, with so many queues.
+    pub fn new(profile: &'static Profile, socket: &Path, queues: usize) -> Played {
+        let connection = Connection::open(profile, socket, PATIENCE, queues, true).unwrap();
+        let (ring_bytes, slots) = (Ring::bytes(profile.size), 4);
+        let each = RawQueue::bytes(profile.size, slots);
+        let memory = Arc::new(GuestMemory::new(BASE, each * queues as u64));
+        let features = connection.offered & profile.features;
+        let layout = if profile.segments { Layout::Pieces } else { Layout::Plain };
+        let queue = |index: u64| {
+            let at = BASE + index * each;
+            let mut ring = Ring::new(&memory, at, profile.size, features & EVENT_IDX != 0);
+            if profile.blocking {
+                ring.block();
+            }
+            RawQueue::new(ring, layout, at + ring_bytes, slots)
+        };
+        let queues: Vec<RawQueue> = (0..queues as u64).map(queue).collect();
+        let rings = queues.iter().map(|queue| &queue.ring);
+        let mut vmm = Player::new(&memory, rings, features, connection);
+        vmm.start().unwrap();
+        Played { vmm, queues }
     }
 }

@@ -68,7 +68,12 @@ impl Device {
         self.writeback.load(Ordering::Acquire)
     }
 
-    /// Whether it is known what the driver wants: it is from now on.
+    /// Whether it is known what the driver wants.
+    pub fn is_decided(&self) -> bool {
+        self.decided.load(Ordering::Relaxed)
+    }
+
+    /// The same; it is from now on.
     pub fn decide(&self) -> bool {
         self.decided.swap(true, Ordering::Relaxed)
     }

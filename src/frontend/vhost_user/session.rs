@@ -148,8 +148,11 @@ impl Session {
 
     /// Has every vring note there what it has in flight. No message may be with the daemon meanwhile.
     pub(super) fn set_inflight(&self, inflight: Inflight) {
-        if let Some(writeback) = inflight.writeback() {
-            self.shared.device.set_writeback(writeback);
+        match inflight.writeback() {
+            Some(writeback) => self.shared.device.set_writeback(writeback),
+            // New ones, for a driver that has begun.
+            None if self.shared.device.is_decided() => inflight.set_writeback(self.shared.device.writeback()),
+            None => {}
         }
         *self.inflight() = Some(inflight);
         self.vrings().iter().for_each(SessionVring::restart);
