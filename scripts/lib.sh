@@ -40,12 +40,12 @@ with_tools() {
     PATH=$dir:$PATH
 }
 
-# with_compiler [COMMAND...]: a C compiler and libclang, of which the build makes
+# with_compiler COMMAND...: these (cc, c++) and libclang, of which the build makes
 # the kernel's declarations: this machine's, or else the cache's.
 with_compiler() {
     local dir command lack=''
     command -v cargo >/dev/null || die "no cargo here; ringblk needs a Rust toolchain (rustup.rs)"
-    for command in cc "$@"; do
+    for command; do
         echo 'int main(void) { return 0; }' | "$command" -x c -o /dev/null - 2>/dev/null || lack+="$command "
     done
     has_libclang || lack+=libclang
