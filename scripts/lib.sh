@@ -44,7 +44,7 @@ with_tools() {
 # the kernel's declarations: this machine's, or else the cache's.
 with_compiler() {
     local dir command lack=''
-    command -v cargo >/dev/null || die "no cargo here; ringblk needs a Rust toolchain (rustup.rs)"
+    command -v cargo >/dev/null || die "no cargo here; ringblk needs a Rust toolchain"
     for command; do
         echo 'int main(void) { return 0; }' | "$command" -x c -o /dev/null - 2>/dev/null || lack+="$command "
     done
