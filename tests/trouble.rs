@@ -3,16 +3,18 @@
 
 mod common;
 
-use common::eventually;
 use common::model::{Op, Queue};
 use common::queue::{Layout, RawQueue};
 use common::service::{Service, Setup};
 use common::vmm::{Vmm, everyday};
-use nix::sys::signal::Signal;
+use common::{PATIENCE, eventually};
 use ringblk::service::client::Client;
 use std::fs::{File, OpenOptions};
-use std::time::Duration;
+use std::os::fd::AsRawFd;
+use std::time::Instant;
 use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
 
 const MIB: u64 = 1 << 20;
 const OK: u8 = 0;
@@ -108,50 +110,117 @@ fn what_does_not_come_back_is_reported() {
     }
 }
 
-/// A request that waits may have any of the guest's memory in the kernel: nothing that takes it away is answered before.
+/// Nothing that a VMM asks for waits for a store. What it knows to go on with goes on; the rest fails.
 #[test]
-fn a_stop_or_a_memory_change_waits_for_what_waits() {
-    for stops in [true, false] {
-        let (service, file) = served("on-error=stop");
-        let (vmm, mut queue) = everyday(&service.path("a"));
-        file.set_len(0).unwrap();
-        begin(&mut queue, 0, READ);
-        await_waiting(&service, 1);
-        let asked = std::thread::spawn(move || {
-            match stops {
-                true => assert_eq!(vmm.frontend.get_vring_base(0).unwrap(), 1),
-                false => drop(vmm.frontend.set_mem_table(&vmm.memory.infos()).unwrap()),
+fn a_vmm_never_waits_for_what_waits() {
+    for policy in ["on-error=stop", "on-error=retry,retry-for=3600"] {
+        for stops in [true, false] {
+            let (service, file) = served(policy);
+            let (mut vmm, mut queue) = everyday(&service.path("a"));
+            file.set_len(0).unwrap();
+            begin(&mut queue, 0, READ);
+            await_waiting(&service, 1);
+            if stops {
+                assert_eq!(vmm.frontend.get_vring_base(0).unwrap(), 1);
+                assert_eq!(queue.ring.used_idx(), 1, "it was complete before the answer");
+                assert_eq!(queue.wait(), [(0, IOERR)]);
+                await_waiting(&service, 0);
+                continue;
             }
-            vmm
-        });
-        std::thread::sleep(Duration::from_millis(300));
-        assert!(!asked.is_finished() && queue.ring.used_idx() == 0);
-        Client::new(service.control()).resume("root", true).unwrap();
-        let _vmm = asked.join().unwrap();
-        assert_eq!(queue.ring.used_idx(), 1, "it was complete before the answer");
-        assert_eq!(queue.wait(), [(0, IOERR)]);
+            // Whatever changes about a vring that runs.
+            vmm.frontend.set_mem_table(&vmm.memory.infos()).unwrap();
+            await_waiting(&service, 1);
+            vmm.frontend.set_vring_kick(0, &queue.ring.kick).unwrap();
+            vmm.frontend.set_vring_err(0, &queue.ring.err).unwrap();
+            vmm.frontend.set_vring_call(0, &queue.ring.call).unwrap();
+            vmm.frontend.set_vring_enable(0, false).unwrap();
+            await_waiting(&service, 1);
+            assert_eq!(queue.ring.used_idx(), 0, "it is neither done nor failed");
+            vmm.frontend.set_vring_enable(0, true).unwrap();
+            file.set_len(8 * MIB).unwrap();
+            if policy == "on-error=stop" {
+                Client::new(service.control()).resume("root", false).unwrap();
+            }
+            assert_eq!(queue.wait(), [(0, OK)]);
+            assert_eq!(queue.write(0, &[7; 512]), OK, "and the next");
+        }
     }
 }
 
-/// The memory of a VMM that is gone is not let go of before its requests are over.
+/// A guest that turns its cache off waits for a flush, and no longer than a moment for a store that is stopped.
 #[test]
-fn a_drain_waits_and_says_for_what() {
+fn a_change_of_the_cache_does_not_wait_for_what_waits() {
     let (service, file) = served("on-error=stop");
-    let mut service = service.ends_with(1);
+    let (mut vmm, mut queue) = everyday(&service.path("a"));
+    file.set_len(0).unwrap();
+    begin(&mut queue, 0, READ);
+    await_waiting(&service, 1);
+    vmm.set_config(32, &[0]);
+    assert_eq!(vmm.config(32, 1), [0]);
+    await_waiting(&service, 1);
+}
+
+/// A VMM that is gone, and the next one.
+#[test]
+fn what_waits_holds_up_no_other_vmm() {
+    let (service, file) = served("on-error=stop");
     let (vmm, mut queue) = everyday(&service.path("a"));
     file.set_len(0).unwrap();
     begin(&mut queue, 0, READ);
     await_waiting(&service, 1);
     drop((vmm, queue));
-    await_log(&service, &["still waiting for its requests", "volume root: 1 wait for `ringblk resume root`"]);
-    service.signal(Signal::SIGTERM);
-    await_log(
-        &service,
-        &["stopping: volume root: 1 wait for", "read of 8 sectors at sector 8192, tag 0: Input/output"],
-    );
-    assert_eq!(service.status().volumes[0].waiting, 1);
-    // Who insists on an end has one.
-    service.signal(Signal::SIGTERM);
-    service.wait();
-    assert!(service.log().contains("resumed: 1 requests fail"), "{}", service.log());
+    let (_vmm, mut queue) = everyday(&service.path("a"));
+    await_waiting(&service, 0);
+    file.set_len(8 * MIB).unwrap();
+    Client::new(service.control()).resume("root", false).unwrap();
+    assert_eq!(queue.read(LOST, 8).0, OK);
+}
+
+/// Where the VMM keeps notes, the next service carries out what waited.
+#[test]
+fn what_waits_outlives_a_stop_in_the_notes() {
+    let (service, file) = served("on-error=stop");
+    let image = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let image = std::fs::read_link(image).unwrap();
+    let mut vmm = Vmm::connect_with_notes(&service.path("a"));
+    let info = VhostUserInflight { num_queues: 1, queue_size: 64, ..Default::default() };
+    let (info, notes) = vmm.frontend.get_inflight_fd(&info).unwrap();
+    vmm.frontend.set_inflight_fd(&info, notes.as_raw_fd()).unwrap();
+    let mut queue = vmm.queue(0, 64, Layout::Plain, 4);
+    file.set_len(0).unwrap();
+    begin(&mut queue, 0, READ);
+    await_waiting(&service, 1);
+    let begun = Instant::now();
+    service.stop();
+    assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+    assert_eq!(queue.ring.used_idx(), 0, "it did not fail");
+
+    File::create(&image).unwrap().set_len(8 * MIB).unwrap();
+    let setup = Setup::new().volume("root", &format!("file:{}", image.display())).door("root", "a", "");
+    let service = setup.start();
+    let memory = vmm.memory.clone();
+    let mut vmm = Vmm::connect_sharing(&service.path("a"), memory);
+    vmm.frontend.set_inflight_fd(&info, notes.as_raw_fd()).unwrap();
+    vmm.start(0, &queue.ring);
+    assert_eq!(queue.wait(), [(0, OK)]);
+    drop(service);
+    std::fs::remove_file(image).unwrap();
+}
+
+/// A stop waits for no store either, and says what it leaves.
+#[test]
+fn a_stop_ends_while_requests_wait() {
+    for policy in ["on-error=stop", "on-error=retry,retry-for=3600"] {
+        let (service, file) = served(policy);
+        let (vmm, mut queue) = everyday(&service.path("a"));
+        file.set_len(0).unwrap();
+        begin(&mut queue, 0, READ);
+        await_waiting(&service, 1);
+        let begun = Instant::now();
+        service.stop();
+        assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
+        // Without notes nobody else would ever carry it out.
+        assert_eq!(queue.wait(), [(0, IOERR)]);
+        drop(vmm);
+    }
 }

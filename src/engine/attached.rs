@@ -129,6 +129,14 @@ impl<R: Ring> Attached<R> {
 }
 
 impl<R: Ring> Attached<R> {
+    /// Waits no more for the answers of a server to requests whose slots are interrupted. What it does with them is not
+    /// known then, as after any loss of a connection.
+    pub fn hang_up(&self) {
+        if let Ops::Nbd(nbd) = &self.ops {
+            nbd.hang_up();
+        }
+    }
+
     /// Fails the requests that wait for somebody else: a server that does not answer, or a resume. Those that the kernel
     /// has it completes itself. For a service that ends and was told to wait no longer.
     pub fn abandon(&self) {

@@ -110,6 +110,11 @@ impl<R: Ring> Core<R> {
         self.wake(slot);
     }
 
+    /// Whether `slot` was [interrupted](Self::interrupt).
+    pub fn is_interrupted(&self, slot: u32) -> bool {
+        self.slots.borrow().get(slot as usize).is_some_and(|slot| slot.interrupted)
+    }
+
     /// Runs a future of this worker's own from now until it ends. Its slot.
     pub fn spawn<F: Future<Output = ()> + 'static>(self: &Rc<Self>, make: impl FnOnce(Io<R>) -> F) -> u32 {
         let slot = self.allocate();
@@ -278,7 +283,7 @@ impl<R: Ring> Io<R> {
 
     /// Whether nothing here is to wait for more than the kernel's work: see [`Core::interrupt`].
     pub fn is_interrupted(&self) -> bool {
-        self.core.slots.borrow()[self.slot as usize].interrupted
+        self.core.is_interrupted(self.slot)
     }
 
     /// As [`submit`](Self::submit), for an operation that waits and names no memory but its own: a poll or a timeout.

@@ -177,7 +177,8 @@ impl Link {
         answer
     }
 
-    /// Ends the waits of requests of a vring that stops: those for a store that failed, or for a server that is gone.
+    /// Ends the waits of requests of a vring that stops: those for a store that failed, or for a server that is gone. The
+    /// second time also those for a server that does not answer, by hanging up on it.
     pub fn interrupt_vring(&self, id: VringId, mode: vhost_user::StopMode) {
         self.mailbox.post(Command::InterruptVring { id, mode });
     }

@@ -271,11 +271,15 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         alive.set([Some(first), Some(second)]);
     }
 
-    /// Ends the waits of a vring's requests for their store, now and from now on.
+    /// Ends the waits of a vring's requests for their store, now and from now on; the second time, those for a server
+    /// that has a request and does not answer.
     fn interrupt_vring(&mut self, at: u32, mode: vhost_user::StopMode) {
         let Some(vring) = self.vring(at) else { return };
         vring.interrupt(mode);
         let Some(place) = self.places[at as usize].as_mut() else { return };
+        if place.interrupted {
+            place.volume.hang_up();
+        }
         place.interrupted = true;
         place.slots.iter().for_each(|slot| self.core.interrupt(*slot));
     }

@@ -64,6 +64,15 @@ impl Vmm {
         vmm
     }
 
+    /// The same, by a VMM that comes back with the memory that it has.
+    pub fn connect_sharing(socket: &Path, memory: Arc<GuestMemory>) -> Vmm {
+        let more = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        let mut vmm = Vmm::shake_hands_with(socket, u64::MAX, GuestMemory::new(BASE, 4096), more);
+        vmm.memory = memory;
+        vmm.frontend.set_mem_table(&vmm.memory.infos()).unwrap();
+        vmm
+    }
+
     fn shake_hands_with(
         socket: &Path,
         mask: u64,

@@ -210,6 +210,12 @@ impl Inflight {
         }
     }
 
+    /// Whether a request of such a slot has no answer yet.
+    pub fn waits(&self, such: impl Fn(u32) -> bool) -> bool {
+        let waits = |entry: &Entry| matches!(entry.inward, Inward::Waiting | Inward::Piece(_));
+        self.entries.iter().any(|entry| waits(entry) && entry.slot.is_some_and(&such))
+    }
+
     /// Requests that have a place.
     #[cfg(test)]
     pub fn len(&self) -> usize {

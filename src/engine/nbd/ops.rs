@@ -37,6 +37,11 @@ impl<R: Ring> NbdOps<R> {
         self.pool.abandon();
     }
 
+    /// See [`Pool::hang_up`].
+    pub fn hang_up(&self) {
+        self.pool.hang_up();
+    }
+
     /// Has one request carried out, over as many connections as it takes.
     async fn perform(&self, io: &Io<R>, request: &Request, data: &[Iovec], skip: usize) -> Result<(), Errno> {
         let mut lost = None;
@@ -57,6 +62,7 @@ impl<R: Ring> NbdOps<R> {
                     }
                     return Err(errno);
                 }
+                Err(Failure::Lost) if io.is_interrupted() => return Err(Errno::ERESTART),
                 Err(Failure::Lost) => self.pool.again(&mut lost)?,
             }
         }
@@ -162,6 +168,7 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
                     self.losses().report();
                     return Err(errno);
                 }
+                Err(Failure::Lost) if io.is_interrupted() => return Err(Errno::ERESTART),
                 Err(Failure::Lost) => self.pool.again(&mut lost)?,
             }
         }

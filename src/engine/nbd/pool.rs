@@ -143,6 +143,16 @@ impl<R: Ring> Pool<R> {
         self.wake_waiting();
     }
 
+    /// Ends the connections on which a request waits for its answer whose slot is interrupted. Other requests there are
+    /// sent again over another connection, as after any loss.
+    pub fn hang_up(&self) {
+        for Place { connection, .. } in &self.connections {
+            if connection.inflight.borrow().waits(|slot| self.core.is_interrupted(slot)) {
+                connection.lose("the server does not answer");
+            }
+        }
+    }
+
     /// A connection to send something over, that may wait for one to be made.
     ///
     /// # Errors

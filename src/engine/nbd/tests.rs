@@ -537,3 +537,47 @@ fn giving_up_fails_what_a_silent_server_has() {
     assert_eq!(bench.read(&ops, 0, 512), Err(Errno::ENOTCONN));
     bench.finish(ops);
 }
+
+/// A request that waits for a connection is not to wait any more when its slot is interrupted. One that the server has
+/// is waited for until the server is hung up on.
+#[test]
+fn interrupted_requests_do_not_wait_for_the_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 60).0);
+    bench.read(&ops, 0, 512).unwrap();
+    let results = Rc::new(RefCell::new(Vec::new()));
+    let begin = |bench: &mut Bench| {
+        let (user, results) = (ops.clone(), results.clone());
+        bench.start(|io| async move {
+            let result = read(&user, &io, 0, 512, 1).await.map(drop);
+            results.borrow_mut().push(result);
+        })
+    };
+    server.fault(Fault::Hang);
+    let silent = begin(&mut bench);
+    bench.rest(Duration::from_millis(50));
+    ops.hang_up();
+    bench.rest(Duration::from_millis(50));
+    assert!(results.borrow().is_empty(), "nobody is interrupted, so nobody is hung up on");
+    bench.core.interrupt(silent);
+    bench.rest(Duration::from_millis(50));
+    assert!(results.borrow().is_empty(), "the server has it");
+    ops.hang_up();
+    bench.until("the silent server's end", || results.borrow().len() == 1);
+    server.crash();
+    // Until the loss is noticed.
+    bench.rest(Duration::from_millis(300));
+    let (waits, other) = (begin(&mut bench), begin(&mut bench));
+    bench.rest(Duration::from_millis(50));
+    assert_eq!(results.borrow().len(), 1, "they wait for a connection");
+    bench.core.interrupt(waits);
+    bench.until("the interrupted one", || results.borrow().len() == 2);
+    assert_eq!(*results.borrow(), [Err(Errno::ERESTART); 2]);
+    assert!(bench.tasks.is_alive(other));
+    server.listen();
+    bench.until("the other", || results.borrow().len() == 3);
+    assert_eq!(results.borrow()[2], Ok(()));
+    bench.finish(ops);
+}

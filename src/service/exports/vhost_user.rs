@@ -114,7 +114,7 @@ impl VhostUserExport {
         let door = Door {
             listener,
             device,
-            host: Arc::new(Workers { links, lent: Lent::new(volume.clone(), queues) }),
+            host: Arc::new(Workers::new(links, Lent::new(volume.clone(), queues))),
             shape: Shape { queues, queue_size: config.queue_size },
             memory,
             shared: shared.clone(),

@@ -7,9 +7,9 @@ use crate::engine::Volume;
 use crate::frontend::vhost_user::{CallFd, Host, Running, StopMode, Stopped, VringSetup};
 use crate::worker::{Lent, Link, VringId};
 use std::io;
-use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A drain that takes longer is told of, and again after as long.
 const SLOW: Duration = Duration::from_secs(5);
@@ -17,6 +17,13 @@ const SLOW: Duration = Duration::from_secs(5);
 /// How long requests may wait for their store to come back when the VMM asks for a vring to stop. It knows no way to go
 /// on with them, so they fail then; but most waits are shorter.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(1);
+
+/// Queues that are stopped so soon after one that ran into this limit are not waited for again: the VMM stops them one by
+/// one.
+const QUIESCE_AGAIN: Duration = Duration::from_secs(10);
+
+/// Slow drains after which a server that has a request and does not answer is hung up on.
+const HANG_UP_AFTER: u32 = 6;
 
 /// How long a flush may wait for its store to come back when the guest turns its cache off.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
@@ -26,8 +33,17 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// The workers as a session sees them: each queue has its own.
 pub(super) struct Workers {
-    pub links: Vec<Link>,
-    pub lent: Lent,
+    links: Vec<Link>,
+    lent: Lent,
+    /// When a queue was last stopped whose requests waited too long.
+    too_long: Arc<Mutex<Option<Instant>>>,
+}
+
+impl Workers {
+    /// Queues are on `links` in turn.
+    pub fn new(links: Vec<Link>, lent: Lent) -> Workers {
+        Workers { links, lent, too_long: Arc::default() }
+    }
 }
 
 impl Host for Workers {
@@ -35,7 +51,8 @@ impl Host for Workers {
         let link = self.links[setup.index % self.links.len()].clone();
         let name = format!("{}: vring {}", setup.device.name(), setup.index);
         let id = link.start_vring(setup, self.lent.clone())?;
-        Ok(Box::new(OnWorker { link, id, name, volume: self.lent.volume.clone() }))
+        let (volume, too_long) = (self.lent.volume.clone(), self.too_long.clone());
+        Ok(Box::new(OnWorker { link, id, name, volume, too_long }))
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -54,17 +71,34 @@ struct OnWorker {
     id: VringId,
     name: String,
     volume: Arc<Volume>,
+    too_long: Arc<Mutex<Option<Instant>>>,
+}
+
+impl OnWorker {
+    /// Waits for the requests of a queue that the VMM stops, for as long as they may wait for their store.
+    fn quiesce(&self, answer: &Receiver<Option<Stopped>>) -> Option<Stopped> {
+        let mut too_long = self.too_long.lock().unwrap_or_else(PoisonError::into_inner);
+        let again = too_long.is_some_and(|then| then.elapsed() < QUIESCE_AGAIN);
+        match answer.recv_timeout(if again { Duration::ZERO } else { QUIESCE_LIMIT }) {
+            Err(RecvTimeoutError::Timeout) => {
+                *too_long = Some(Instant::now());
+                None
+            }
+            answer => Some(answer.ok().flatten().unwrap_or_default()),
+        }
+    }
 }
 
 impl Running for OnWorker {
     fn stop(self: Box<Self>, mode: StopMode) -> Stopped {
         let answer = self.link.stop_vring(self.id);
         if mode == StopMode::Quiesce
-            && let Ok(stopped) = answer.recv_timeout(QUIESCE_LIMIT)
+            && let Some(stopped) = self.quiesce(&answer)
         {
-            return stopped.unwrap_or_default();
+            return stopped;
         }
         self.link.interrupt_vring(self.id, mode);
+        let mut slow = 0;
         loop {
             match answer.recv_timeout(SLOW) {
                 // Answering before the kernel is done with the guest's memory would let the VMM use it for
@@ -72,6 +106,10 @@ impl Running for OnWorker {
                 Err(RecvTimeoutError::Timeout) => {
                     let why = self.volume.held_up().map_or(String::new(), |why| format!(" ({why})"));
                     log::warn!("{}: still waiting for its requests in flight{why}", self.name);
+                    slow += 1;
+                    if slow == HANG_UP_AFTER {
+                        self.link.interrupt_vring(self.id, mode);
+                    }
                 }
                 Ok(Some(stopped)) => return stopped,
                 // The worker is gone, with all that it had in flight: the process ends.
