@@ -137,6 +137,9 @@ fn a_ring_that_its_notes_have_no_room_for_is_refused() {
     assert!(error.to_string().contains("does not have"), "{error}");
 }
 
+/// The guest's memory and the notes, as a kill would leave them.
+type Snapshots = Rc<RefCell<Vec<(Vec<u8>, Vec<u8>)>>>;
+
 /// A kill leaves every store up to some point, and none after it: each is tried as the last.
 #[test]
 fn each_store_may_be_the_last() {
@@ -147,7 +150,7 @@ fn each_store_may_be_the_last() {
         let driver_kept = kept.clone();
         let faults = Faults { delay: 60, reorder: true, ..Faults::default() };
         let mut worker = kept.worker(&driver, seed, faults);
-        let snapshots: Rc<RefCell<Vec<(Vec<u8>, Vec<u8>)>>> = Rc::default();
+        let snapshots = Snapshots::default();
         let mut sectors = 0..COUNT;
         while sectors.start < COUNT || worker.vring.in_flight() > 0 {
             for sector in sectors.by_ref().take(random.below(4)) {

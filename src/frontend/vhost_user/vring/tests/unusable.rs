@@ -145,9 +145,12 @@ fn what_is_laid_out_wrongly_is_an_error() {
     assert_eq!(hears(IN, 0, |parts| (vec![(parts.table, 48, INDIRECT, 0)], inner(parts))), FAILED);
 }
 
+/// A chain, and the table that it may name.
+type Chain = (Vec<Raw>, Vec<Raw>);
+
 #[test]
 fn a_vring_whose_status_cannot_be_reached_is_given_up() {
-    let given_up = |what: &str, chain: &dyn Fn(&Parts) -> (Vec<Raw>, Vec<Raw>)| {
+    let given_up = |what: &str, chain: &dyn Fn(&Parts) -> Chain| {
         assert_eq!(hears(IN, FEATURES, chain), Heard::GivenUp, "{what}");
     };
     given_up("a status outside", &|parts| {
