@@ -54,11 +54,11 @@ impl<R: Ring> Attached<R> {
     }
 
     /// Brings every write that completed before to stable storage, for a client that wants to know of each loss of
-    /// acknowledged writes that it was not told of.
+    /// acknowledged writes that it was not told of. The volume's [policy](super::policy) has no say in it.
     ///
     /// # Errors
     /// The store's, or `EIO` for a loss that the store told somebody else.
-    pub(super) async fn flush_for(&self, io: &Io<R>, flusher: &Flusher) -> Result<(), Errno> {
+    pub async fn flush_for(&self, io: &Io<R>, flusher: &Flusher) -> Result<(), Errno> {
         let Some(losses) = self.losses() else { return Ok(()) };
         let heard = flusher.heard();
         match self.flush(io).await {

@@ -6,8 +6,8 @@ use super::patience::Patience;
 use super::slot::{Client, Queue, Seat, sit};
 use super::watch::{Watch, Watchdog};
 use super::{Command, Habits, Lent, Reply, VringId};
-use crate::block::{Data, Errno, Flags, Op, Request};
-use crate::engine::{Attached, Volume, execute};
+use crate::block::Errno;
+use crate::engine::{Attached, Volume};
 use crate::frontend::{ublk, vhost_user};
 use crate::ring::{
     Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData, set_io_flusher,
@@ -256,9 +256,8 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         };
         let end = end_other.clone();
         let first = self.core.spawn(|io| async move {
-            let mut request =
-                Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data: Data::None };
-            let result = execute(&attached, &io, lent.flushers.queue(0), &mut request).await;
+            // Not as a request: those may wait for a word from outside, and this is for somebody who leaves.
+            let result = attached.flush_for(&io, lent.flushers.queue(0)).await;
             reply.send(
                 result.map_err(|errno| if errno == Errno::ERESTART { Errno::ETIMEDOUT } else { errno }),
             );
