@@ -29,7 +29,7 @@ const BACKEND_REQ: u64 = 1 << 5;
 /// Doors `a` and `b` to a volume in memory, on one worker.
 fn setup() -> Setup {
     let setup = Setup::new().args(["--workers", "1"]).volume("root", "memory:32M");
-    setup.door("root", "a", "queues=2").door("root", "b", "queues=2")
+    setup.door("root", "a", "queues=2,queue-size=256").door("root", "b", "queues=2")
 }
 
 fn memfd(len: u64) -> File {

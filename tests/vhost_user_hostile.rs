@@ -37,7 +37,8 @@ impl Scene {
         // Past the page cache, so that a request is in flight for a while.
         let image = setup.image(8 * MIB);
         let setup = setup.volume("root", &format!("file:{},direct=on", image.display()));
-        let service = setup.door("root", "a", "queues=2").door("root", "b", "").start().may_complain();
+        let service =
+            setup.door("root", "a", "queues=2,queue-size=256").door("root", "b", "").start().may_complain();
         let (vmm, witness) = everyday(&service.path("b"));
         Scene { service, _vmm: vmm, witness }
     }

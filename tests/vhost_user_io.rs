@@ -9,6 +9,7 @@ use common::model::{Model, Op, Queue, Random};
 use common::queue::{Layout, MAX_LEN, RawQueue, UNTOUCHED};
 use common::service::{Service, Setup};
 use common::vmm::{BASE, EVENT_IDX, INDIRECT, Vmm, everyday};
+use ringblk::frontend::vhost_user::options::VhostUserConfig;
 use ringblk::service::status::ExportStatus;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -283,25 +284,72 @@ fn discards_give_space_back_and_zeroes_read_as_zeroes() {
     assert_eq!(queue.read(0, 8), (OK, vec![0xff; 4096]), "nothing was done");
 }
 
+/// Without a word a VMM may set up what QEMU does by itself: a queue for each of its CPUs, and rings of any size it has.
+#[test]
+fn queues_are_not_short() {
+    let service = memory_service("");
+    let mut vmm = Vmm::connect_with(&service.path("a"), u64::MAX, GuestMemory::new(BASE, 32 * MIB));
+    let offered = vmm.config(34, 2);
+    assert!(u16::from_le_bytes([offered[0], offered[1]]) >= 64);
+    // The last of the 16 that this VMM knows of is on a worker as the first is.
+    for index in [0, 15] {
+        let mut queue = vmm.queue(index, 1024, Layout::Plain, 16);
+        assert_eq!(queue.write(index as u64, &[index as u8; 512]), OK);
+        assert_eq!(queue.read(index as u64, 1), (OK, vec![index as u8; 512]));
+    }
+}
+
+/// There are guests that take the topology for a part of the block size.
+#[test]
+fn the_topology_can_be_left_out() {
+    let shown = |options: &str| {
+        let setup = Setup::new();
+        let image = setup.image(8 * MIB);
+        let volume = format!("file:{}{options}", image.display());
+        let service = setup.volume("root", &volume).door("root", "a", "").start();
+        let topology = Vmm::connect(&service.path("a")).config(20, 12);
+        (topology[..4].to_vec(), topology[4], topology[4..].iter().all(|byte| *byte == 0))
+    };
+    let block = 512u32.to_le_bytes().to_vec();
+    assert_eq!(shown(",physical-block=512"), (block.clone(), 0, true));
+    assert_eq!(shown(",physical-block=16384"), (block.clone(), 5, false));
+    assert!(!shown("").2, "of a file system there is one to tell");
+    let setup =
+        Setup::new().volume("root", "memory:8M,block-size=4096,physical-block=512").door("root", "a", "");
+    let (status, said) = setup.refused();
+    assert!(
+        status == 2 && said.contains("physical-block: must be a power of two from 4096"),
+        "{status} {said}"
+    );
+}
+
 #[test]
 fn the_name_of_the_device() {
     let name = "a-name-of-more-than-twenty.bytes";
     let service = Setup::new().volume(name, "memory:1M").volume("b", "memory:1M");
-    let service = service.door(name, "a", "").door("b", "b", "").start();
+    let service =
+        service.door(name, "a", "").door("b", "b", "").door("b", "c", "serial=20-bytes-all-its-own");
+    let service = service.start();
+    let serial = VhostUserConfig::new(name, "a").serial();
+    assert_eq!((serial.len(), &serial[..10]), (20, "a-name-of-"), "a hash follows");
     let (_a, mut queue) = everyday(&service.path("a"));
     let mut ask = |len: usize| {
         let answer = queue.send(VIRTIO_BLK_T_GET_ID, 0, &vec![0xcc; len], true);
         (answer, queue.ring.memory.get(queue.data(0), len))
     };
-    assert_eq!(ask(20), ((OK, 21), name.as_bytes()[..20].to_vec()));
+    assert_eq!(ask(20), ((OK, 21), serial.as_bytes().to_vec()));
     // A buffer that is shorter, longer, or none.
     assert_eq!(ask(3), ((OK, 4), b"a-n".to_vec()));
     let (answer, bytes) = ask(64);
-    assert_eq!((answer, &bytes[..20], &bytes[20..]), ((OK, 21), &name.as_bytes()[..20], &[0xcc; 44][..]));
+    assert_eq!((answer, &bytes[..20], &bytes[20..]), ((OK, 21), serial.as_bytes(), &[0xcc; 44][..]));
     assert_eq!(ask(0).0.0, OK);
-    let (_b, mut queue) = everyday(&service.path("b"));
-    assert_eq!(queue.send(VIRTIO_BLK_T_GET_ID, 0, &[0xcc; 20], true), (OK, 21));
-    assert_eq!(queue.ring.memory.get(queue.data(0), 20), b"b\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    for (socket, serial) in
+        [("b", *b"b\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"), ("c", *b"20-bytes-all-its-own")]
+    {
+        let (_vmm, mut queue) = everyday(&service.path(socket));
+        assert_eq!(queue.send(VIRTIO_BLK_T_GET_ID, 0, &[0xcc; 20], true), (OK, 21));
+        assert_eq!(queue.ring.memory.get(queue.data(0), 20), serial);
+    }
 }
 
 #[test]

@@ -20,6 +20,8 @@ Drivers (NAME=DRIVER:TARGET):
   Each also takes on-error=report|retry|stop and, with retry, retry-for=SECONDS:
   what becomes of a request that the store fails. It is reported to the client,
   or tried again for a time, or waits for `ringblk resume NAME`.
+  And physical-block=512..65536: shown in place of the store's; equal to the
+  logical block, no preferred sizes are shown (some guests misread them).
 
 Options of --ublk:
   queues=N, depth=N, zero-copy=auto|on|off, id=N, max-io=SIZE, workers=N

@@ -170,6 +170,57 @@ impl fmt::Display for PolicyConfig {
     }
 }
 
+/// What the clients of a volume are told of its blocks. Of any volume, whatever its driver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct TopologyConfig {
+    /// The smallest unit that is written without reading before, in bytes: a power of two, 512 to
+    /// [`TopologyConfig::MAX_PHYSICAL_BLOCK`], at least the logical block; `None`: the store's. With that of the logical
+    /// block no preferred sizes are told either: there are guests that misread them.
+    pub physical_block: Option<u32>,
+}
+
+impl TopologyConfig {
+    /// Its keys, which stand among the driver's.
+    pub const KEYS: [&'static str; 1] = ["physical-block"];
+    /// More than any disk has.
+    pub const MAX_PHYSICAL_BLOCK: u32 = 65536;
+
+    /// Checks every value's range; `logical_block` is that of the configuration.
+    ///
+    /// # Errors
+    /// The key that is wrong, and why.
+    pub fn check(&self, logical_block: Option<u32>) -> Result<(), (&'static str, String)> {
+        let Some(bytes) = self.physical_block else { return Ok(()) };
+        let (least, most) = (logical_block.unwrap_or(512), TopologyConfig::MAX_PHYSICAL_BLOCK);
+        if bytes.is_power_of_two() && (least..=most).contains(&bytes) {
+            return Ok(());
+        }
+        Err(("physical-block", format!("must be a power of two from {least} to {most}, not {bytes}")))
+    }
+
+    /// What a disk of that geometry shows. `None` where its logical block is larger than its physical one is to be.
+    pub fn apply(&self, geometry: &Geometry) -> Option<Geometry> {
+        let Some(bytes) = self.physical_block else { return Some(geometry.clone()) };
+        let told = bytes > geometry.logical_block;
+        // Preferred sizes are whole physical blocks.
+        let whole = |preferred: u32| if told && preferred.is_multiple_of(bytes) { preferred } else { 0 };
+        (bytes >= geometry.logical_block).then(|| Geometry {
+            physical_block: bytes,
+            io_min: whole(geometry.io_min.max(bytes)),
+            io_opt: whole(geometry.io_opt),
+            ..geometry.clone()
+        })
+    }
+}
+
+/// What differs from the default, for people: nothing, or `, physical block ...`.
+impl fmt::Display for TopologyConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.physical_block.map_or(Ok(()), |bytes| write!(f, ", physical block {bytes}"))
+    }
+}
+
 /// A driver's name and the key its target (`DRIVER:TARGET` in a flag) is stored under.
 const DRIVERS: [(&str, &str); 4] = [("file", "path"), ("memory", "size"), ("null", "size"), ("nbd", "uri")];
 
@@ -221,6 +272,16 @@ impl VolumeConfig {
         }
     }
 
+    /// The logical block that the configuration asks for.
+    pub fn block_size(&self) -> Option<u32> {
+        match self {
+            VolumeConfig::File(file) => file.block_size,
+            VolumeConfig::Memory(memory) => memory.block_size,
+            VolumeConfig::Null(null) => null.block_size,
+            VolumeConfig::Nbd(_) => None,
+        }
+    }
+
     /// Whether the configuration asks for a read-only volume. The store may make it one all the same.
     pub fn read_only(&self) -> bool {
         match self {
@@ -251,15 +312,9 @@ impl VolumeConfig {
 impl fmt::Display for VolumeConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.driver(), self.target())?;
-        let block_size = match self {
-            VolumeConfig::File(file) => {
-                if file.direct {
-                    f.write_str(", direct")?;
-                }
-                file.block_size
-            }
-            VolumeConfig::Memory(memory) => memory.block_size,
-            VolumeConfig::Null(null) => null.block_size,
+        match self {
+            VolumeConfig::File(file) if file.direct => f.write_str(", direct")?,
+            VolumeConfig::File(_) | VolumeConfig::Memory(_) | VolumeConfig::Null(_) => {}
             VolumeConfig::Nbd(nbd) => {
                 if let Some(connections) = nbd.connections {
                     write!(f, ", connections {connections}")?;
@@ -267,10 +322,9 @@ impl fmt::Display for VolumeConfig {
                 if nbd.reconnect > 0 {
                     write!(f, ", reconnect {} s", nbd.reconnect)?;
                 }
-                None
             }
-        };
-        if let Some(bytes) = block_size {
+        }
+        if let Some(bytes) = self.block_size() {
             write!(f, ", block size {bytes}")?;
         }
         if self.read_only() {
@@ -441,6 +495,30 @@ mod tests {
             let json = format!(r#"{{"uri": "nbd://h", "{key}": {value}}}"#);
             assert_eq!(refusal("nbd", &json).0, key);
         }
+    }
+
+    #[test]
+    fn a_physical_block_replaces_the_stores() {
+        let with = |bytes| TopologyConfig { physical_block: bytes };
+        for (bytes, logical) in [(0, None), (256, None), (1000, None), (131_072, None), (512, Some(4096))] {
+            assert_eq!(with(Some(bytes)).check(logical).unwrap_err().0, "physical-block", "{bytes}");
+        }
+        for (bytes, logical) in [(512, None), (65536, None), (4096, Some(4096))] {
+            with(Some(bytes)).check(logical).unwrap();
+        }
+        let mut store = Geometry::new(1 << 30, 512).unwrap();
+        (store.physical_block, store.io_min, store.io_opt) = (4096, 4096, 1 << 20);
+        let shown = |bytes| {
+            let shown = with(bytes).apply(&store).unwrap();
+            (shown.physical_block, shown.io_min, shown.io_opt)
+        };
+        assert_eq!(shown(None), (4096, 4096, 1 << 20));
+        assert_eq!(shown(Some(512)), (512, 0, 0), "nothing but the logical block");
+        assert_eq!(shown(Some(16384)), (16384, 16384, 1 << 20));
+        store.io_opt = 3 << 10;
+        let shown = with(Some(2048)).apply(&store).unwrap();
+        assert_eq!((shown.io_min, shown.io_opt), (4096, 0), "no part of a block");
+        assert!(with(Some(512)).apply(&Geometry::new(1 << 30, 4096).unwrap()).is_none());
     }
 
     #[test]

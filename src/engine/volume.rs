@@ -1,7 +1,7 @@
 //! Opening volumes, and lending them to workers.
 
 use super::attached::{Attached, Ops};
-use super::config::{PolicyConfig, VolumeConfig};
+use super::config::{PolicyConfig, TopologyConfig, VolumeConfig};
 use super::file::{self, FileOps, FileVolume};
 use super::losses::Losses;
 use super::memory::{self, Memory};
@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex};
 /// An opened volume: what all workers share of it.
 pub struct Volume {
     name: String,
-    geometry: Geometry,
+    pub(super) geometry: Geometry,
     pub(super) store: Store,
     /// Held while the size changes.
     pub(super) resizing: Mutex<()>,
@@ -64,6 +64,16 @@ pub enum OpenError {
         name: String,
         /// What was wrong with it.
         source: GeometryError,
+    },
+    /// The store's blocks are larger than its clients are to be told.
+    #[error("volume {name}: physical-block={asked}: its logical block has {needed} bytes")]
+    PhysicalBlock {
+        /// Of the volume.
+        name: String,
+        /// As configured.
+        asked: u32,
+        /// The logical block.
+        needed: u32,
     },
     /// No memory.
     #[error("volume {name}: {bytes} bytes of memory cannot be reserved")]
@@ -124,6 +134,21 @@ impl Volume {
     pub fn with_policy(self, config: PolicyConfig) -> Volume {
         let policy = Arc::new(Policy::new(&self.name, config));
         Volume { policy, ..self }
+    }
+
+    /// The same with other block sizes shown than the store has. Before anybody attaches to it.
+    ///
+    /// # Errors
+    /// When a physical block would be smaller than the logical one.
+    pub fn with_topology(self, config: TopologyConfig) -> Result<Volume, OpenError> {
+        match config.apply(&self.geometry) {
+            Some(geometry) => Ok(Volume { geometry, ..self }),
+            None => Err(OpenError::PhysicalBlock {
+                asked: config.physical_block.unwrap_or(0),
+                needed: self.geometry.logical_block,
+                name: self.name,
+            }),
+        }
     }
 
     /// Lets the requests go on that wait because the store failed, on every worker: they are tried again, or (`give_up`)

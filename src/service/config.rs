@@ -16,7 +16,7 @@ use std::collections::btree_map::Entry;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::engine::config::{PolicyConfig, VolumeConfig};
+use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::sandbox::Mode;
@@ -44,6 +44,8 @@ pub struct Config {
     pub volumes: BTreeMap<String, VolumeConfig>,
     /// What becomes of the requests that each volume's store fails.
     pub policies: BTreeMap<String, PolicyConfig>,
+    /// What is told of each volume's blocks.
+    pub topologies: BTreeMap<String, TopologyConfig>,
     /// Volumes shown as ublk disks, at most one a volume.
     pub ublk: Vec<UblkConfig>,
     /// Volumes shown on vhost-user sockets.
@@ -91,6 +93,7 @@ pub struct Loader {
     sandbox: Option<Item<Mode>>,
     volumes: BTreeMap<String, Item<VolumeConfig>>,
     policies: BTreeMap<String, PolicyConfig>,
+    topologies: BTreeMap<String, TopologyConfig>,
     ublk: Vec<Item<UblkConfig>>,
     vhost_user: Vec<Item<VhostUserConfig>>,
 }
@@ -134,8 +137,8 @@ impl Loader {
     /// Text of another form, an unknown driver or key, a bad value, a name that is already there.
     pub fn add_volume_flag(&mut self, text: &str) -> Result<(), ConfigError> {
         let origin = Origin::flag("--volume", text);
-        let (name, volume, policy) = flag::volume(text).map_err(|reason| origin.error(reason))?;
-        self.add_volume(name, Item::new((volume, policy), origin))
+        let (name, volume) = flag::volume(text).map_err(|reason| origin.error(reason))?;
+        self.add_volume(name, Item::new(volume, origin))
     }
 
     /// Adds a ublk export: `VOLUME[,key=value...]`.
@@ -203,6 +206,7 @@ impl Loader {
             control: self.control.map_or_else(|| DEFAULT_CONTROL.into(), |item| item.value),
             slow_after: self.slow_after.map_or(Config::DEFAULT_SLOW_AFTER, |item| item.value),
             policies: self.policies,
+            topologies: self.topologies,
             volumes: self.volumes.into_iter().map(|(name, item)| (name, item.value)).collect(),
             ublk: self.ublk.into_iter().map(|item| item.value).collect(),
             vhost_user: self.vhost_user.into_iter().map(|item| item.value).collect(),
@@ -210,10 +214,11 @@ impl Loader {
     }
 
     fn add_volume(&mut self, name: String, volume: file::Volume) -> Result<(), ConfigError> {
-        let (store, policy) = volume.value;
+        let (store, policy, topology) = volume.value;
         match self.volumes.entry(name) {
             Entry::Vacant(entry) => {
                 self.policies.insert(entry.key().clone(), policy);
+                self.topologies.insert(entry.key().clone(), topology);
                 entry.insert(Item::new(store, volume.origin));
                 Ok(())
             }
@@ -236,7 +241,7 @@ impl fmt::Display for Config {
         writeln!(f, "control: {}", self.control.display())?;
         writeln!(f, "sandbox: {}", self.sandbox)?;
         for (name, volume) in &self.volumes {
-            writeln!(f, "volume {name}: {volume}{}", self.policies[name])?;
+            writeln!(f, "volume {name}: {volume}{}{}", self.topologies[name], self.policies[name])?;
         }
         let own = |workers: Option<u16>| workers.map_or(String::new(), |count| format!(", workers {count}"));
         for export in &self.ublk {
@@ -284,6 +289,7 @@ block-size = 4096
 [volume.scratch]
 driver = "memory"
 size = "1G"
+physical-block = 4096
 
 [volume.far]
 on-error = "retry"
@@ -324,7 +330,7 @@ workers = 1
         flags.set_control("/run/x/control.sock".into());
         for text in [
             "root=file:/srv/a,,b.img,direct=on,block-size=4096",
-            "scratch=memory:1G",
+            "scratch=memory:1G,physical-block=4096",
             "far=nbd:nbd://server/disk,connections=2,reconnect=30,on-error=retry,retry-for=60",
         ] {
             flags.add_volume_flag(text).unwrap();
@@ -389,7 +395,7 @@ workers = 1
         let text = loader.finish().unwrap().to_string();
         for line in [
             "workers: 2",
-            "volume scratch: memory:1G",
+            "volume scratch: memory:1G, physical block 4096",
             "volume far: nbd:nbd://server/disk, connections 2, reconnect 30 s, on error retry for 60 s",
             "ublk root: queues 2, depth 128, zero copy on, workers 2, /dev/ublkb7",
             "vhost-user root: /run/x/root.sock, up to 4 queues of 512, serial disk-1, workers 1, mode 0660, \

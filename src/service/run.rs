@@ -149,7 +149,8 @@ impl Service {
     fn start(config: &Config) -> Result<Service, Error> {
         let mut volumes = BTreeMap::new();
         for (name, volume) in &config.volumes {
-            let volume = Volume::open(name, volume)?.with_policy(config.policies[name]);
+            let volume = Volume::open(name, volume)?.with_topology(config.topologies[name])?;
+            let volume = volume.with_policy(config.policies[name]);
             volumes.insert(name.clone(), Arc::new(volume));
         }
         let mut passed = passed_sockets();

@@ -21,7 +21,11 @@ pub(super) fn check(loader: &Loader) -> Result<(), ConfigError> {
     check_references(loader)?;
     check_ublk_claims(loader)?;
     check_socket_claims(loader)?;
-    check_file_claims(loader)
+    check_file_claims(loader)?;
+    for warning in serial_claims(loader) {
+        log::warn!("{warning}");
+    }
+    Ok(())
 }
 
 fn check_values(loader: &Loader) -> Result<(), ConfigError> {
@@ -49,8 +53,11 @@ fn check_values(loader: &Loader) -> Result<(), ConfigError> {
     }
     for (name, Item { value, origin }) in &loader.volumes {
         check_name(name).map_err(|reason| origin.error(reason))?;
-        let checked =
-            value.check().and_then(|()| loader.policies.get(name).map_or(Ok(()), PolicyConfig::check));
+        let topology = loader.topologies.get(name).copied().unwrap_or_default();
+        let checked = value
+            .check()
+            .and_then(|()| loader.policies.get(name).map_or(Ok(()), PolicyConfig::check))
+            .and_then(|()| topology.check(value.block_size()));
         checked.map_err(|(key, reason)| origin.key_error(key, reason))?;
     }
     for Item { value, origin } in &loader.ublk {
@@ -129,6 +136,23 @@ fn check_socket_claims(loader: &Loader) -> Result<(), ConfigError> {
         sockets.claim(place_of(&value.socket), "socket", &what, origin)?;
     }
     Ok(())
+}
+
+/// What is odd about serial numbers, and no error: a guest that is given both disks takes them for one, by two ways.
+fn serial_claims(loader: &Loader) -> Vec<String> {
+    let mut serials: BTreeMap<String, (&str, &Origin)> = BTreeMap::new();
+    let mut warnings = Vec::new();
+    for Item { value, origin } in &loader.vhost_user {
+        let serial = value.serial();
+        let (first, at) = *serials.entry(serial.clone()).or_insert((&value.volume, origin));
+        if first != value.volume {
+            let (place, first) = (origin.place("serial"), at.place("serial"));
+            warnings.push(format!(
+                "{place}: {serial:?} is the serial number of another volume's disk, too ({first})"
+            ));
+        }
+    }
+    warnings
 }
 
 /// Two volumes on one file know nothing of each other's writes, so a file may be opened twice only to be read.
@@ -243,6 +267,8 @@ mod tests {
         refused(&[("volume", "a=null:1000"), UBLK_A], "--volume a=null:1000", "size");
         refused(&[A, ("ublk", "a,depth=0")], "--ublk a,depth=0", "depth");
         refused(&[A, ("vhost-user", "a=/s,queues=0")], "--vhost-user", "queues");
+        let fine = "a=null:1G,block-size=4096,physical-block=512";
+        refused(&[("volume", fine), UBLK_A], "--volume a=null", "physical-block");
     }
 
     #[test]
@@ -307,6 +333,29 @@ mod tests {
         );
         let default = format!("a={DEFAULT_CONTROL}");
         refused(&[A, ("vhost-user", &default)], "--vhost-user", "(the control socket)");
+    }
+
+    #[test]
+    fn disks_of_one_serial_number_are_told_of() {
+        let warnings = |exports: &[&str]| {
+            let mut loader = Loader::new();
+            for volume in ["a", "b", "name-of-twenty-bytes-1", "name-of-twenty-bytes-2"] {
+                loader.add_volume_flag(&format!("{volume}=null:1G")).unwrap();
+            }
+            exports.iter().for_each(|text| loader.add_vhost_user_flag(text).unwrap());
+            serial_claims(&loader)
+        };
+        assert!(
+            warnings(&["a=/1", "b=/2", "a=/3", "a=/4,read-only=on"]).is_empty(),
+            "one volume is one disk"
+        );
+        assert!(warnings(&["name-of-twenty-bytes-1=/1", "name-of-twenty-bytes-2=/2"]).is_empty());
+        let found = warnings(&["a=/1", "b=/2,serial=a"]);
+        assert_eq!(found.len(), 1);
+        assert!(
+            found[0].contains("--vhost-user b=/2,serial=a") && found[0].contains("(--vhost-user a=/1)"),
+            "{found:?}"
+        );
     }
 
     #[test]

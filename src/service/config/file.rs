@@ -12,12 +12,11 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
-use crate::engine::config::{PolicyConfig, VolumeConfig};
+use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::sandbox::Mode;
@@ -28,8 +27,8 @@ use super::origin::{Item, Origin};
 /// A larger file is not a configuration of ours.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// A volume, and what becomes of the requests that its store fails.
-pub(super) type Volume = Item<(VolumeConfig, PolicyConfig)>;
+/// A volume, what becomes of the requests that its store fails, and what is told of its blocks.
+pub(super) type Volume = Item<(VolumeConfig, PolicyConfig, TopologyConfig)>;
 
 /// What one file says.
 #[derive(Debug, Default)]
@@ -137,16 +136,27 @@ impl<'a> Document<'a> {
             // Let the one place that knows all drivers word it, and point at the word itself.
             let empty = table_value(DeTable::new(), driver_at.clone());
             return VolumeConfig::from_driver(&driver, empty)
-                .map(|volume| Item::new((volume, PolicyConfig::default()), origin))
+                .map(|volume| Item::new((volume, PolicyConfig::default(), TopologyConfig::default()), origin))
                 .map_err(|error| self.error(&error, driver_at.start));
         }
-        let mut policy = DeTable::new();
-        policy.extend(PolicyConfig::KEYS.iter().filter_map(|key| table.remove_entry(*key)));
-        let policy = PolicyConfig::deserialize(table_value(policy, span.clone()))
-            .map_err(|error| self.error(&error, at))?;
+        let policy = self.common(&mut table, &PolicyConfig::KEYS, &span, at)?;
+        let topology = self.common(&mut table, &TopologyConfig::KEYS, &span, at)?;
         let volume = VolumeConfig::from_driver(&driver, table_value(table, span))
             .map_err(|error| self.error(&error, at))?;
-        Ok(Item::new((volume, policy), origin))
+        Ok(Item::new((volume, policy, topology), origin))
+    }
+
+    /// Takes the settings out of a volume's table that any driver has.
+    fn common<T: DeserializeOwned>(
+        &self,
+        table: &mut DeTable<'a>,
+        keys: &[&str],
+        span: &Range<usize>,
+        at: usize,
+    ) -> Result<T, ConfigError> {
+        let mut own = DeTable::new();
+        own.extend(keys.iter().filter_map(|key| table.remove_entry(*key)));
+        T::deserialize(table_value(own, span.clone())).map_err(|error| self.error(&error, at))
     }
 
     /// `[[ublk]]` or `[[vhost-user]]` tables.

@@ -10,12 +10,12 @@ use serde::de::value::{Error, MapDeserializer, StrDeserializer};
 use serde::de::{Deserializer, Error as _, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
-use crate::engine::config::{PolicyConfig, VolumeConfig};
+use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 
 /// `NAME=DRIVER:TARGET[,key=value...]`
-pub(super) fn volume(text: &str) -> Result<(String, VolumeConfig, PolicyConfig), String> {
+pub(super) fn volume(text: &str) -> Result<(String, (VolumeConfig, PolicyConfig, TopologyConfig)), String> {
     let form = "write NAME=DRIVER:TARGET[,key=value...]";
     let parts = split(text)?;
     let (head, options) = parts.split_first().ok_or(form)?;
@@ -24,8 +24,9 @@ pub(super) fn volume(text: &str) -> Result<(String, VolumeConfig, PolicyConfig),
     // An unknown driver has no target key; from_driver is the one that says so.
     let key = VolumeConfig::target_key(driver).unwrap_or("target");
     let (policy, settings) = settings(&[(key, target)], options)?.split(&PolicyConfig::KEYS);
+    let (topology, settings) = settings.split(&TopologyConfig::KEYS);
     let volume = VolumeConfig::from_driver(driver, settings.map()).map_err(|error| error.to_string())?;
-    Ok((name.to_owned(), volume, read(&policy)?))
+    Ok((name.to_owned(), (volume, read(&policy)?, read(&topology)?)))
 }
 
 /// `VOLUME[,key=value...]`
@@ -188,14 +189,14 @@ mod tests {
 
     #[test]
     fn commas_are_doubled_inside_values() {
-        let (_, found, _) = volume("a=file:/x,,y,,,direct=on").unwrap();
+        let (_, (found, ..)) = volume("a=file:/x,,y,,,direct=on").unwrap();
         assert_eq!(found.target(), "/x,y,");
         assert_eq!(split("a,,,,b,c").unwrap(), ["a,,b", "c"]);
     }
 
     #[test]
     fn targets_keep_their_colons_and_equal_signs() {
-        let (name, found, _) = volume("n=nbd:nbd+unix:///e?socket=/run/a=b.sock,reconnect=5").unwrap();
+        let (name, (found, ..)) = volume("n=nbd:nbd+unix:///e?socket=/run/a=b.sock,reconnect=5").unwrap();
         assert_eq!(name, "n");
         assert_eq!(found.target(), "nbd+unix:///e?socket=/run/a=b.sock");
         let found = vhost_user("v=/run/a=b.sock").unwrap();
@@ -227,6 +228,8 @@ mod tests {
             ("a=null:1G,on-error=hope", "on-error"),
             ("a=null:1G,on-error=stop,on-error=stop", "duplicate"),
             ("a=null:1G,retry-for=soon", "retry-for"),
+            ("a=null:1G,physical-block=4K", "physical-block"),
+            ("a=null:1G,physical-block=512,physical-block=512", "duplicate"),
         ] {
             let error = volume(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");
@@ -274,7 +277,7 @@ mod tests {
 
         #[test]
         fn any_path_survives_the_doubling(path in "/[^\0]+") {
-            let (_, found, _) = volume(&format!("a=file:{},direct=on", path.replace(',', ",,"))).unwrap();
+            let (_, (found, ..)) = volume(&format!("a=file:{},direct=on", path.replace(',', ",,"))).unwrap();
             prop_assert_eq!(found.target(), path);
         }
     }
