@@ -6,7 +6,11 @@
 mod common;
 
 use common::load::Load;
+use common::memory::GuestMemory;
+use common::ring::{Ring, Segment};
 use common::service::{Service, Setup};
+use common::vmm::{BASE, Vmm};
+use ringblk::service::client::Client;
 use std::fs;
 use std::time::Duration;
 
@@ -58,6 +62,93 @@ fn one_export_is_small_before_and_after() {
         eprintln!("direct={direct}: {fresh} KiB fresh, {after} KiB after 100 connections");
         assert!(after <= MOST_RESIDENT, "{after} KiB after 100 connections, {fresh} KiB before");
     }
+}
+
+/// In KiB, above what it has without: the buffers of one volume on one worker, and what its slots take.
+const MOST_BOUNCED: u64 = 4 << 10;
+
+/// A guest whose every request lies where direct I/O cannot take it: it gets a few buffers, however many they are.
+#[test]
+fn misaligned_requests_are_little_memory() {
+    const DEPTH: u16 = 512;
+    const BYTES: u32 = 1 << 20;
+    let setup = Setup::new().args(["--workers", "1"]);
+    let image = setup.image(64 * MIB);
+    fs::write(&image, vec![7; 64 << 20]).unwrap();
+    let file = format!("file:{},direct=on", image.display());
+    let service = setup.volume("a", &file).door("a", "a", "").start();
+    let each = 4096;
+    let memory = GuestMemory::new(BASE, Ring::bytes(DEPTH) + u64::from(DEPTH) * each + 2 * MIB);
+    let mut vmm = Vmm::connect_with(&service.path("a"), u64::MAX, memory);
+    let mut ring = vmm.ring(DEPTH);
+    vmm.start(0, &ring);
+    let data = vmm.take(2 * MIB) + 1;
+    for request in 0..u64::from(DEPTH) {
+        let at = vmm.take(each);
+        vmm.memory.write(at + 8, &(request % 63 * 2048).to_le_bytes());
+        let segment = |addr, len, write| Segment { addr, len, write };
+        let chain = [segment(at, 16, false), segment(data, BYTES, true), segment(at + 16, 1, true)];
+        ring.add_indirect(at + 32, &chain);
+    }
+    let before = resident_kib(&service);
+    ring.publish();
+    let (mut peak, mut done) = (before, 0);
+    while done < usize::from(DEPTH) {
+        done += ring.wait(common::PATIENCE).len();
+        peak = peak.max(resident_kib(&service));
+    }
+    assert_eq!(vmm.memory.get(data, 4096), [7; 4096]);
+    eprintln!("{before} KiB before, {peak} KiB with {DEPTH} misaligned requests");
+    assert!(peak <= before + MOST_BOUNCED, "{peak} KiB, {before} KiB before");
+}
+
+/// A guest that brings more than there are slots for, while its store answers nothing: the rest waits in its ring, costs no
+/// memory and no CPU, and comes to its turn.
+#[test]
+fn requests_beyond_the_slots_wait_in_the_ring() {
+    const DEPTH: u16 = 16384;
+    const REQUESTS: usize = 6000;
+    const SLOTS: usize = 4096;
+    let setup = Setup::new().args(["--workers", "1", "--slow-after", "0"]);
+    let image = setup.image(8 * MIB);
+    let file = format!("file:{},on-error=stop", image.display());
+    let service = setup.volume("a", &file).door("a", "a", "queue-size=16384").start().may_complain();
+    let memory = GuestMemory::new(BASE, Ring::bytes(DEPTH) + REQUESTS as u64 * 4096 + MIB);
+    let mut vmm = Vmm::connect_with(&service.path("a"), u64::MAX, memory);
+    let mut ring = vmm.ring(DEPTH);
+    vmm.start(0, &ring);
+    let data = vmm.take(4096);
+    let store = fs::OpenOptions::new().write(true).open(&image).unwrap();
+    store.set_len(0).unwrap();
+    let segment = |addr, len, write| Segment { addr, len, write };
+    for _ in 0..REQUESTS {
+        let at = vmm.take(4096);
+        // Of as many segments as a request can have.
+        let parts =
+            (0..248).map(|part| segment(data + 16 * part, if part == 0 { 496 + 512 } else { 16 }, true));
+        let parts = parts.take(1 + (4096 - 1008) / 16);
+        let chain: Vec<Segment> =
+            [segment(at, 16, false)].into_iter().chain(parts).chain([segment(at + 16, 1, true)]).collect();
+        let bytes: u32 = chain[1..chain.len() - 1].iter().map(|part| part.len).sum();
+        assert!(bytes.is_multiple_of(512) && chain.len() <= 254, "{bytes} {}", chain.len());
+        ring.add_indirect(at + 32, &chain);
+    }
+    let before = resident_kib(&service);
+    ring.publish();
+    let waiting = || service.status().volumes[0].waiting;
+    common::eventually("as many wait as there are slots", || waiting() == SLOTS);
+    std::thread::sleep(Duration::from_millis(200));
+    let (used, time) = (cpu(&service), Duration::from_secs(2));
+    std::thread::sleep(time);
+    let used = cpu(&service) - used;
+    assert!(used <= time / 100, "{used:?} of CPU while everything waits");
+    assert_eq!(waiting(), SLOTS);
+    let after = resident_kib(&service);
+    eprintln!("{before} KiB before, {after} KiB with {SLOTS} requests in flight");
+    assert!(after <= before + SLOTS as u64 * 10, "{after} KiB, {before} KiB before");
+    store.set_len(8 * MIB).unwrap();
+    Client::new(service.control()).resume("a", false).unwrap();
+    ring.expect(REQUESTS);
 }
 
 /// A service of that many null volumes on one worker, and a VMM on each that has done some I/O.

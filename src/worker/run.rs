@@ -24,11 +24,20 @@ use std::time::Duration;
 /// 16384; an entry is a pointer.
 const BUFFERS: u32 = 4096;
 
+/// The most slots that the vrings of one export get here, 10 KiB each at the most (with room for a chain of 254
+/// segments). What a guest brings beyond that waits in its ring, and takes no memory of ours.
+const MOST_SLOTS: usize = 4096;
+
+/// What each vring gets all the same, so that none waits for another.
+const LEAST_SLOTS: usize = 32;
+
 /// A queue's place in the worker.
 struct Place {
     queue: Queue,
     volume: Rc<Attached<Uring>>,
     client: Client,
+    /// Slots of all its queues here.
+    export_slots: Rc<Cell<usize>>,
     /// The slot of each tag. A vring's are made as its depth is first reached: an idle one has none.
     slots: Vec<u32>,
     /// What each of them is at.
@@ -38,6 +47,15 @@ struct Place {
     interrupted: bool,
     /// Told when a ublk queue has ended.
     ended: Option<Reply<()>>,
+}
+
+impl Place {
+    /// Whether the vring here can be given a slot for one more request: an idle one, or one that is made for it. Where it
+    /// cannot, it has requests in flight, and goes on when one of them completes.
+    fn has_slot(&self, vring: &vhost_user::Vring) -> bool {
+        usize::from(vring.tags_in_use()) < self.slots.len().max(LEAST_SLOTS)
+            || self.export_slots.get() < MOST_SLOTS
+    }
 }
 
 /// A worker that has its ring, before it serves.
@@ -351,7 +369,10 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         ended: Option<Reply<()>>,
     ) -> u32 {
         let (slots, watches, alive) = (Vec::new(), Vec::new(), Rc::default());
-        let place = Place { queue, volume, client, slots, watches, alive, interrupted: false, ended };
+        let sibling = self.places.iter().flatten().find(|place| place.client.export() == client.export());
+        let export_slots = sibling.map(|place| place.export_slots.clone()).unwrap_or_default();
+        let interrupted = false;
+        let place = Place { queue, volume, client, export_slots, slots, watches, alive, interrupted, ended };
         let free = self.places.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.places.push(None);
@@ -366,6 +387,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     fn add_slot(&mut self, index: u32, tag: u16) {
         let Some(place) = self.places[index as usize].as_mut() else { return };
         place.alive.set(place.alive.get() + 1);
+        place.export_slots.set(place.export_slots.get() + 1);
         let watch = self.watchdog.watch();
         place.watches.push(watch.clone());
         let slot = self.tasks.add(|io| {
@@ -428,10 +450,10 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             let news = vring.publish();
             vring.tell(news);
             worked |= news;
-            while let Some(tag) = vring.take() {
+            while let Some(place) = self.places[at as usize].as_ref().filter(|place| place.has_slot(&vring)) {
+                let Some(tag) = vring.take() else { break };
                 worked = true;
-                let slot = self.places[at as usize].as_ref().and_then(|place| place.slots.get(tag as usize));
-                match slot {
+                match place.slots.get(tag as usize) {
                     Some(slot) => self.tasks.poll(*slot),
                     None => self.add_slot(at, tag),
                 }
@@ -476,6 +498,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         if let Queue::Vring(_) = place.queue {
             place.client.flushers.stop();
         }
+        place.export_slots.set(place.export_slots.get() - place.slots.len());
         for slot in &place.slots {
             self.tasks.remove(*slot);
         }
@@ -492,8 +515,10 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     fn rest(&mut self) -> bool {
         let mut may_sleep = true;
         let places = &self.places;
-        self.active.retain(|at| match places[*at as usize].as_ref().map(|place| &place.queue) {
-            Some(Queue::Vring(vring)) => {
+        self.active.retain(|at| match places[*at as usize].as_ref().map(|place| (place, &place.queue)) {
+            // What it has beyond its slots is nothing to stay awake for.
+            Some((place, Queue::Vring(vring))) if !place.has_slot(vring) => true,
+            Some((_, Queue::Vring(vring))) => {
                 let quiet = vring.ask_for_kick();
                 may_sleep &= quiet;
                 !quiet || vring.in_flight() > 0

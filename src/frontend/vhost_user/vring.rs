@@ -100,6 +100,11 @@ impl Vring {
         self.in_flight.get() + self.again.borrow().len() as u16
     }
 
+    /// Tags in use: requests that we have taken and not completed.
+    pub fn tags_in_use(&self) -> u16 {
+        self.in_flight.get()
+    }
+
     /// Where the next request would be taken from: what GET_VRING_BASE asks for, once drained.
     pub fn next_avail(&self) -> u16 {
         self.next_avail.get()
