@@ -12,6 +12,8 @@ use common::service::{Service, Setup};
 use common::vmm::{BASE, Vmm, everyday};
 use libtest_mimic::{Arguments, Failed, Trial};
 use nix::unistd::Uid;
+use ringblk::engine::Volume;
+use ringblk::engine::config::{FileConfig, VolumeConfig};
 use ringblk::service::client::Client as Control;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader};
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         trial("a_volume_on_blocks_of_4096", loop_device(4096), |device| on_a_block_device(&device.path)),
         trial("a_loop_device_that_grows", loop_device(1024), |device| growing_device(&device.path)),
         trial("without_a_cache_writes_are_on_disk", delayed_allocation(), |()| write_through()),
+        trial("direct_io_brings_its_alignment", direct_io(), |image| direct_alignment(&image)),
         trial("a_killed_vmm_harms_nobody", Ok(()), |()| killed_vmm()),
         trial("qemu_and_we_keep_off_each_others_images", qemu_io(), |()| locked_images()),
     ];
@@ -218,6 +221,45 @@ fn delayed_allocation() -> Result<(), String> {
     let seen = std::panic::catch_unwind(|| has_unwritten_data(&path)).unwrap_or(false);
     fs::remove_file(&path).map_err(|error| error.to_string())?;
     if seen { Ok(()) } else { Err("the file system does not tell what is only in memory".into()) }
+}
+
+/// An image that can be opened with O_DIRECT.
+fn direct_io() -> Result<PathBuf, String> {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("direct-{}", std::process::id()));
+    fs::write(&path, [7; MIB as usize]).map_err(|error| error.to_string())?;
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path);
+    opened.map(|_| path.clone()).map_err(|error| {
+        let _ = fs::remove_file(&path);
+        format!("no O_DIRECT on the file system of {}: {error}", path.display())
+    })
+}
+
+/// What the file system asks for is found, and kept: aligned requests go straight to it, and others through a buffer.
+fn direct_alignment(image: &Path) {
+    let config =
+        FileConfig { path: image.into(), direct: true, read_only: false, lock: true, block_size: None };
+    let volume = Volume::open("direct", &VolumeConfig::File(config)).unwrap();
+    let (block, memory) = (volume.geometry().logical_block, volume.geometry().dma_alignment);
+    assert!(block >= 512, "{block}");
+    assert!(memory > 1, "direct I/O into any address was never seen");
+    drop(volume);
+    let setup = Setup::new().volume("direct", &format!("file:{},direct=on", image.display()));
+    let service = setup.door("direct", "a", "").start();
+    // The data of these begins 1 byte into a page, and at a page.
+    for layout in [Layout::Pieces, Layout::Plain] {
+        let mut vmm = Vmm::connect(&service.path("a"));
+        let mut queue = vmm.queue(0, 64, layout, 8);
+        let mut model = Model::new(1, 0, MIB / 512).blocks(block.into());
+        queue.submit(0, Op::WriteZeroes { sector: 0, sectors: (MIB / 512) as u32, unmap: false });
+        queue.kick();
+        assert_eq!(queue.wait(), [(0, OK)]);
+        model.exercise(&mut queue, 300);
+        model.verify(&mut queue);
+        assert_eq!(queue.one(Op::Flush, &[]).0, OK);
+        model.verify_image(&read_direct(image, MIB as usize));
+    }
+    drop(service);
+    fs::remove_file(image).unwrap();
 }
 
 fn image_service() -> (Service, PathBuf) {

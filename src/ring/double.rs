@@ -54,6 +54,8 @@ pub struct Faults {
     pub no_zero_range: bool,
     /// `EOPNOTSUPP` for a block device's discard.
     pub no_discard: bool,
+    /// `EBUSY` for a block device's discard: a page of it is in use.
+    pub busy_discard: bool,
     /// `EOPNOTSUPP` for a write that must not wait.
     pub no_nowait: bool,
     /// As a file opened with O_DIRECT: what addresses, and what lengths and offsets must be multiples of,
@@ -349,6 +351,7 @@ impl State {
                 if unsupported { Err(EOPNOTSUPP) } else { self.set(file, offset, len, 0, moment) }
             }
             Sqe::BlockDiscard { .. } if self.faults.no_discard => Err(EOPNOTSUPP),
+            Sqe::BlockDiscard { .. } if self.faults.busy_discard => Err(libc::EBUSY),
             // Undefined contents are not zeroes.
             Sqe::BlockDiscard { file, offset, len } => self.set(file, offset, len, 0xd1, moment),
             Sqe::Cancel { user_data } => {

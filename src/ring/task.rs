@@ -110,6 +110,7 @@ impl<R: Ring, F> Drop for Tasks<R, F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ring::double::{Double, Faults};
     use crate::ring::{Kind, Setup, Sqe, Target, Uring, UserData};
     use std::cell::Cell;
 
@@ -180,6 +181,67 @@ mod tests {
         core.wake(slot);
         tasks.run_ready();
         assert!(!tasks.is_alive(slot));
+    }
+
+    /// Says when it goes.
+    struct Witness(Rc<Cell<bool>>);
+
+    impl Drop for Witness {
+        fn drop(&mut self) {
+            self.0.set(true);
+        }
+    }
+
+    /// A slot that reads into memory of its own, and what says that its future was dropped.
+    fn reading(
+        core: &Rc<Core<Double>>,
+    ) -> (Tasks<Double, impl Future<Output = ()> + use<>>, u32, Rc<Cell<bool>>, std::fs::File) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let target = core.ring().register(std::os::fd::AsRawFd::as_raw_fd(&file));
+        let (mut tasks, gone) = (Tasks::new(core.clone()), Rc::new(Cell::new(false)));
+        let witness = Witness(gone.clone());
+        let slot = tasks.add(|io| async move {
+            let mut bytes = Box::new([0u8; 4096]);
+            let addr = bytes.as_mut_ptr();
+            let read = Sqe::Read { file: target, addr, len: 4096, offset: 0 };
+            io.submit(&read).await;
+            io.park().await;
+            drop((witness, bytes));
+        });
+        (tasks, slot, gone, file)
+    }
+
+    /// The kernel writes there until it says that it is done: what waits for it is never freed before.
+    #[test]
+    fn what_the_kernel_works_on_is_leaked_rather_than_freed() {
+        for by_drop in [false, true] {
+            let core = Core::new(Double::new(1, Faults::default()));
+            let (mut tasks, slot, gone, _file) = reading(&core);
+            if by_drop {
+                drop(tasks);
+            } else {
+                tasks.remove(slot);
+                assert!(!tasks.is_alive(slot));
+                let other = core.allocate();
+                assert_ne!(other, slot, "its completion would be taken for another's");
+            }
+            assert!(!gone.get(), "by drop: {by_drop}");
+            // The double carries the read out now: into memory that is still there.
+            core.ring().enter(true).unwrap();
+            assert!(!gone.get());
+        }
+    }
+
+    #[test]
+    fn what_waits_for_us_is_freed() {
+        let core = Core::new(Double::new(1, Faults::default()));
+        let (mut tasks, slot, gone, _file) = reading(&core);
+        settle(&core, &mut tasks);
+        assert!(tasks.is_alive(slot) && !gone.get(), "it parks");
+        tasks.remove(slot);
+        assert!(gone.get());
+        assert_eq!(core.allocate(), slot);
     }
 
     #[test]

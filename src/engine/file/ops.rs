@@ -226,3 +226,69 @@ impl<R: Ring> Drop for FileOps<R> {
         self.core.ring().release(self.target);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::settle;
+    use crate::ring::Tasks;
+    use crate::ring::double::{Double, Faults};
+    use std::cell::Cell;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+
+    /// A discard of the second page of three of a device, and what the device holds then.
+    fn discard(faults: Faults) -> (Result<(), Errno>, Vec<u8>, usize) {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; 3 * 4096], 0).unwrap();
+        let volume = FileVolume {
+            file: Arc::new(file),
+            losses: Arc::default(),
+            kind: Kind::BlockDevice,
+            memory_alignment: 1,
+            length_alignment: 512,
+            reads_wait: false,
+        };
+        let core = Core::new(Double::new(1, faults));
+        let ops = Rc::new(FileOps::new(&core, volume));
+        let (mut tasks, result) = (Tasks::new(core.clone()), Rc::new(Cell::new(None)));
+        tasks.add(|io| {
+            let result = result.clone();
+            async move { result.set(Some(ops.discard(&io, 4096, 4096).await)) }
+        });
+        settle(&core, &mut tasks);
+        let punched = core.ring().count(|sqe| matches!(sqe, Sqe::Fallocate { .. }));
+        (result.get().unwrap(), core.ring().contents().unwrap(), punched)
+    }
+
+    #[test]
+    fn a_devices_discard_is_its_own_command() {
+        let (result, bytes, punched) = discard(Faults::default());
+        assert_eq!((result, punched), (Ok(()), 0));
+        assert!(
+            bytes[4096..8192].iter().all(|byte| *byte != 7) && bytes[8192..].iter().all(|byte| *byte == 7)
+        );
+    }
+
+    #[test]
+    fn an_old_kernel_punches_a_hole() {
+        let (result, bytes, punched) = discard(Faults { no_discard: true, ..Faults::default() });
+        assert_eq!((result, punched), (Ok(()), 1));
+        assert_eq!(bytes[4096..8192], [0; 4096]);
+        let faults = Faults { no_discard: true, no_punch: true, ..Faults::default() };
+        assert_eq!(discard(faults).0, Err(Errno::EOPNOTSUPP));
+    }
+
+    /// A neighbour's request has a page of it: it is not done, which a discard may be, and no error to a file system.
+    #[test]
+    fn a_discard_that_is_in_the_way_is_not_done_and_no_error() {
+        let (result, bytes, punched) = discard(Faults { busy_discard: true, ..Faults::default() });
+        assert_eq!((result, punched), (Ok(()), 0));
+        assert_eq!(bytes, [7; 3 * 4096]);
+        assert_eq!(
+            discard(Faults { io_error: 100, ..Faults::default() }).0,
+            Err(Errno::EIO),
+            "no other error is"
+        );
+    }
+}

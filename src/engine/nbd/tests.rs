@@ -4,7 +4,6 @@
 
 mod bench;
 mod server;
-mod world;
 
 use super::handshake::Blocks;
 use super::protocol::*;

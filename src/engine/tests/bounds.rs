@@ -99,10 +99,8 @@ fn more_than_was_offered_is_refused() {
     let memory = MemoryConfig { size: Size(1 << 30), block_size: None };
     let (file, _) = image("/tmp", 4096);
     file.as_file().set_len(3 << 30).unwrap();
-    let volumes = [
-        Volume::open("test", &VolumeConfig::Memory(memory)).unwrap(),
-        open(file.path(), false, None).unwrap(),
-    ];
+    let volumes =
+        [Volume::open("test", &VolumeConfig::Memory(memory)).unwrap(), open(file.path(), false, None)];
     for volume in volumes {
         let core = Core::new(uring());
         let attached = Rc::new(volume.attach(&core, false));
@@ -151,7 +149,7 @@ fn misaligned_requests_share_a_few_buffers() {
     const LEN: usize = 300 << 10;
     const COUNT: usize = 64;
     let (file, bytes) = image(DISK, LEN);
-    let volume = open(file.path(), true, Some(4096)).unwrap();
+    let volume = open(file.path(), true, Some(4096));
     let direct = Some((volume.geometry().dma_alignment as usize, 512));
     for seed in 0..10 {
         let faults = Faults { direct, short: 30, again: 20, delay: 50, reorder: true, ..Faults::default() };
@@ -188,7 +186,7 @@ fn buffers_of_a_store_that_hangs_are_not_missed_elsewhere() {
     let (hung, _) = image(DISK, LEN);
     let (good, _) = image(DISK, LEN);
     let core = Core::new(uring());
-    let attach = |file: &NamedTempFile| Rc::new(open(file.path(), true, None).unwrap().attach(&core, false));
+    let attach = |file: &NamedTempFile| Rc::new(open(file.path(), true, None).attach(&core, false));
     let (hung, good) = (attach(&hung), attach(&good));
     let memory = Mapping::anonymous(LEN + 1).unwrap();
     let misaligned = || {

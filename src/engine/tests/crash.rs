@@ -183,7 +183,7 @@ proptest! {
         let (file, bytes) = image("/tmp", SECTORS as usize * 512);
         let on_error = if retry { OnError::Retry } else { OnError::Report };
         let policy = PolicyConfig { on_error, retry_for: None };
-        let volume = open(file.path(), false, None).unwrap().with_policy(policy);
+        let volume = open(file.path(), false, None).with_policy(policy);
         // Whole sectors; and a failed sync, after which nothing is promised, is the model's business.
         let faults = Faults { direct: Some((1, 512)), sync_error: 0, ..faults };
         let core = Core::new(Double::new(seed, faults));

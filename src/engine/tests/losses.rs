@@ -19,6 +19,7 @@ const NONE: Faults = Faults {
     no_punch: false,
     no_zero_range: false,
     no_discard: false,
+    busy_discard: false,
     no_nowait: false,
     direct: None,
 };
@@ -36,7 +37,7 @@ type Outcome = Rc<Cell<Option<Result<(), Errno>>>>;
 impl World {
     fn new(seed: u64, exports: usize) -> World {
         let (file, _) = image("/tmp", 64 * 512);
-        let volume = open(file.path(), false, None).unwrap();
+        let volume = open(file.path(), false, None);
         let core = Core::new(Double::new(seed, NONE));
         let attached = Rc::new(volume.attach(&core, false));
         let exports = (0..exports).map(|_| Rc::new(Flushers::new(&volume, 2))).collect();

@@ -81,6 +81,7 @@ pub fn faults() -> impl Strategy<Value = Faults> {
                 no_punch,
                 no_zero_range,
                 no_discard: false,
+                busy_discard: false,
                 no_nowait,
                 direct: None,
             }

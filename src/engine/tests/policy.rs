@@ -22,7 +22,7 @@ fn stop() -> PolicyConfig {
 /// As [`small`](super::small), with a policy.
 fn with_policy(config: PolicyConfig, faults: Faults) -> (Rc<Core<Double>>, Rc<Attached<Double>>) {
     let (file, _) = image("/tmp", 64 * 512);
-    let volume = open(file.path(), false, None).unwrap().with_policy(config);
+    let volume = open(file.path(), false, None).with_policy(config);
     let core = Core::new(Double::new(1, faults));
     let attached = Rc::new(volume.attach(&core, false));
     (core, attached)
@@ -40,7 +40,7 @@ proptest! {
     ) {
         let bytes_and = |len| image("/tmp", len);
         let (file, bytes) = bytes_and(plan.len() * SHARE * 512);
-        let volume = open(file.path(), false, None).unwrap().with_policy(retry(DAY));
+        let volume = open(file.path(), false, None).with_policy(retry(DAY));
         let told = Faults { io_error: 0, no_space: 0, sync_error: 0, ..faults };
         let core = Core::new(Double::new(seed, Faults { io_error, no_space, ..told }));
         // The run takes an error that its faults do not explain for a bug.
@@ -140,7 +140,7 @@ const LEN: u64 = 64 * 512;
 impl World {
     fn new() -> World {
         let (file, _) = image("/tmp", LEN as usize);
-        let volume = Arc::new(open(file.path(), false, None).unwrap().with_policy(stop()));
+        let volume = Arc::new(open(file.path(), false, None).with_policy(stop()));
         let core = Core::new(uring());
         let attached = Rc::new(volume.attach(&core, false));
         let (tasks, ended) = (Tasks::new(core.clone()), Rc::default());

@@ -107,7 +107,7 @@ type Life = Pin<Box<dyn Future<Output = ()>>>;
 fn a_drain_waits_for_what_was_admitted() {
     for seed in 0..20 {
         let (file, _) = image("/tmp", 64 * 512);
-        let volume = open(file.path(), false, None).unwrap();
+        let volume = open(file.path(), false, None);
         let core = Core::new(Double::new(seed, Faults { delay: 90, ..Faults::default() }));
         // Nothing is carried out on the spot.
         core.ring().set_faults(Faults { delay: 90, no_nowait: true, ..Faults::default() });

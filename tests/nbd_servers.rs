@@ -1,0 +1,168 @@
+//! NBD volumes on servers of the world: qemu-nbd and nbdkit. Where one is missing, the test is listed as ignored, with the
+//! reason on standard error.
+
+mod common;
+
+use common::client::Client;
+use common::eventually;
+use common::model::{Model, Op, Queue};
+use common::service::{Service, Setup};
+use common::vmm::everyday;
+use libtest_mimic::{Arguments, Failed, Trial};
+use std::fs::{self, File};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+
+const BYTES: u64 = 4 << 20;
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+
+fn main() -> ExitCode {
+    let trials = vec![
+        trial("qemu_nbd_agrees_with_the_model", "qemu-nbd", qemu_nbd),
+        trial("nbdkit_agrees_with_the_model", "nbdkit", nbdkit),
+        trial("nbdkit_killed_and_restarted_fails_the_next_flush", "nbdkit", nbdkit_forgets),
+    ];
+    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+}
+
+fn trial(name: &str, program: &str, run: fn()) -> Trial {
+    let found = Command::new(program).arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).status();
+    match found {
+        Ok(status) if status.success() => Trial::test(name, move || {
+            run();
+            Ok(())
+        }),
+        other => {
+            let reason = format!("{program} cannot be run: {other:?}");
+            eprintln!("SKIP {name}: {reason}");
+            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
+            Trial::test(name, failed).with_ignored_flag(true)
+        }
+    }
+}
+
+/// A server's process, which does not outlive the test.
+struct Running(Child);
+
+impl Running {
+    /// Starts it, and waits until it listens.
+    fn start(program: &str, args: &[&str], listens: impl Fn() -> bool) -> Running {
+        let child = Command::new(program).args(args).stdin(Stdio::null()).spawn().unwrap();
+        let running = Running(child);
+        eventually("the server listens", listens);
+        running
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn on_unix(path: &Path) -> impl Fn() -> bool {
+    let path = path.to_owned();
+    move || UnixStream::connect(&path).is_ok()
+}
+
+fn on_tcp(port: u16) -> impl Fn() -> bool {
+    move || TcpStream::connect(("127.0.0.1", port)).is_ok()
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn serve(uri: &str, options: &str) -> Service {
+    Setup::new().volume("far", &format!("nbd:{uri}{options}")).door("far", "a", "").start().may_complain()
+}
+
+/// Works with a server, and compares with the file behind it, where there is one.
+fn exercise(uri: &str, image: Option<&Path>) {
+    for queues in [1, 2] {
+        let service = serve(uri, ",connections=2");
+        let client = Client::connect(&service.path("a"), true);
+        assert_eq!(u64::from(client.config().capacity) * 512, BYTES);
+        let share = BYTES / 512 / queues as u64;
+        let works = client.queues(queues, 64, 16).into_iter().enumerate().map(|(index, mut queue)| {
+            std::thread::spawn(move || {
+                let first = index as u64 * share;
+                for sector in (first..first + share).step_by(1024) {
+                    queue.submit(0, Op::WriteZeroes { sector, sectors: 1024, unmap: false });
+                    queue.kick();
+                    assert_eq!(queue.wait(), [(0, OK)]);
+                }
+                let mut model = Model::new(index as u64 + 1, first, share);
+                model.exercise(&mut queue, 300);
+                model.verify(&mut queue);
+                queue.submit(0, Op::Flush);
+                queue.kick();
+                assert_eq!(queue.wait(), [(0, OK)]);
+                model
+            })
+        });
+        let models: Vec<Model> =
+            works.collect::<Vec<_>>().into_iter().map(|work| work.join().unwrap()).collect();
+        if let Some(image) = image {
+            let bytes = fs::read(image).unwrap();
+            models.iter().for_each(|model| model.verify_image(&bytes));
+        }
+    }
+}
+
+fn qemu_nbd() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    File::create(&image).unwrap().set_len(BYTES).unwrap();
+    let name = image.to_str().unwrap();
+    let socket = dir.path().join("qemu.sock");
+    let common = ["-f", "raw", "-t", "-e", "4", "-x", "a disk", "--discard=unmap"];
+    let unix = ["-k", socket.to_str().unwrap(), name];
+    let server = Running::start("qemu-nbd", &[&common[..], &unix[..]].concat(), on_unix(&socket));
+    let uri = format!("nbd+unix:///a%20disk?socket={}", socket.display());
+    exercise(&uri, Some(&image));
+    let wrong =
+        Setup::new().volume("far", &format!("nbd:{}", uri.replace("disk", "dusk"))).door("far", "a", "");
+    let (status, said) = wrong.refused();
+    assert!(status == 1 && said.contains("refuses the export"), "{said}");
+    drop(server);
+    let port = free_port();
+    let number = port.to_string();
+    let tcp = ["-b", "127.0.0.1", "-p", &number, name];
+    let _server = Running::start("qemu-nbd", &[&common[..], &tcp[..]].concat(), on_tcp(port));
+    exercise(&format!("nbd://127.0.0.1:{port}/a%20disk"), Some(&image));
+}
+
+fn nbdkit() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nbdkit.sock");
+    let unix = ["-f", "-U", socket.to_str().unwrap(), "memory", "4M"];
+    let _unix = Running::start("nbdkit", &unix, on_unix(&socket));
+    exercise(&format!("nbd+unix:///?socket={}", socket.display()), None);
+    let port = free_port();
+    let number = port.to_string();
+    let tcp = ["-f", "-i", "127.0.0.1", "-p", &number, "--no-sr", "memory", "4M"];
+    let _tcp = Running::start("nbdkit", &tcp, on_tcp(port));
+    exercise(&format!("nbd://localhost:{port}"), None);
+}
+
+/// Its memory goes with it, and with that a write that was not flushed: whoever flushes hears of it, once.
+fn nbdkit_forgets() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nbdkit.sock");
+    let args = ["-f", "-U", socket.to_str().unwrap(), "memory", "4M"];
+    let server = Running::start("nbdkit", &args, on_unix(&socket));
+    let service = serve(&format!("nbd+unix:///?socket={}", socket.display()), ",reconnect=60");
+    let (_vmm, mut queue) = everyday(&service.path("a"));
+    assert_eq!(queue.write(0, &[9; 4096]), OK);
+    drop(server);
+    let _ = fs::remove_file(&socket);
+    let _server = Running::start("nbdkit", &args, on_unix(&socket));
+    assert_eq!(queue.read(0, 8), (OK, vec![0; 4096]));
+    assert_eq!(queue.one(Op::Flush, &[]).0, IO_ERROR);
+    assert_eq!(queue.one(Op::Flush, &[]).0, OK);
+}
