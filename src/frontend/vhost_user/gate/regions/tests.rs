@@ -217,14 +217,15 @@ fn a_vmm_has_its_share() {
     assert!(add(&first, second, large()).unwrap_err().contains("bytes of memory"));
     // What is mapped counts until it is unmapped, whatever the table says.
     let mut kept = Vec::new();
-    let error = loop {
+    let mut errors = Vec::new();
+    for _ in 0..8 {
         match set(&regions, &[Entry::new(0, MOST_BYTES, 0, 0)], vec![large()]) {
             Ok(change) => kept.push(change),
-            Err(error) => break error,
+            Err(error) => errors.push(error),
         }
-    };
+    }
     assert_eq!(kept.len(), 5, "5 times 16 TiB, and 2 MiB before, in 96 TiB");
-    assert!(error.contains("there are addresses for"), "{error}");
+    assert!(errors.iter().all(|error| error.contains("there are addresses for")), "{errors:?}");
     kept.pop();
     set(&regions, &[Entry::new(0, MOST_BYTES, 0, 0)], vec![large()]).unwrap();
 }
