@@ -42,6 +42,9 @@ pub struct Faults {
     pub no_space: u8,
     /// `EIO` from fdatasync.
     pub sync_error: u8,
+    /// Enters before which a write-back of the kernel's own fails: what is not stable is lost. The next fdatasync or
+    /// `RWF_DSYNC` write fails with `EIO` for it, whoever's that is, and what comes after it succeeds.
+    pub lost: u8,
     /// Operations that are left for a later enter, and completions that are; less than 100.
     pub delay: u8,
     /// Completions that come once more, or again after a long time.
@@ -88,6 +91,8 @@ struct State {
     past: Vec<Cqe>,
     /// Everything that was ever pushed.
     log: Vec<Sqe>,
+    /// How often writes were lost.
+    losses: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -104,6 +109,8 @@ struct File {
     stable: Vec<u8>,
     /// Written, and not stable.
     cache: Cache,
+    /// A write-back failed, and nobody was told.
+    failed: bool,
 }
 
 impl Double {
@@ -122,6 +129,7 @@ impl Double {
             ready: Vec::new(),
             past: Vec::new(),
             log: Vec::new(),
+            losses: 0,
         };
         Double { state: RefCell::new(state) }
     }
@@ -134,6 +142,11 @@ impl Double {
     /// How many of the operations pushed so far were such.
     pub fn count(&self, such: impl Fn(&Sqe) -> bool) -> usize {
         self.state.borrow().log.iter().filter(|sqe| such(sqe)).count()
+    }
+
+    /// How often writes that were not stable have been lost, told or not.
+    pub fn losses(&self) -> u64 {
+        self.state.borrow().losses
     }
 
     /// What the only file holds; `None` when there is none.
@@ -252,7 +265,7 @@ impl Ring for Double {
         let known = files.iter().position(|file| file.fd == fd);
         let index = known.unwrap_or_else(|| {
             let bytes = std::fs::read(format!("/proc/self/fd/{fd}")).unwrap();
-            files.push(File { fd, stable: bytes.clone(), bytes, cache: Cache::default() });
+            files.push(File { fd, stable: bytes.clone(), bytes, cache: Cache::default(), failed: false });
             files.len() - 1
         });
         Target::Fixed(index as u32)
@@ -260,8 +273,20 @@ impl Ring for Double {
 }
 
 impl State {
+    /// The kernel writes back what it likes, and fails.
+    fn lose(&mut self) {
+        for file in &mut self.files {
+            if !file.cache.is_empty() && self.random.percent(self.faults.lost) {
+                file.cache.clear();
+                file.failed = true;
+                self.losses += 1;
+            }
+        }
+    }
+
     /// One enter's work.
     fn pass(&mut self) {
+        self.lose();
         for cqe in std::mem::take(&mut self.late) {
             self.answer(cqe);
         }
@@ -332,15 +357,17 @@ impl State {
             }
             Sqe::Fdatasync { file } => {
                 let failed = self.random.percent(self.faults.sync_error);
-                let State { files, random, .. } = self;
+                let State { files, random, losses, .. } = self;
                 let file = find(files, file).ok_or(EBADF)?;
                 let complete = |at: &Moment| at.get().is_some_and(|at| at <= since);
+                let told = std::mem::take(&mut file.failed);
                 if failed {
                     file.cache.clear();
+                    *losses += 1;
                     return Err(EIO);
                 }
                 file.cache.write_back(&mut file.stable, |at| complete(at) || random.percent(50));
-                Ok(0)
+                if told { Err(EIO) } else { Ok(0) }
             }
             Sqe::Fallocate { file, mode, offset, len } => {
                 let unsupported = match mode & !FALLOC_FL_KEEP_SIZE {
@@ -406,6 +433,9 @@ impl State {
         file.cache.add(whole.clone(), &file.bytes, moment);
         if rw_flags & RWF_DSYNC != 0 && error.is_none() {
             file.cache.write_back_range(&mut file.stable, whole);
+            if std::mem::take(&mut file.failed) {
+                return Err(EIO);
+            }
         }
         error.map_or(Ok(count as i32), Err)
     }
@@ -589,6 +619,26 @@ mod tests {
     }
 
     /// What was not complete when the sync was pushed may be stable afterwards or not, and a cut may keep anything.
+    #[test]
+    fn a_loss_is_told_once_to_whoever_syncs_first() {
+        let bytes = [1u8; 512];
+        let write = |file, rw_flags| Sqe::Write { file, addr: bytes.as_ptr(), len: 512, offset: 0, rw_flags };
+        for told in [false, true] {
+            let ring = Double::new(3, Faults::default());
+            let (_file, target) = file(&ring);
+            assert_eq!(results(&ring, &[write(target, 0)]), [512]);
+            ring.set_faults(Faults { lost: 100, ..Faults::default() });
+            ring.enter(false).unwrap();
+            ring.set_faults(Faults::default());
+            assert_eq!((ring.losses(), ring.stable().unwrap()[0]), (1, 7));
+            let sync = if told { write(target, RWF_DSYNC) } else { Sqe::Fdatasync { file: target } };
+            assert_eq!(results(&ring, &[sync]), [-EIO]);
+            assert_eq!(results(&ring, &[Sqe::Fdatasync { file: target }]), [0]);
+            // Its own bytes a durable write has brought home; what was lost stays so.
+            assert_eq!(ring.stable().unwrap()[0], if told { 1 } else { 7 });
+        }
+    }
+
     #[test]
     fn what_is_not_promised_is_up_to_chance() {
         let after = |seed, written_back| {

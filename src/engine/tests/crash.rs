@@ -3,6 +3,10 @@
 //! Requests of several slots change the same sectors at once, with faults in between. Each sector keeps a history of
 //! its changes, and with it which of them a cut may leave: the last one that is durable, or one that is not known to
 //! have been over when that began.
+//!
+//! The store also loses writes that were acknowledged and are not stable, and tells one sync of it. Each slot is a client
+//! of its own. Its flush that fails says that what was acknowledged before its end may be gone, and nothing else; its
+//! flush that succeeds vouches for everything acknowledged since, and only if it has heard of each loss.
 
 use super::*;
 use crate::engine::config::{OnError, PolicyConfig};
@@ -90,13 +94,13 @@ impl History {
         request
     }
 
-    /// It is acknowledged.
-    fn end(&mut self, request: u64, step: &Step) {
+    /// It is acknowledged. `told`: when its client was last told of a loss.
+    fn end(&mut self, request: u64, step: &Step, told: u64) {
         let now = self.tick();
         if step.op == Op::Flush {
             let changes = self.sectors.iter_mut().flatten();
             changes
-                .filter(|change| change.ended.is_some_and(|ended| ended < request))
+                .filter(|change| change.ended.is_some_and(|ended| told < ended && ended < request))
                 .for_each(|of| of.durable = true);
         }
         for number in step.range() {
@@ -131,10 +135,20 @@ fn pattern(request: u64, sector: u64) -> [u8; 512] {
     Random(request << 32 | sector).bytes(512).try_into().unwrap()
 }
 
-async fn live(io: Io<Double>, volume: Rc<Attached<Double>>, history: Rc<RefCell<History>>, steps: Vec<Step>) {
+async fn live(
+    io: Io<Double>,
+    core: Rc<Core<Double>>,
+    volume: Rc<Attached<Double>>,
+    history: Rc<RefCell<History>>,
+    steps: Vec<Step>,
+) {
     let memory = Mapping::anonymous(MOST as usize * 512).unwrap();
+    let flusher = Flusher::default();
+    // When it was last told of a loss, and how many there had been by then.
+    let (mut told, mut heard) = (0, 0);
     for step in steps {
         let called = history.borrow_mut().begin(&step);
+        let losses = core.ring().losses();
         let mut iovecs = [memory.iovec(0, step.sectors as usize * 512)];
         let data = if step.op == Op::Write { Data::Iovecs(&mut iovecs) } else { Data::None };
         if step.op == Op::Write {
@@ -142,13 +156,14 @@ async fn live(io: Io<Double>, volume: Rc<Attached<Double>>, history: Rc<RefCell<
             put(&memory, 0, &bytes);
         }
         let Step { op, flags, sector, sectors } = step;
-        let result =
-            execute(&volume, &io, &Flusher::default(), &mut Request { op, flags, sector, sectors, data })
-                .await;
-        // One that fails may have been done in part, now or never.
+        let result = execute(&volume, &io, &flusher, &mut Request { op, flags, sector, sectors, data }).await;
         if result.is_ok() {
-            history.borrow_mut().end(called, &step);
+            assert!(op != Op::Flush || losses <= heard, "it vouches for what was lost, and never said so");
+            history.borrow_mut().end(called, &step, told);
+        } else if op == Op::Flush {
+            (told, heard) = (history.borrow_mut().tick(), core.ring().losses());
         }
+        // Any other that fails may have been done in part, now or never.
     }
 }
 
@@ -179,19 +194,20 @@ proptest! {
         retry: bool,
         cut_after in 0..120usize,
         written_back in 0..=100u8,
+        lost in prop_oneof![Just(0), 1..40u8],
     ) {
         let (file, bytes) = image("/tmp", SECTORS as usize * 512);
         let on_error = if retry { OnError::Retry } else { OnError::Report };
         let policy = PolicyConfig { on_error, retry_for: None };
         let volume = open(file.path(), false, None).with_policy(policy);
-        // Whole sectors; and a failed sync, after which nothing is promised, is the model's business.
-        let faults = Faults { direct: Some((1, 512)), sync_error: 0, ..faults };
+        // Whole sectors.
+        let faults = Faults { direct: Some((1, 512)), lost, ..faults };
         let core = Core::new(Double::new(seed, faults));
         let attached = Rc::new(volume.attach(&core, false));
         let history = Rc::new(RefCell::new(History::new(&bytes)));
         let mut tasks = Tasks::new(core.clone());
         for steps in slots {
-            tasks.add(|io| live(io, attached.clone(), history.clone(), steps));
+            tasks.add(|io| live(io, core.clone(), attached.clone(), history.clone(), steps));
         }
         run_until_cut(&core, &mut tasks, cut_after);
         core.ring().power_cut(written_back);

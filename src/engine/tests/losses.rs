@@ -13,6 +13,7 @@ const NONE: Faults = Faults {
     io_error: 0,
     no_space: 0,
     sync_error: 0,
+    lost: 0,
     delay: 0,
     stale: 0,
     reorder: false,

@@ -75,6 +75,7 @@ pub fn faults() -> impl Strategy<Value = Faults> {
                 io_error,
                 no_space,
                 sync_error,
+                lost: 0,
                 delay: order.0,
                 stale: order.1,
                 reorder: order.2,

@@ -52,6 +52,11 @@ impl Cache {
         }
     }
 
+    /// Whether everything that was written is stable.
+    pub fn is_empty(&self) -> bool {
+        self.sectors.values().all(Vec::is_empty)
+    }
+
     /// Forgets everything.
     pub fn clear(&mut self) {
         self.sectors.clear();
