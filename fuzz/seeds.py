@@ -127,6 +127,44 @@ def gate() -> None:
     put("gate", "flood", b"\xff\x21" + table)
 
 
+def session() -> None:
+    """Sessions: each deed is a byte, then what it takes."""
+    hello = bytes([0]) + struct.pack("<HH", 0x9209, 0x7E)
+    table = bytes([1, 1, 0, 1])
+
+    def vring(index: int, size: int = 0, order: int = 0, odd: int = 0) -> bytes:
+        """A set-up; `size` is an index, `order` 0 for the call first and 1 for the kick."""
+        return bytes([3, index | size << 1 | order << 5, odd])
+
+    def ask(index: int, kind: int, sector: int, head: int, layout: int, *more: int) -> bytes:
+        """A request; `kind` is an index."""
+        return bytes([11, index, kind, sector, head, layout, *more])
+
+    wait, leave, reset = bytes([16, 31]), bytes([19, 0]), bytes([19, 1])
+    start = hello + table + vring(0) + vring(1, order=1)
+    io = ask(0, 0, 3, 0, 4 | 1) + wait + ask(0, 1, 3, 4, 4 | 2) + wait + ask(1, 2, 0, 0, 0) + wait
+    put("session", "everyday", start + io + ask(0, 3, 0, 8, 16 | 4) + wait + reset)
+    put("session", "ranges", start + ask(0, 4, 1, 0, 4, 8, 0) + wait + ask(0, 5, 1, 0, 4, 8, 1) + wait)
+    put("session", "indirect", start + ask(0, 0, 0, 3, 16 | 12 | 2) + ask(0, 1, 0, 4, 16 | 4 | 1) + wait)
+    put("session", "nowhere", start + ask(0, 0, 0, 0, 4 | 3, 0, 0xF0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 130) + wait)
+    put("session", "regions", hello + table + bytes([2, 1, 12]) + vring(0) + io + bytes([2, 0, 0]) + wait)
+    put("session", "shorter", hello + bytes([1, 0, 6, 4, 0]) + vring(0) + io)
+    put("session", "truncated", start + io + bytes([17, 0, 4]) + ask(0, 1, 3, 8, 4 | 1) + wait)
+    put("session", "punched", start + io + bytes([17, 2, 0]) + ask(0, 0, 3, 8, 4 | 1) + wait)
+    notes = bytes([7, 0, 2, 4]) + bytes([7, 4, 2, 4])
+    killed = ask(0, 1, 3, 0, 4 | 1) + leave + hello + table + bytes([7, 4, 2, 4]) + vring(0) + wait
+    put("session", "comes-back", hello + table + notes + vring(0) + io + killed)
+    put("session", "notes-changed", hello + table + notes + vring(0) + io + bytes([7, 2, 2, 4, 8, 8]) + bytes(8) + leave
+        + hello + table + bytes([7, 4, 2, 4]) + vring(0) + io)
+    put("session", "foreign-notes", hello + table + bytes([7, 3, 2, 4, 0]) + vring(0) + io)
+    put("session", "jump", start + bytes([14, 0, 0, 0x40]) + wait)
+    put("session", "changes", start + b"".join(bytes([5, n, 0, 1, 0, 0, 1, 5]) for n in range(9)) + io)
+    put("session", "events", start + bytes([18, 1]) + io + bytes([18, 5]) + io)
+    put("session", "configuration", hello + bytes([8, 1, 0, 0, 0, 0]) + bytes([8, 2, 0, 0, 60]) + bytes(60) + table)
+    put("session", "anything", hello + bytes([6, 11, 8, 8]) + bytes(8) + bytes([6, 9, 9, 4, 1, 2, 3, 4, 2]))
+    put("session", "half", hello + table + bytes([6, 5, 0, 0]))
+
+
 TOML = """\
 workers = 2
 poll-us = 50
@@ -190,4 +228,5 @@ if __name__ == "__main__":
     chain()
     nbd()
     gate()
+    session()
     config()

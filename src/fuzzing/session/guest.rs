@@ -1,0 +1,623 @@
+//! The hostile VMM and its guest: what each deed does.
+
+use super::super::Input;
+use super::messages::{Wire, code};
+use super::world::{MEMORY, PATIENCE, SHAPE, World};
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::fs::File;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::Receiver;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Kinds of faults that are known and being mended: no input goes there.
+mod masked {
+    /// Regions that begin where no page does, and rings that are misaligned in our addresses.
+    pub const MISALIGNED: bool = false;
+    /// Event descriptors that lose their `O_NONBLOCK` when their counter is full.
+    pub const BLOCKING_CALLS: bool = false;
+    /// Chains that are used up without a status.
+    pub const NO_STATUS: bool = false;
+}
+
+/// Bytes of each of its memory files at first.
+const FILE: u64 = 0x10000;
+/// Where its memory usually begins.
+const BASE: u64 = 0x10000;
+/// The VMM's own address of guest address 0.
+const USER: u64 = 0x7f00_0000_0000;
+/// From one vring's things to the next's.
+const STRIDE: u64 = 0x4000;
+/// Of those: the vring itself is at 0.
+const AVAIL: u64 = 0x400;
+const USED: u64 = 0x800;
+const INDIRECT: u64 = 0xc00;
+const BUFFERS: u64 = 0x1000;
+/// From one request's buffer to the next's.
+const BUFFER: u64 = 0x100;
+
+/// A status byte that the device never writes.
+const UNTOUCHED: u8 = 0xaa;
+
+const F_NEXT: u16 = 1;
+const F_WRITE: u16 = 2;
+const F_INDIRECT: u16 = 4;
+
+/// A part of a file as guest memory.
+#[derive(Clone, Copy)]
+struct Region {
+    gpa: u64,
+    len: u64,
+    file: usize,
+    offset: u64,
+}
+
+/// A vring as its driver has it.
+#[derive(Clone)]
+struct Ring {
+    at: u64,
+    size: u16,
+    used: u16,
+    /// Requests that were made properly and have no answer: head to status byte.
+    proper: HashMap<u16, u64>,
+}
+
+/// See the module.
+pub(super) struct Guest<'a> {
+    world: &'a World,
+    wire: Option<Wire>,
+    ended: Receiver<()>,
+    files: [File; 2],
+    events: [EventFd; 4],
+    notes: Option<File>,
+    notes_len: u64,
+    regions: Vec<Region>,
+    rings: [Ring; 2],
+    /// The guest or its VMM did something after which nothing can be said about statuses.
+    muddled: bool,
+}
+
+fn words(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+fn pair(first: u32, second: u32) -> Vec<u8> {
+    [first.to_le_bytes(), second.to_le_bytes()].concat()
+}
+
+impl<'a> Guest<'a> {
+    /// Connected, and nothing said.
+    pub fn new(world: &'a World) -> Guest<'a> {
+        let name = CString::new(MEMORY).unwrap();
+        let file = || {
+            let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+            let file = File::from(memfd_create(&*name, flags).unwrap());
+            file.set_len(FILE).unwrap();
+            file
+        };
+        let event = |flags| EventFd::from_flags(EfdFlags::EFD_CLOEXEC | flags).unwrap();
+        let (quiet, blocking) = (EfdFlags::EFD_NONBLOCK, EfdFlags::empty());
+        let semaphore = EfdFlags::EFD_SEMAPHORE | EfdFlags::EFD_NONBLOCK;
+        let (socket, ended) = world.session();
+        let ring = |index: u64| Ring { at: BASE + index * STRIDE, size: 16, used: 0, proper: HashMap::new() };
+        Guest {
+            world,
+            wire: Some(Wire::new(socket)),
+            ended,
+            files: [file(), file()],
+            events: [event(quiet), event(quiet), event(blocking), event(semaphore)],
+            notes: None,
+            notes_len: 0,
+            regions: Vec::new(),
+            rings: [ring(0), ring(1)],
+            muddled: false,
+        }
+    }
+
+    fn wire(&mut self) -> Option<&mut Wire> {
+        self.wire.as_mut().filter(|wire| !wire.over)
+    }
+
+    /// Says something and waits until it is dealt with.
+    fn tell(&mut self, request: u32, body: &[u8], files: &[RawFd]) {
+        if let Some(wire) = self.wire() {
+            wire.tell(request, body, files);
+        }
+    }
+
+    /// The beginning, as VMMs have it, with the features that the input wants.
+    pub fn greet(&mut self, input: &mut Input) {
+        let (protocol, wanted) = (u64::from(input.u16()), input.u16());
+        self.tell(code::SET_OWNER, &[], &[]);
+        let answer = self.wire().and_then(|wire| wire.tell(code::GET_FEATURES, &[], &[]));
+        let Some((offered, _)) = answer else { return };
+        let offered = offered.first_chunk().map_or(0, |bits| u64::from_le_bytes(*bits));
+        // Mostly with acknowledgements, without which nothing is known of when a message is done.
+        let bits = if wanted & 1 == 0 { protocol | 1 << 3 } else { protocol } & 0x9209 | 1 << 9;
+        self.tell(code::SET_PROTOCOL_FEATURES, &words(&[bits]), &[]);
+        let all = [9, 11, 13, 14, 28, 29, 12, 6];
+        let taken = all.iter().enumerate().filter(|(place, _)| wanted >> (place + 1) & 1 != 0);
+        let features = taken.fold(1 << 32 | 1 << 30, |all: u64, (_, bit)| all | 1 << bit);
+        self.tell(code::SET_FEATURES, &words(&[features & offered]), &[]);
+    }
+
+    /// A region, mostly a sound one.
+    fn region(&self, input: &mut Input) -> Region {
+        let shape = input.u8();
+        let file = usize::from(shape & 1);
+        let sound = Region { gpa: BASE + file as u64 * 0x20000, len: FILE, file, offset: 0 };
+        let odd = |input: &mut Input| {
+            let value = input.u16();
+            let pages = u64::from(value & 0xff) << 12;
+            let off = if masked::MISALIGNED { 0 } else { u64::from(value >> 8) };
+            pages + off
+        };
+        match shape >> 1 & 7 {
+            0..=2 => sound,
+            3 => Region { len: odd(input), ..sound },
+            4 => Region { gpa: odd(input), ..sound },
+            5 => Region { gpa: odd(input), len: odd(input), offset: odd(input), file },
+            6 => Region { gpa: BASE + 0x8000, len: 0x8000, offset: 0x8000, ..sound },
+            _ => Region { gpa: input.u64() & if masked::MISALIGNED { !0xfff } else { !0 }, ..sound },
+        }
+    }
+
+    fn packed(region: &Region) -> Vec<u8> {
+        words(&[region.gpa, region.len, USER.wrapping_add(region.gpa), region.offset])
+    }
+
+    /// SET_MEM_TABLE.
+    pub fn show_memory(&mut self, input: &mut Input) {
+        let count = 1 + usize::from(input.u8() & 3);
+        let table: Vec<Region> = (0..count).map(|_| self.region(input)).collect();
+        let mut body = words(&[count as u64]);
+        table.iter().for_each(|region| body.extend(Guest::packed(region)));
+        let files: Vec<RawFd> = table.iter().map(|region| self.files[region.file].as_raw_fd()).collect();
+        self.regions = table;
+        self.tell(code::SET_MEM_TABLE, &body, &files);
+        // Requests of the old table may be anywhere.
+        self.forget_requests();
+    }
+
+    /// ADD_MEM_REG, REM_MEM_REG.
+    pub fn change_memory(&mut self, input: &mut Input) {
+        self.forget_requests();
+        if input.flag() {
+            let region = self.region(input);
+            let file = self.files[region.file].as_raw_fd();
+            self.regions.push(region);
+            self.tell(code::ADD_MEM_REG, &[words(&[0]), Guest::packed(&region)].concat(), &[file]);
+        } else if !self.regions.is_empty() {
+            let region = self.regions.swap_remove(usize::from(input.u8()) % self.regions.len());
+            self.tell(code::REM_MEM_REG, &[words(&[0]), Guest::packed(&region)].concat(), &[]);
+        }
+    }
+
+    fn forget_requests(&mut self) {
+        self.rings.iter_mut().for_each(|ring| ring.proper.clear());
+    }
+
+    /// Where a guest address is in which file.
+    fn place(&self, gpa: u64) -> Option<(usize, u64)> {
+        let region = self.regions.iter().find(|region| gpa.wrapping_sub(region.gpa) < region.len)?;
+        Some((region.file, region.offset.wrapping_add(gpa - region.gpa)))
+    }
+
+    /// Writes to guest memory; what is not there, or far beyond the file's first end, is not written.
+    fn put(&self, gpa: u64, bytes: &[u8]) {
+        if let Some((file, at)) = self.place(gpa)
+            && at < 4 * FILE
+        {
+            let _ = self.files[file].write_all_at(bytes, at);
+        }
+    }
+
+    fn get<const N: usize>(&self, gpa: u64) -> Option<[u8; N]> {
+        let (file, at) = self.place(gpa)?;
+        let mut bytes = [0; N];
+        self.files[file].read_exact_at(&mut bytes, at).ok()?;
+        Some(bytes)
+    }
+
+    /// A whole set-up of a vring: mostly sound, in one of the orders that VMMs have.
+    pub fn start_vring(&mut self, input: &mut Input) {
+        let (shape, odd) = (input.u8(), input.u8());
+        let index = usize::from(shape & 1);
+        let size = [16, 16, 8, 64, 1, 2, 32, 4][usize::from(shape >> 1 & 7)];
+        let ring = &mut self.rings[index];
+        (ring.at, ring.size) = (BASE + index as u64 * STRIDE, size);
+        ring.proper.clear();
+        if odd & 1 != 0 {
+            ring.at = address(input);
+        }
+        let at = ring.at;
+        let avail = self.get(at.wrapping_add(AVAIL + 2)).map_or(0, u16::from_le_bytes);
+        let used = self.get(at.wrapping_add(USED + 2)).map_or(0, u16::from_le_bytes);
+        self.rings[index].used = used;
+        let base = if shape & 16 != 0 { avail } else { used };
+        let kick = shape & 32 != 0;
+        let queue = index as u32;
+        self.tell(code::SET_VRING_NUM, &pair(queue, size.into()), &[]);
+        self.tell(code::SET_VRING_BASE, &pair(queue, base.into()), &[]);
+        self.tell_addresses(index, at);
+        if kick {
+            self.tell_event(code::SET_VRING_KICK, queue, 0);
+            self.tell_event(code::SET_VRING_CALL, queue, 1);
+        } else {
+            self.tell_event(code::SET_VRING_CALL, queue, 1);
+            self.tell_event(code::SET_VRING_KICK, queue, 0);
+        }
+        self.tell(code::SET_VRING_ENABLE, &pair(queue, u32::from(odd & 2 == 0)), &[]);
+    }
+
+    fn tell_addresses(&mut self, index: usize, at: u64) {
+        let user = USER.wrapping_add(at);
+        let addresses = [user, user.wrapping_add(USED), user.wrapping_add(AVAIL), 0];
+        let body = [pair(index as u32, 0), words(&addresses)].concat();
+        self.tell(code::SET_VRING_ADDR, &body, &[]);
+    }
+
+    fn tell_event(&mut self, request: u32, queue: u32, event: usize) {
+        let file = self.events[event].as_raw_fd();
+        self.tell(request, &words(&[queue.into()]), &[file]);
+    }
+
+    /// One change of one vring, sound or not.
+    pub fn change_vring(&mut self, input: &mut Input) {
+        let (what, queue, value) = (input.u8(), u32::from(input.u8() % 3), input.u16());
+        let descriptor = usize::from(value & 3);
+        self.forget_requests();
+        match what % 9 {
+            0 => self.tell(code::SET_VRING_NUM, &pair(queue, value.into()), &[]),
+            1 => self.tell(code::SET_VRING_BASE, &pair(queue, value.into()), &[]),
+            2 => {
+                let at = address(input);
+                let index = queue as usize % self.rings.len();
+                self.rings[index].at = at;
+                self.tell_addresses(index, at);
+            }
+            3 => self.tell_event(code::SET_VRING_KICK, queue, descriptor),
+            4 => self.tell_event(code::SET_VRING_CALL, queue, descriptor),
+            5 => self.tell_event(code::SET_VRING_ERR, queue, descriptor),
+            // Without a descriptor.
+            6 => {
+                let request =
+                    [code::SET_VRING_KICK, code::SET_VRING_CALL, code::SET_VRING_ERR][descriptor % 3];
+                self.tell(request, &words(&[u64::from(queue) | 1 << 8]), &[]);
+            }
+            7 => self.tell(code::SET_VRING_ENABLE, &pair(queue, u32::from(value & 1)), &[]),
+            _ => self.tell(code::GET_VRING_BASE, &pair(queue, 0), &[]),
+        }
+    }
+
+    /// Any message, with descriptors of any kind.
+    pub fn say_anything(&mut self, input: &mut Input) {
+        let (request, shape) = (u32::from(input.u8() % 46), input.u8());
+        let len = usize::from(input.u8());
+        let body = input.bytes(len).to_vec();
+        let files: Vec<File> = (0..shape & 3).filter_map(|_| self.descriptor(input)).collect();
+        let files: Vec<RawFd> = files.iter().map(|file| file.as_raw_fd()).collect();
+        self.muddled = true;
+        if masked::MISALIGNED && [code::SET_MEM_TABLE, code::ADD_MEM_REG].contains(&request) {
+            return;
+        }
+        let Some(wire) = self.wire() else { return };
+        match shape >> 2 & 3 {
+            // Half of it, and then nothing more.
+            0 => {
+                wire.send_bytes(&request.to_ne_bytes(), &files);
+                wire.over = true;
+            }
+            1 => {
+                wire.send(request, u32::from(input.u8()), &body, &files);
+                // Whether that has an answer is hard to tell.
+                wire.over = true;
+            }
+            _ => {
+                wire.tell(request, &body, &files);
+            }
+        }
+    }
+
+    fn descriptor(&self, input: &mut Input) -> Option<File> {
+        let same = |file: &File| file.try_clone().ok();
+        match input.u8() % 9 {
+            0 => same(&self.files[0]),
+            1 => same(&self.files[1]),
+            2 => File::open("/dev/null").ok(),
+            3 => File::open("/proc/self").ok(),
+            4 => self.notes.as_ref().and_then(same),
+            // Read-only.
+            5 => File::open(format!("/proc/self/fd/{}", self.files[0].as_raw_fd())).ok(),
+            6 => nix::unistd::pipe().ok().map(|(read, _)| File::from(read)),
+            7 => nix::unistd::pipe().ok().map(|(_, write)| File::from(write)),
+            other => {
+                let event = &self.events[usize::from(other) % self.events.len()];
+                std::os::fd::AsFd::as_fd(event).try_clone_to_owned().ok().map(File::from)
+            }
+        }
+    }
+
+    /// GET_INFLIGHT_FD, what the guest's VMM does to the notes, SET_INFLIGHT_FD.
+    pub fn inflight(&mut self, input: &mut Input) {
+        let (what, queues, size) = (input.u8(), u16::from(input.u8() % 4), 1u16 << (input.u8() % 8));
+        self.forget_requests();
+        let shape = |len: u64, offset: u64| {
+            [words(&[len, offset]), queues.to_le_bytes().to_vec(), size.to_le_bytes().to_vec(), vec![0; 4]]
+                .concat()
+        };
+        match what % 5 {
+            0 | 1 => {
+                let body = shape(0, 0);
+                let answer = self.wire().and_then(|wire| wire.tell(code::GET_INFLIGHT_FD, &body, &[]));
+                if let Some((body, Some(file))) = answer {
+                    self.notes_len = body.first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
+                    self.notes = Some(file);
+                }
+            }
+            2 => {
+                // Written by somebody else than the service.
+                let (at, count) = (u64::from(input.u8()), usize::from(input.u8() & 31));
+                if let Some(notes) = &self.notes {
+                    let _ = notes.write_all_at(input.bytes(count), at);
+                }
+            }
+            3 => {
+                let file = self.files[1].as_raw_fd();
+                let body = shape(FILE, u64::from(input.u8()) << 12);
+                self.tell(code::SET_INFLIGHT_FD, &body, &[file]);
+            }
+            _ => {
+                let Some(file) = self.notes.as_ref().map(AsRawFd::as_raw_fd) else { return };
+                let body = shape(self.notes_len, 0);
+                self.tell(code::SET_INFLIGHT_FD, &body, &[file]);
+            }
+        }
+    }
+
+    /// GET_CONFIG, SET_CONFIG.
+    pub fn configuration(&mut self, input: &mut Input) {
+        let (what, offset, size) = (input.u8(), u32::from(input.u16()), usize::from(input.u8()));
+        let (offset, size) = if what & 2 == 0 { (32, 1) } else { (offset, size) };
+        let header: Vec<u8> = [offset, size as u32, 1].iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut body = input.bytes(size).to_vec();
+        body.resize(size, 0);
+        let request = if what & 1 == 0 { code::GET_CONFIG } else { code::SET_CONFIG };
+        self.tell(request, &[header, body].concat(), &[]);
+    }
+
+    fn ring_of(&self, input: &mut Input) -> usize {
+        usize::from(input.flag())
+    }
+
+    fn put_one(&self, at: u64, (addr, len, flags, next): (u64, u32, u16, u16)) {
+        let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48;
+        self.put(at, &[addr.to_le_bytes(), rest.to_le_bytes()].concat());
+    }
+
+    /// Any descriptor, in the table or in an indirect one.
+    pub fn put_descriptor(&mut self, input: &mut Input) {
+        let ring = self.rings[self.ring_of(input)].clone();
+        let place = u64::from(input.u8());
+        let table = if place & 0x80 == 0 { ring.at } else { ring.at.wrapping_add(INDIRECT) };
+        let addr = if place & 0x40 == 0 { address(input) } else { ring.at.wrapping_add(INDIRECT) };
+        let (len, flags, next) = (length(input), u16::from(input.u8()), u16::from(input.u8()));
+        self.muddled = true;
+        self.put_one(table.wrapping_add(16 * (place & 0x3f)), (addr, len, flags, next));
+    }
+
+    /// Anything anywhere.
+    pub fn put_bytes(&mut self, input: &mut Input) {
+        let at = address(input);
+        let count = usize::from(input.u8() & 63);
+        self.muddled = true;
+        self.put(at, input.bytes(count));
+    }
+
+    /// A request as drivers make them, whose data may be where no memory is, and a kick.
+    pub fn put_request(&mut self, input: &mut Input) {
+        let index = self.ring_of(input);
+        let ring = self.rings[index].clone();
+        let kind: u32 = input.one_of(&[0, 1, 4, 8, 11, 13, 0, 1, 2, u32::MAX]);
+        let sector: u64 = match input.u8() {
+            255 => input.u64(),
+            small => small.into(),
+        };
+        let (head, layout) = (u16::from(input.u8()) % ring.size, input.u8());
+        // Not over one that the device has.
+        if ring.proper.contains_key(&head) {
+            return;
+        }
+        let writes = if [0, 8].contains(&kind) { F_WRITE } else { 0 };
+        let buffer = ring.at.wrapping_add(BUFFERS + BUFFER * u64::from(head));
+        self.put(buffer, &[&u64::from(kind).to_le_bytes()[..], &sector.to_le_bytes()].concat());
+        if [11, 13].contains(&kind) {
+            let range =
+                [sector.to_le_bytes(), (u64::from(input.u8()) | u64::from(input.flag()) << 32).to_le_bytes()];
+            self.put(buffer + 0x10, &range.concat());
+        }
+        let data = match layout & 3 {
+            0 => (buffer + 0x10, 16),
+            1 => (BASE + 0x8000, 512),
+            2 => (BASE + 0x20000, 4096),
+            _ => (address(input), length(input)),
+        };
+        let status = buffer + BUFFER - 1;
+        self.put(status, &[UNTOUCHED]);
+        let mut parts = vec![(buffer, 16, 0)];
+        for _ in 0..(layout >> 2 & 3) {
+            parts.push((data.0, data.1, writes));
+        }
+        parts.push((status, 1, F_WRITE));
+        let indirect = layout & 16 != 0;
+        let (table, first) = if indirect {
+            (ring.at.wrapping_add(INDIRECT + 0x80 * u64::from(head & 7)), 0)
+        } else {
+            (ring.at, head)
+        };
+        // A chain that goes beyond the table, or over another's descriptors, is nobody's proper request.
+        let fits = indirect || usize::from(head) + parts.len() <= usize::from(ring.size);
+        let apart = indirect || (ring.proper.is_empty());
+        for (place, (addr, len, flags)) in (first..).zip(&parts) {
+            let last = usize::from(place - first) + 1 == parts.len();
+            let next = if last { 0 } else { F_NEXT };
+            self.put_one(table.wrapping_add(16 * u64::from(place)), (*addr, *len, flags | next, place + 1));
+        }
+        if indirect {
+            let bytes = 16 * parts.len() as u32;
+            self.put_one(ring.at.wrapping_add(16 * u64::from(head)), (table, bytes, F_INDIRECT, 0));
+        }
+        if fits && apart {
+            self.rings[index].proper.insert(head, status);
+        } else {
+            self.muddled = true;
+        }
+        let avail = ring.at.wrapping_add(AVAIL);
+        let idx = self.get(avail + 2).map_or(0, u16::from_le_bytes);
+        self.put(avail + 4 + 2 * u64::from(idx % ring.size), &head.to_le_bytes());
+        self.put(avail + 2, &idx.wrapping_add(1).to_le_bytes());
+        if layout & 32 == 0 {
+            self.signal();
+        }
+    }
+
+    /// The available index, to anywhere.
+    pub fn move_avail(&mut self, input: &mut Input) {
+        let ring = self.rings[self.ring_of(input)].clone();
+        self.muddled = true;
+        self.put(ring.at.wrapping_add(AVAIL + 2), &input.u16().to_le_bytes());
+        self.signal();
+    }
+
+    fn signal(&self) {
+        // Full, or another kind of descriptor: no matter.
+        let _ = self.events[0].write(1);
+    }
+
+    /// A kick, and nothing else.
+    pub fn kick(&mut self, input: &mut Input) {
+        let _ = input.u8();
+        self.signal();
+    }
+
+    /// Sees whether the device has used something, and what became of it.
+    pub fn wait(&mut self, input: &mut Input) {
+        let rounds = input.u8() & 31;
+        for _ in 0..=rounds {
+            for index in 0..self.rings.len() {
+                self.reap(index);
+            }
+            if self.rings.iter().all(|ring| ring.proper.is_empty()) {
+                return;
+            }
+            thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    fn reap(&mut self, index: usize) {
+        let ring = self.rings[index].clone();
+        let Some(idx) = self.get(ring.at.wrapping_add(USED + 2)).map(u16::from_le_bytes) else { return };
+        let mut next = ring.used;
+        // What jumps further was not used one by one.
+        if idx.wrapping_sub(next) > ring.size {
+            self.rings[index].used = idx;
+            self.rings[index].proper.clear();
+            return;
+        }
+        while next != idx {
+            let place = ring.at.wrapping_add(USED + 4 + 8 * u64::from(next % ring.size));
+            next = next.wrapping_add(1);
+            let Some(element) = self.get::<8>(place) else { continue };
+            let head = u16::from_le_bytes([element[0], element[1]]);
+            let Some(status) = self.rings[index].proper.remove(&head) else { continue };
+            let found = self.get(status);
+            if !self.muddled && !masked::NO_STATUS {
+                assert_ne!(found, Some([UNTOUCHED]), "request {head} is used up without a status");
+            }
+        }
+        self.rings[index].used = next;
+    }
+
+    /// Truncates one of its files, makes it longer, or punches a hole.
+    pub fn take_memory_away(&mut self, input: &mut Input) {
+        let (what, pages) = (input.u8(), u64::from(input.u8() % 20) << 12);
+        self.muddled = true;
+        let file = &self.files[usize::from(what & 1)];
+        if what & 2 == 0 {
+            let _ = file.set_len(pages);
+        } else {
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            let _ = fallocate(file, flags, pages as i64, 0x3000);
+        }
+    }
+
+    /// Fills or empties a counter, or changes whether it blocks.
+    pub fn abuse_event(&mut self, input: &mut Input) {
+        let what = input.u8();
+        let event = &self.events[usize::from(what & 3)];
+        match what >> 2 & 3 {
+            0 if what & 3 != 2 => _ = event.write(u64::MAX - 1),
+            1 if what & 3 != 2 => _ = event.read(),
+            2 if masked::BLOCKING_CALLS => {}
+            2 => _ = fcntl(event, FcntlArg::F_SETFL(OFlag::empty())),
+            _ => _ = fcntl(event, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)),
+        }
+    }
+
+    /// The VMM dies, perhaps with a reset before.
+    pub fn leave(&mut self, input: &mut Input) {
+        if input.flag() {
+            for queue in 0..u32::from(SHAPE.queues) {
+                self.tell(code::GET_VRING_BASE, &pair(queue, 0), &[]);
+            }
+        }
+        self.hang_up();
+    }
+
+    fn hang_up(&mut self) {
+        self.wire = None;
+        let began = Instant::now();
+        assert!(self.ended.recv_timeout(PATIENCE).is_ok(), "a session does not end: {:?}", began.elapsed());
+        self.forget_requests();
+    }
+
+    /// And another begins, with the same memory and notes.
+    pub fn come_back(&mut self) {
+        let (socket, ended) = self.world.session();
+        (self.wire, self.ended) = (Some(Wire::new(socket)), ended);
+    }
+}
+
+impl Drop for Guest<'_> {
+    fn drop(&mut self) {
+        if self.wire.is_some() && !thread::panicking() {
+            self.hang_up();
+        }
+    }
+}
+
+/// A guest address, mostly one where there is something.
+fn address(input: &mut Input) -> u64 {
+    let value = u64::from(input.u16());
+    let aligned = if masked::MISALIGNED { !0xf } else { !0 };
+    match input.u8() & 15 {
+        0 => input.u64() & aligned,
+        1 => BASE + FILE - (value & 0xff & aligned),
+        2 | 3 => (BASE + 0x20000 + value) & aligned,
+        _ => (BASE + value) & aligned,
+    }
+}
+
+/// A length, mostly a short one or one of sectors.
+fn length(input: &mut Input) -> u32 {
+    match input.u8() {
+        0 => input.u32(),
+        short @ 1..128 => short.into(),
+        sectors => u32::from(sectors - 127) * 512,
+    }
+}

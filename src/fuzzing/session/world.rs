@@ -1,0 +1,200 @@
+//! What all runs share: a worker, its volumes, and a neighbour on it.
+
+use super::neighbour::Neighbour;
+use crate::engine::Volume;
+use crate::engine::config::{FileConfig, MemoryConfig, VolumeConfig};
+use crate::frontend::vhost_user::budget::{MemoryBudget, MemoryShare};
+use crate::frontend::vhost_user::gate::{BackendChannel, Interest, Shape, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::{CallFd, Device, Host, Running, Session, StopMode, Stopped, VringSetup};
+use crate::worker::{Habits, Lent, Link, VringId, Worker};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Nothing takes longer, unless it hangs.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Queues, and descriptors in each, of every device here.
+pub(super) const SHAPE: Shape = Shape { queues: 2, queue_size: 64 };
+
+/// The name of the hostile VMM's memory, which shows in `/proc`.
+pub(super) const MEMORY: &str = "fuzz-session";
+
+/// Bytes of each disk.
+const DISK: u64 = 64 << 10;
+
+/// See the module.
+pub(super) struct World {
+    _worker: Mutex<Worker>,
+    host: Arc<dyn Host>,
+    device: Arc<Device>,
+    share: Arc<MemoryShare>,
+    neighbour: Mutex<Neighbour>,
+}
+
+static WORLD: OnceLock<World> = OnceLock::new();
+
+/// Plays one run, alone, and looks afterwards whether anything is left of it or anybody was harmed.
+pub(super) fn watched(play: impl FnOnce(&World)) {
+    let world = WORLD.get_or_init(World::new);
+    let mut neighbour = world.neighbour.lock().unwrap_or_else(PoisonError::into_inner);
+    neighbour.work();
+    let before = Trace::now();
+    play(world);
+    neighbour.work();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let after = Trace::now();
+        if after.is_nothing_since(&before) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "left behind: {before:?} became {after:?}");
+        thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// What a VMM may leave in this process.
+#[derive(Debug)]
+struct Trace {
+    mapped: usize,
+    open: usize,
+}
+
+impl Trace {
+    fn now() -> Trace {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap();
+        let mapped = maps.lines().filter(|line| line.contains(MEMORY)).count();
+        let files = fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
+        // Among other tests nothing can be said of descriptors without a name.
+        let is_ours = |path: &std::path::PathBuf| {
+            cfg!(fuzzing) || fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains(MEMORY))
+        };
+        Trace { mapped, open: files.filter(is_ours).count() }
+    }
+
+    fn is_nothing_since(&self, before: &Trace) -> bool {
+        self.mapped <= before.mapped && self.open <= before.open
+    }
+}
+
+impl World {
+    fn new() -> World {
+        let habits =
+            Habits { patience: Duration::from_micros(20), slow_after: Duration::ZERO, shared: false };
+        let worker = Worker::start(0, habits).unwrap();
+        // A file, of which the device has flushes, discards and a cache mode.
+        let image = File::from(memfd_create(c"fuzz-image", MFdFlags::MFD_CLOEXEC).unwrap());
+        image.set_len(DISK).unwrap();
+        let path = format!("/proc/self/fd/{}", image.as_raw_fd()).into();
+        let config = FileConfig { path, direct: false, read_only: false, lock: false, block_size: None };
+        let (volume, device) = disk("hostile", &VolumeConfig::File(config));
+        let config = MemoryConfig { size: crate::block::Size(DISK), block_size: None };
+        let (neighbours_volume, neighbours_device) = disk("neighbour", &VolumeConfig::Memory(config));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        // It ends with the process.
+        let budget = MemoryBudget::of_process(2);
+        let neighbours_host = host(worker.link(), neighbours_volume);
+        drop(serve(theirs, &neighbours_device, &neighbours_host, &budget.share()));
+        let host = host(worker.link(), volume);
+        let neighbour = Mutex::new(Neighbour::new(ours));
+        World { _worker: Mutex::new(worker), host, device, share: budget.share(), neighbour }
+    }
+
+    /// A session of the hostile VMM's: its socket, and what says that it has ended.
+    pub(super) fn session(&self) -> (UnixStream, Receiver<()>) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (ours, serve(theirs, &self.device, &self.host, &self.share))
+    }
+}
+
+fn disk(name: &str, config: &VolumeConfig) -> (Arc<Volume>, Arc<Device>) {
+    let volume = Volume::open(name, config).unwrap();
+    let device = Device::new(name, "/fuzz.sock", volume.geometry().clone(), false);
+    (Arc::new(volume), Arc::new(device))
+}
+
+fn serve(
+    stream: UnixStream,
+    device: &Arc<Device>,
+    host: &Arc<dyn Host>,
+    share: &Arc<MemoryShare>,
+) -> Receiver<()> {
+    let (end, ended) = channel();
+    let (device, host, share) = (device.clone(), host.clone(), share.clone());
+    thread::spawn(move || {
+        // A VMM that breaks the protocol is an error, and the session's right to end.
+        let vmm = Vmm::new(stream, &Awake);
+        if let Err(error) = Session::serve(vmm, &device, &host, SHAPE, &BackendChannel::default(), &share) {
+            log::debug!("{error}");
+        }
+        let _ = end.send(());
+    });
+    ended
+}
+
+/// Who waits for a VMM's messages and is never told to stop.
+struct Awake;
+
+impl Watch for Awake {
+    fn wait(&self, fd: BorrowedFd<'_>, interest: Interest, deadline: Option<Instant>) -> io::Result<Wake> {
+        let interest = match interest {
+            Interest::Read => PollFlags::POLLIN,
+            Interest::Write => PollFlags::POLLOUT,
+        };
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.map_or(PollTimeout::NONE, |left| (left.as_millis() as u16).into());
+        match poll(&mut [PollFd::new(fd, interest)], timeout)? {
+            0 => Ok(Wake::Late),
+            _ => Ok(Wake::Ready),
+        }
+    }
+}
+
+fn host(link: &Link, volume: Arc<Volume>) -> Arc<dyn Host> {
+    Arc::new(OneWorker { link: link.clone(), lent: Lent::new(volume, SHAPE.queues) })
+}
+
+/// Runs all vrings on one worker.
+struct OneWorker {
+    link: Link,
+    lent: Lent,
+}
+
+impl Host for OneWorker {
+    fn start(&self, setup: VringSetup) -> io::Result<Box<dyn Running>> {
+        let id = self.link.start_vring(setup, self.lent.clone())?;
+        Ok(Box::new(OnWorker { link: self.link.clone(), id }))
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let flushed = self.link.flush(self.lent.clone(), PATIENCE).recv_timeout(PATIENCE);
+        Ok(flushed.expect("the worker hangs")?)
+    }
+}
+
+struct OnWorker {
+    link: Link,
+    id: VringId,
+}
+
+impl Running for OnWorker {
+    fn stop(self: Box<Self>, _: StopMode) -> Stopped {
+        let stopped = self.link.stop_vring(self.id).recv_timeout(PATIENCE);
+        stopped.expect("a vring does not stop").expect("the vring was there")
+    }
+
+    fn enable(&self, enabled: bool) {
+        self.link.enable_vring(self.id, enabled).unwrap();
+    }
+
+    fn set_call(&self, call: Option<CallFd>) {
+        self.link.call_vring(self.id, call).unwrap();
+    }
+}
