@@ -243,6 +243,33 @@ impl Connection {
     }
 }
 
+/// A VMM that starts, and its guest's driver: so many queues, with so many slots each.
+pub fn everyday(
+    profile: &'static Profile,
+    socket: &Path,
+    limit: Duration,
+    (queues, slots): (usize, usize),
+) -> Result<(Player, Vec<RawQueue>), Broken> {
+    let connection = Connection::open(profile, socket, limit, queues, true)?;
+    let (ring_bytes, each) = (Ring::bytes(profile.size), RawQueue::bytes(profile.size, slots));
+    let memory = Arc::new(GuestMemory::new(BASE, each * queues as u64));
+    let features = connection.offered & profile.features;
+    let layout = if profile.segments { Layout::Pieces } else { Layout::Plain };
+    let queue = |index: u64| {
+        let at = BASE + index * each;
+        let mut ring = Ring::new(&memory, at, profile.size, features & EVENT_IDX != 0);
+        if profile.blocking {
+            ring.block();
+        }
+        RawQueue::new(ring, layout, at + ring_bytes, slots)
+    };
+    let queues: Vec<RawQueue> = (0..queues as u64).map(queue).collect();
+    let rings = queues.iter().map(|queue| &queue.ring);
+    let mut vmm = Player::new(&memory, rings, features, connection);
+    vmm.start()?;
+    Ok((vmm, queues))
+}
+
 /// A VMM with a guest, connected or not.
 pub struct Player {
     pub profile: &'static Profile,
@@ -411,24 +438,7 @@ pub struct Played {
 impl Played {
     /// The VMM starts, and its guest's driver, with so many queues.
     pub fn new(profile: &'static Profile, socket: &Path, queues: usize) -> Played {
-        let connection = Connection::open(profile, socket, PATIENCE, queues, true).unwrap();
-        let (ring_bytes, slots) = (Ring::bytes(profile.size), 4);
-        let each = RawQueue::bytes(profile.size, slots);
-        let memory = Arc::new(GuestMemory::new(BASE, each * queues as u64));
-        let features = connection.offered & profile.features;
-        let layout = if profile.segments { Layout::Pieces } else { Layout::Plain };
-        let queue = |index: u64| {
-            let at = BASE + index * each;
-            let mut ring = Ring::new(&memory, at, profile.size, features & EVENT_IDX != 0);
-            if profile.blocking {
-                ring.block();
-            }
-            RawQueue::new(ring, layout, at + ring_bytes, slots)
-        };
-        let queues: Vec<RawQueue> = (0..queues as u64).map(queue).collect();
-        let rings = queues.iter().map(|queue| &queue.ring);
-        let mut vmm = Player::new(&memory, rings, features, connection);
-        vmm.start().unwrap();
+        let (vmm, queues) = everyday(profile, socket, PATIENCE, (queues, 4)).unwrap();
         Played { vmm, queues }
     }
 }

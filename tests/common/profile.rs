@@ -353,5 +353,5 @@ pub const VIRTIO_DRIVERS: Profile = Profile {
 };
 
 /// All of them.
-pub const PROFILES: [&Profile; 6] =
-    [&QEMU, &CLOUD_HYPERVISOR, &FIRECRACKER, &CROSVM, &VIRTIO_DRIVERS, &QEMU_OLD];
+pub const PROFILES: [&Profile; 7] =
+    [&QEMU, &CLOUD_HYPERVISOR, &FIRECRACKER, &CROSVM, &VIRTIO_DRIVERS, &CLOUD_HYPERVISOR_OLD, &QEMU_OLD];

@@ -8,6 +8,7 @@ mod guest;
 mod keeper;
 mod load;
 mod log;
+mod losses;
 mod native;
 mod queue;
 mod report;

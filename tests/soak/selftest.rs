@@ -9,6 +9,7 @@ use super::common::ring::Ring;
 use super::common::vmm::BASE;
 use super::load::Load;
 use super::log::{Fault, Kind, Log};
+use super::losses;
 use super::native::{self, Plan};
 use super::queue::{Driver, Shared};
 use super::report::{Event, Report, Wrong};
@@ -26,7 +27,13 @@ use tempfile::TempDir;
 
 /// `mounts`: stores may be mounted.
 pub fn main(mounts: bool) -> ExitCode {
+    let unavailable = losses::unavailable(mounts);
+    if let Some(why) = &unavailable {
+        eprintln!("soak: each_queue_hears_of_a_loss is ignored: {why}");
+    }
     let trials = vec![
+        trial("each_queue_hears_of_a_loss", losses::each_queue_hears_of_a_loss)
+            .with_ignored_flag(unavailable.is_some()),
         trial("a_short_soak", move || a_short_soak(mounts)),
         trial("a_write_that_vanished_is_a_loss", || damaged(Damage::Undone)),
         trial("garbage_is_a_loss", || damaged(Damage::Garbage)),
