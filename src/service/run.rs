@@ -317,7 +317,7 @@ impl Shared {
             }
         }
         let mut result = Ok(());
-        let deadline = Instant::now() + FLUSH_LIMIT;
+        let deadline = deadline.max(Instant::now() + FLUSH_LEAST);
         let written = |of: &Volume| !of.geometry().read_only && of.geometry().volatile_cache;
         let flushes = self.lent.iter().filter(|lent| written(&lent.volume)).filter_map(|lent| {
             // Where a single connection has the writes, it alone can vouch for them.
@@ -360,7 +360,7 @@ const HELD_UP_EVERY: Duration = Duration::from_secs(5);
 /// How long requests that were given up may take to fail.
 const ABANDON_LIMIT: Duration = Duration::from_secs(5);
 
-/// The exports' stops take no longer than this together; one that does is reported and left.
+/// The exports' stops and the last flushes take no longer than this together; what does is reported and left.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 
 /// What an export has in any case, for what does not depend on its store.
@@ -369,5 +369,6 @@ const STOP_LEAST: Duration = Duration::from_secs(5);
 /// How long the last flush of a volume may wait for its store to come back.
 const STORE_LIMIT: Duration = Duration::from_secs(5);
 
-/// The last flushes take no longer than this together.
-const FLUSH_LIMIT: Duration = Duration::from_secs(120);
+/// What the last flushes have in any case. With this, and what a worker may take to end, a stop that a store holds up is
+/// over before systemd loses patience (`TimeoutStopSec` in `systemd/`).
+const FLUSH_LEAST: Duration = Duration::from_secs(15);
