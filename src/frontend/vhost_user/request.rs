@@ -93,92 +93,115 @@ pub struct Chain {
 pub fn parse(memory: &Memory, table: Table, head: u16, indirect: bool, scratch: &mut Scratch) -> Chain {
     scratch.iovecs.clear();
     scratch.ranges.clear();
-    let Some(found) = walk(memory, table, head, indirect, &mut scratch.iovecs) else {
-        return Chain { status: None, request: Err(Status::IoErr) };
+    let Some(readable) = resolve(memory, table, head, indirect, &mut scratch.iovecs) else {
+        return impossible(memory, table, head, Status::IoErr);
     };
     // The status is the last writable byte, whatever else that descriptor holds.
-    let status = match scratch.iovecs[found.readable..].last_mut() {
-        Some(last) if found.whole => Some(last.split_off(last.len() - 1)),
-        _ => found.status(memory),
+    let Some(last) = scratch.iovecs[readable..].last_mut() else {
+        return impossible(memory, table, head, Status::IoErr);
     };
-    let request = match status {
-        Some(_) if found.whole => understand(found.readable, scratch),
-        _ => Err(Status::IoErr),
-    };
-    // A last descriptor that is empty may well have been meant for the status.
-    let unclear = found.empty_end && request.is_err();
-    Chain { status: status.filter(|_| !unclear), request }
-}
-
-/// A chain that was followed to its end.
-struct Walk {
-    /// Ranges that are readable; the rest is writable.
-    readable: usize,
-    /// All of it is as it should be, and resolved.
-    whole: bool,
-    /// Guest address and length of the last writable descriptor that is not empty.
-    last: Option<(u64, u32)>,
-    /// The last descriptor of all is writable, and empty.
-    empty_end: bool,
-}
-
-impl Walk {
-    /// Where a chain of which not all could be resolved has its status byte.
-    fn status(&self, memory: &Memory) -> Option<Iovec> {
-        let (at, len) = self.last?;
-        let mut status = None;
-        memory.split(at.checked_add(u64::from(len) - 1)?, 1, |byte| {
-            status = Some(byte);
-            true
-        });
-        status
+    let status = last.split_off(last.len() - 1);
+    match understand(readable, scratch) {
+        Ok(parsed) => Chain { status: Some(status), request: Ok(parsed) },
+        Err(told) => impossible(memory, table, head, told),
     }
 }
 
-/// Follows a chain to its end and resolves it to the ranges of its non-empty descriptors. What is too long, lies
-/// outside the guest's memory, is readable after something writable or in an indirect table that was not agreed upon,
-/// cannot be carried out; but its end is looked for all the same, because the status byte is there.
+/// Resolves a chain to the ranges of its non-empty descriptors. How many of them are readable; the rest is
+/// writable. `None` for a chain that is too long, loops, leaves the table or the guest's memory, has a
+/// readable descriptor after a writable one, or nests indirect tables.
+fn resolve(
+    memory: &Memory,
+    table: Table,
+    head: u16,
+    indirect: bool,
+    iovecs: &mut Vec<Iovec>,
+) -> Option<usize> {
+    let mut table = table;
+    let mut index = head;
+    let mut in_indirect = false;
+    let mut readable = 0;
+    let mut writable = false;
+    // A loop in the chain runs into this bound, too.
+    for _ in 0..MAX_IOVECS {
+        let descriptor = memory.descriptor(table, index)?;
+        if descriptor.refers_to_indirect_table() {
+            let len = descriptor.len() as usize;
+            let count = len / size_of::<Descriptor>();
+            let whole = len.is_multiple_of(size_of::<Descriptor>()) && count > 0;
+            if !indirect || in_indirect || descriptor.has_next() || !whole {
+                return None;
+            }
+            table = memory.table(descriptor.addr().0, u16::try_from(count).ok()?);
+            (index, in_indirect) = (0, true);
+            continue;
+        }
+        if descriptor.is_write_only() {
+            writable = true;
+        } else if writable {
+            return None;
+        }
+        let fits = memory.split(descriptor.addr().0, u64::from(descriptor.len()), |iovec| {
+            iovecs.push(iovec);
+            iovecs.len() <= MAX_IOVECS
+        });
+        if !fits {
+            return None;
+        }
+        if !writable {
+            readable = iovecs.len();
+        }
+        if !descriptor.has_next() {
+            return Some(readable);
+        }
+        index = descriptor.next();
+    }
+    None
+}
+
+/// What is told of a chain that cannot be carried out. Its end is looked for all the same, whatever is wrong on the way:
+/// the status byte is there.
+#[cold]
+fn impossible(memory: &Memory, table: Table, head: u16, told: Status) -> Chain {
+    let byte = status_place(memory, table, head);
+    let mut status = None;
+    if let Some(byte) = byte {
+        memory.split(byte, 1, |byte| {
+            status = Some(byte);
+            true
+        });
+    }
+    Chain { status, request: Err(told) }
+}
+
+/// The guest's address of a chain's status byte: the last of its last writable descriptor.
 ///
-/// `None` for a chain whose end cannot be found: it loops, leaves its table, or its table is not in the guest's memory;
-/// or it is not clear where it goes on, because an indirect table has another one in it or a descriptor after it.
-fn walk(memory: &Memory, table: Table, head: u16, indirect: bool, iovecs: &mut Vec<Iovec>) -> Option<Walk> {
-    let mut walk = Walk { readable: 0, whole: true, last: None, empty_end: false };
+/// `None` where there is none, or where it is not clear which one it is: the chain loops, leaves its table, or its table
+/// is not in the guest's memory; an indirect table has another one in it, or a descriptor after it; or the last
+/// descriptor of all is writable and empty, and may well have been meant for the status.
+fn status_place(memory: &Memory, mut table: Table, head: u16) -> Option<u64> {
     // A chain is no longer than its vring (virtio 1.3 section 2.7.5.3.1), even where it is too long for us; and one
     // that loops runs into this bound.
     let bound = usize::from(table.len()).max(MAX_IOVECS) + 1;
-    let (mut table, mut index, mut in_indirect) = (table, head, false);
+    let (mut index, mut in_indirect, mut last) = (head, false, None);
     for _ in 0..bound {
         let descriptor = memory.descriptor(table, index)?;
-        let (at, len) = (descriptor.addr().0, descriptor.len());
+        let (at, len, writable) =
+            (descriptor.addr().0, u64::from(descriptor.len()), descriptor.is_write_only());
         if descriptor.refers_to_indirect_table() {
             if in_indirect || descriptor.has_next() {
                 return None;
             }
-            let count = u16::try_from(len as usize / size_of::<Descriptor>());
-            let whole = count.is_ok() && (len as usize).is_multiple_of(size_of::<Descriptor>());
-            walk.whole &= indirect && whole;
-            table = memory.table(at, count.unwrap_or(u16::MAX));
+            let count = len / size_of::<Descriptor>() as u64;
+            table = memory.table(at, u16::try_from(count).unwrap_or(u16::MAX));
             (index, in_indirect) = (0, true);
             continue;
         }
-        if len > 0 {
-            if descriptor.is_write_only() {
-                walk.last = Some((at, len));
-            } else if walk.last.is_some() {
-                walk.whole = false;
-            }
-            walk.whole = walk.whole
-                && memory.split(at, len.into(), |iovec| {
-                    iovecs.push(iovec);
-                    iovecs.len() <= MAX_IOVECS
-                });
-            if walk.last.is_none() {
-                walk.readable = iovecs.len();
-            }
+        if writable && len > 0 {
+            last = at.checked_add(len - 1);
         }
         if !descriptor.has_next() {
-            walk.empty_end = len == 0 && descriptor.is_write_only();
-            return Some(walk);
+            return last.filter(|_| !writable || len > 0);
         }
         index = descriptor.next();
     }
