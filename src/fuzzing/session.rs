@@ -5,6 +5,7 @@
 //! open or mapped; no request is used up without a status; and a neighbour on the same worker, a guest that behaves, is
 //! served as ever.
 
+mod driver;
 mod guest;
 mod messages;
 mod neighbour;

@@ -1,52 +1,33 @@
 //! The hostile VMM and its guest: what each deed does.
 
 use super::super::Input;
+use super::driver::address;
 use super::messages::{Wire, code};
 use super::world::{MEMORY, PATIENCE, SHAPE, World};
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::Receiver;
 use std::thread;
-use std::time::{Duration, Instant};
-
-/// Kinds of faults that are known and being mended: no input goes there.
-mod masked {
-    /// Regions that begin where no page does, and rings that are misaligned in our addresses.
-    pub const MISALIGNED: bool = false;
-    /// Event descriptors that lose their `O_NONBLOCK` when their counter is full.
-    pub const BLOCKING_CALLS: bool = false;
-    /// Chains that are used up without a status.
-    pub const NO_STATUS: bool = false;
-}
+use std::time::Instant;
 
 /// Bytes of each of its memory files at first.
-const FILE: u64 = 0x10000;
+pub(super) const FILE: u64 = 0x10000;
 /// Where its memory usually begins.
-const BASE: u64 = 0x10000;
+pub(super) const BASE: u64 = 0x10000;
 /// The VMM's own address of guest address 0.
 const USER: u64 = 0x7f00_0000_0000;
 /// From one vring's things to the next's.
 const STRIDE: u64 = 0x4000;
 /// Of those: the vring itself is at 0.
-const AVAIL: u64 = 0x400;
-const USED: u64 = 0x800;
-const INDIRECT: u64 = 0xc00;
-const BUFFERS: u64 = 0x1000;
-/// From one request's buffer to the next's.
-const BUFFER: u64 = 0x100;
-
-/// A status byte that the device never writes.
-const UNTOUCHED: u8 = 0xaa;
-
-const F_NEXT: u16 = 1;
-const F_WRITE: u16 = 2;
-const F_INDIRECT: u16 = 4;
+pub(super) const AVAIL: u64 = 0x400;
+pub(super) const USED: u64 = 0x800;
 
 /// A part of a file as guest memory.
 #[derive(Clone, Copy)]
@@ -59,12 +40,12 @@ struct Region {
 
 /// A vring as its driver has it.
 #[derive(Clone)]
-struct Ring {
-    at: u64,
-    size: u16,
-    used: u16,
+pub(super) struct Ring {
+    pub at: u64,
+    pub size: u16,
+    pub used: u16,
     /// Requests that were made properly and have no answer: head to status byte.
-    proper: HashMap<u16, u64>,
+    pub proper: HashMap<u16, u64>,
 }
 
 /// See the module.
@@ -73,13 +54,13 @@ pub(super) struct Guest<'a> {
     wire: Option<Wire>,
     ended: Receiver<()>,
     files: [File; 2],
-    events: [EventFd; 4],
+    pub events: [EventFd; 4],
     notes: Option<File>,
     notes_len: u64,
     regions: Vec<Region>,
-    rings: [Ring; 2],
+    pub rings: [Ring; 2],
     /// The guest or its VMM did something after which nothing can be said about statuses.
-    muddled: bool,
+    pub muddled: bool,
 }
 
 fn words(words: &[u64]) -> Vec<u8> {
@@ -154,8 +135,7 @@ impl<'a> Guest<'a> {
         let odd = |input: &mut Input| {
             let value = input.u16();
             let pages = u64::from(value & 0xff) << 12;
-            let off = if masked::MISALIGNED { 0 } else { u64::from(value >> 8) };
-            pages + off
+            pages + u64::from(value >> 8)
         };
         match shape >> 1 & 7 {
             0..=2 => sound,
@@ -163,7 +143,7 @@ impl<'a> Guest<'a> {
             4 => Region { gpa: odd(input), ..sound },
             5 => Region { gpa: odd(input), len: odd(input), offset: odd(input), file },
             6 => Region { gpa: BASE + 0x8000, len: 0x8000, offset: 0x8000, ..sound },
-            _ => Region { gpa: input.u64() & if masked::MISALIGNED { !0xfff } else { !0 }, ..sound },
+            _ => Region { gpa: input.u64(), ..sound },
         }
     }
 
@@ -209,7 +189,7 @@ impl<'a> Guest<'a> {
     }
 
     /// Writes to guest memory; what is not there, or far beyond the file's first end, is not written.
-    fn put(&self, gpa: u64, bytes: &[u8]) {
+    pub fn put(&self, gpa: u64, bytes: &[u8]) {
         if let Some((file, at)) = self.place(gpa)
             && at < 4 * FILE
         {
@@ -217,7 +197,7 @@ impl<'a> Guest<'a> {
         }
     }
 
-    fn get<const N: usize>(&self, gpa: u64) -> Option<[u8; N]> {
+    pub fn get<const N: usize>(&self, gpa: u64) -> Option<[u8; N]> {
         let (file, at) = self.place(gpa)?;
         let mut bytes = [0; N];
         self.files[file].read_exact_at(&mut bytes, at).ok()?;
@@ -303,9 +283,6 @@ impl<'a> Guest<'a> {
         let files: Vec<File> = (0..shape & 3).filter_map(|_| self.descriptor(input)).collect();
         let files: Vec<RawFd> = files.iter().map(|file| file.as_raw_fd()).collect();
         self.muddled = true;
-        if masked::MISALIGNED && [code::SET_MEM_TABLE, code::ADD_MEM_REG].contains(&request) {
-            return;
-        }
         let Some(wire) = self.wire() else { return };
         match shape >> 2 & 3 {
             // Half of it, and then nothing more.
@@ -338,7 +315,7 @@ impl<'a> Guest<'a> {
             7 => nix::unistd::pipe().ok().map(|(_, write)| File::from(write)),
             other => {
                 let event = &self.events[usize::from(other) % self.events.len()];
-                std::os::fd::AsFd::as_fd(event).try_clone_to_owned().ok().map(File::from)
+                event.as_fd().try_clone_to_owned().ok().map(File::from)
             }
         }
     }
@@ -391,158 +368,6 @@ impl<'a> Guest<'a> {
         self.tell(request, &[header, body].concat(), &[]);
     }
 
-    fn ring_of(&self, input: &mut Input) -> usize {
-        usize::from(input.flag())
-    }
-
-    fn put_one(&self, at: u64, (addr, len, flags, next): (u64, u32, u16, u16)) {
-        let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48;
-        self.put(at, &[addr.to_le_bytes(), rest.to_le_bytes()].concat());
-    }
-
-    /// Any descriptor, in the table or in an indirect one.
-    pub fn put_descriptor(&mut self, input: &mut Input) {
-        let ring = self.rings[self.ring_of(input)].clone();
-        let place = u64::from(input.u8());
-        let table = if place & 0x80 == 0 { ring.at } else { ring.at.wrapping_add(INDIRECT) };
-        let addr = if place & 0x40 == 0 { address(input) } else { ring.at.wrapping_add(INDIRECT) };
-        let (len, flags, next) = (length(input), u16::from(input.u8()), u16::from(input.u8()));
-        self.muddled = true;
-        self.put_one(table.wrapping_add(16 * (place & 0x3f)), (addr, len, flags, next));
-    }
-
-    /// Anything anywhere.
-    pub fn put_bytes(&mut self, input: &mut Input) {
-        let at = address(input);
-        let count = usize::from(input.u8() & 63);
-        self.muddled = true;
-        self.put(at, input.bytes(count));
-    }
-
-    /// A request as drivers make them, whose data may be where no memory is, and a kick.
-    pub fn put_request(&mut self, input: &mut Input) {
-        let index = self.ring_of(input);
-        let ring = self.rings[index].clone();
-        let kind: u32 = input.one_of(&[0, 1, 4, 8, 11, 13, 0, 1, 2, u32::MAX]);
-        let sector: u64 = match input.u8() {
-            255 => input.u64(),
-            small => small.into(),
-        };
-        let (head, layout) = (u16::from(input.u8()) % ring.size, input.u8());
-        // Not over one that the device has.
-        if ring.proper.contains_key(&head) {
-            return;
-        }
-        let writes = if [0, 8].contains(&kind) { F_WRITE } else { 0 };
-        let buffer = ring.at.wrapping_add(BUFFERS + BUFFER * u64::from(head));
-        self.put(buffer, &[&u64::from(kind).to_le_bytes()[..], &sector.to_le_bytes()].concat());
-        if [11, 13].contains(&kind) {
-            let range =
-                [sector.to_le_bytes(), (u64::from(input.u8()) | u64::from(input.flag()) << 32).to_le_bytes()];
-            self.put(buffer + 0x10, &range.concat());
-        }
-        let data = match layout & 3 {
-            0 => (buffer + 0x10, 16),
-            1 => (BASE + 0x8000, 512),
-            2 => (BASE + 0x20000, 4096),
-            _ => (address(input), length(input)),
-        };
-        let status = buffer + BUFFER - 1;
-        self.put(status, &[UNTOUCHED]);
-        let mut parts = vec![(buffer, 16, 0)];
-        for _ in 0..(layout >> 2 & 3) {
-            parts.push((data.0, data.1, writes));
-        }
-        parts.push((status, 1, F_WRITE));
-        let indirect = layout & 16 != 0;
-        let (table, first) = if indirect {
-            (ring.at.wrapping_add(INDIRECT + 0x80 * u64::from(head & 7)), 0)
-        } else {
-            (ring.at, head)
-        };
-        // A chain that goes beyond the table, or over another's descriptors, is nobody's proper request.
-        let fits = indirect || usize::from(head) + parts.len() <= usize::from(ring.size);
-        let apart = indirect || (ring.proper.is_empty());
-        for (place, (addr, len, flags)) in (first..).zip(&parts) {
-            let last = usize::from(place - first) + 1 == parts.len();
-            let next = if last { 0 } else { F_NEXT };
-            self.put_one(table.wrapping_add(16 * u64::from(place)), (*addr, *len, flags | next, place + 1));
-        }
-        if indirect {
-            let bytes = 16 * parts.len() as u32;
-            self.put_one(ring.at.wrapping_add(16 * u64::from(head)), (table, bytes, F_INDIRECT, 0));
-        }
-        if fits && apart {
-            self.rings[index].proper.insert(head, status);
-        } else {
-            self.muddled = true;
-        }
-        let avail = ring.at.wrapping_add(AVAIL);
-        let idx = self.get(avail + 2).map_or(0, u16::from_le_bytes);
-        self.put(avail + 4 + 2 * u64::from(idx % ring.size), &head.to_le_bytes());
-        self.put(avail + 2, &idx.wrapping_add(1).to_le_bytes());
-        if layout & 32 == 0 {
-            self.signal();
-        }
-    }
-
-    /// The available index, to anywhere.
-    pub fn move_avail(&mut self, input: &mut Input) {
-        let ring = self.rings[self.ring_of(input)].clone();
-        self.muddled = true;
-        self.put(ring.at.wrapping_add(AVAIL + 2), &input.u16().to_le_bytes());
-        self.signal();
-    }
-
-    fn signal(&self) {
-        // Full, or another kind of descriptor: no matter.
-        let _ = self.events[0].write(1);
-    }
-
-    /// A kick, and nothing else.
-    pub fn kick(&mut self, input: &mut Input) {
-        let _ = input.u8();
-        self.signal();
-    }
-
-    /// Sees whether the device has used something, and what became of it.
-    pub fn wait(&mut self, input: &mut Input) {
-        let rounds = input.u8() & 31;
-        for _ in 0..=rounds {
-            for index in 0..self.rings.len() {
-                self.reap(index);
-            }
-            if self.rings.iter().all(|ring| ring.proper.is_empty()) {
-                return;
-            }
-            thread::sleep(Duration::from_micros(20));
-        }
-    }
-
-    fn reap(&mut self, index: usize) {
-        let ring = self.rings[index].clone();
-        let Some(idx) = self.get(ring.at.wrapping_add(USED + 2)).map(u16::from_le_bytes) else { return };
-        let mut next = ring.used;
-        // What jumps further was not used one by one.
-        if idx.wrapping_sub(next) > ring.size {
-            self.rings[index].used = idx;
-            self.rings[index].proper.clear();
-            return;
-        }
-        while next != idx {
-            let place = ring.at.wrapping_add(USED + 4 + 8 * u64::from(next % ring.size));
-            next = next.wrapping_add(1);
-            let Some(element) = self.get::<8>(place) else { continue };
-            let head = u16::from_le_bytes([element[0], element[1]]);
-            let Some(status) = self.rings[index].proper.remove(&head) else { continue };
-            let found = self.get(status);
-            if !self.muddled && !masked::NO_STATUS {
-                assert_ne!(found, Some([UNTOUCHED]), "request {head} is used up without a status");
-            }
-        }
-        self.rings[index].used = next;
-    }
-
     /// Truncates one of its files, makes it longer, or punches a hole.
     pub fn take_memory_away(&mut self, input: &mut Input) {
         let (what, pages) = (input.u8(), u64::from(input.u8() % 20) << 12);
@@ -560,12 +385,14 @@ impl<'a> Guest<'a> {
     pub fn abuse_event(&mut self, input: &mut Input) {
         let what = input.u8();
         let event = &self.events[usize::from(what & 3)];
+        let quiet = fcntl(event, FcntlArg::F_GETFL).is_ok_and(|flags| flags & libc::O_NONBLOCK != 0);
         match what >> 2 & 3 {
-            0 if what & 3 != 2 => _ = event.write(u64::MAX - 1),
-            1 if what & 3 != 2 => _ = event.read(),
-            2 if masked::BLOCKING_CALLS => {}
+            // We must not wait for it ourselves.
+            0 if quiet => _ = event.write(u64::MAX - 1),
+            1 if quiet => _ = event.read(),
             2 => _ = fcntl(event, FcntlArg::F_SETFL(OFlag::empty())),
-            _ => _ = fcntl(event, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)),
+            3 => _ = fcntl(event, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)),
+            _ => {}
         }
     }
 
@@ -601,23 +428,7 @@ impl Drop for Guest<'_> {
     }
 }
 
-/// A guest address, mostly one where there is something.
-fn address(input: &mut Input) -> u64 {
-    let value = u64::from(input.u16());
-    let aligned = if masked::MISALIGNED { !0xf } else { !0 };
-    match input.u8() & 15 {
-        0 => input.u64() & aligned,
-        1 => BASE + FILE - (value & 0xff & aligned),
-        2 | 3 => (BASE + 0x20000 + value) & aligned,
-        _ => (BASE + value) & aligned,
-    }
-}
-
-/// A length, mostly a short one or one of sectors.
-fn length(input: &mut Input) -> u32 {
-    match input.u8() {
-        0 => input.u32(),
-        short @ 1..128 => short.into(),
-        sectors => u32::from(sectors - 127) * 512,
-    }
+/// Whether one can be added to a counter without a wait.
+pub(super) fn writable(event: &EventFd) -> bool {
+    poll(&mut [PollFd::new(event.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO) == Ok(1)
 }
