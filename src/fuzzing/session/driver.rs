@@ -8,7 +8,7 @@ use std::time::Duration;
 const INDIRECT: u64 = 0xc00;
 const BUFFERS: u64 = 0x1000;
 /// From one request's buffer to the next's.
-const BUFFER: u64 = 0x100;
+const BUFFER: u64 = 0x80;
 
 /// A status byte that the device never writes.
 const UNTOUCHED: u8 = 0xaa;
@@ -66,15 +66,20 @@ impl Guest<'_> {
         if [11, 13].contains(&kind) {
             let range =
                 [sector.to_le_bytes(), (u64::from(input.u8()) | u64::from(input.flag()) << 32).to_le_bytes()];
-            self.put(buffer + 0x10, &range.concat());
+            self.put(buffer.wrapping_add(0x10), &range.concat());
         }
         let data = match layout & 3 {
-            0 => (buffer + 0x10, 16),
+            0 => (buffer.wrapping_add(0x10), 16),
             1 => (BASE + 0x8000, 512),
             2 => (BASE + 0x20000, 4096),
             _ => (address(input), length(input)),
         };
-        let status = buffer + BUFFER - 1;
+        // The device's data may go over anything that is there.
+        let (start, end) = (data.0, data.0.wrapping_add(data.1.into()));
+        if layout & 3 == 3 && (self.place(start).is_some() || self.place(end).is_some()) {
+            self.muddled = true;
+        }
+        let status = buffer.wrapping_add(BUFFER - 1);
         self.put(status, &[UNTOUCHED]);
         let mut parts = vec![(buffer, 16, 0)];
         for _ in 0..(layout >> 2 & 3) {
@@ -105,9 +110,9 @@ impl Guest<'_> {
             self.muddled = true;
         }
         let avail = ring.at.wrapping_add(AVAIL);
-        let idx = self.get(avail + 2).map_or(0, u16::from_le_bytes);
-        self.put(avail + 4 + 2 * u64::from(idx % ring.size), &head.to_le_bytes());
-        self.put(avail + 2, &idx.wrapping_add(1).to_le_bytes());
+        let idx = self.get(avail.wrapping_add(2)).map_or(0, u16::from_le_bytes);
+        self.put(avail.wrapping_add(4 + 2 * u64::from(idx % ring.size)), &head.to_le_bytes());
+        self.put(avail.wrapping_add(2), &idx.wrapping_add(1).to_le_bytes());
         if layout & 32 == 0 {
             self.signal();
         }
@@ -135,16 +140,19 @@ impl Guest<'_> {
 
     /// Sees whether the device has used something, and what became of it.
     pub fn wait(&mut self, input: &mut Input) {
-        let rounds = input.u8() & 31;
-        for _ in 0..=rounds {
-            for index in 0..self.rings.len() {
-                self.reap(index);
-            }
+        self.settle(1 + (input.u8() & 31));
+    }
+
+    /// Looks so many times. Whether all requests have an answer.
+    pub fn settle(&mut self, rounds: u8) -> bool {
+        for _ in 0..rounds {
+            (0..self.rings.len()).for_each(|index| self.reap(index));
             if self.rings.iter().all(|ring| ring.proper.is_empty()) {
-                return;
+                return true;
             }
             thread::sleep(Duration::from_micros(20));
         }
+        false
     }
 
     fn reap(&mut self, index: usize) {

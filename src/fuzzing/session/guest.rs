@@ -38,6 +38,13 @@ struct Region {
     offset: u64,
 }
 
+impl Region {
+    /// It shows one file at one place, where no other does.
+    fn is_sound(&self) -> bool {
+        (self.gpa, self.len, self.offset) == (BASE + self.file as u64 * 0x20000, FILE, 0)
+    }
+}
+
 /// A vring as its driver has it.
 #[derive(Clone)]
 pub(super) struct Ring {
@@ -158,10 +165,11 @@ impl<'a> Guest<'a> {
         let mut body = words(&[count as u64]);
         table.iter().for_each(|region| body.extend(Guest::packed(region)));
         let files: Vec<RawFd> = table.iter().map(|region| self.files[region.file].as_raw_fd()).collect();
-        self.regions = table;
-        self.tell(code::SET_MEM_TABLE, &body, &files);
         // Requests of the old table may be anywhere.
         self.forget_requests();
+        self.muddled |= !table.iter().all(Region::is_sound);
+        self.regions = table;
+        self.tell(code::SET_MEM_TABLE, &body, &files);
     }
 
     /// ADD_MEM_REG, REM_MEM_REG.
@@ -170,6 +178,7 @@ impl<'a> Guest<'a> {
         if input.flag() {
             let region = self.region(input);
             let file = self.files[region.file].as_raw_fd();
+            self.muddled |= !region.is_sound();
             self.regions.push(region);
             self.tell(code::ADD_MEM_REG, &[words(&[0]), Guest::packed(&region)].concat(), &[file]);
         } else if !self.regions.is_empty() {
@@ -178,14 +187,18 @@ impl<'a> Guest<'a> {
         }
     }
 
+    /// What comes of requests from now on may be that of others. Those that are under way are waited for, in vain or not.
     fn forget_requests(&mut self) {
+        if !self.settle(20) {
+            self.muddled = true;
+        }
         self.rings.iter_mut().for_each(|ring| ring.proper.clear());
     }
 
     /// Where a guest address is in which file.
-    fn place(&self, gpa: u64) -> Option<(usize, u64)> {
+    pub fn place(&self, gpa: u64) -> Option<(usize, u64)> {
         let region = self.regions.iter().find(|region| gpa.wrapping_sub(region.gpa) < region.len)?;
-        Some((region.file, region.offset.wrapping_add(gpa - region.gpa)))
+        Some((region.file, region.offset.wrapping_add(gpa.wrapping_sub(region.gpa))))
     }
 
     /// Writes to guest memory; what is not there, or far beyond the file's first end, is not written.
@@ -209,9 +222,9 @@ impl<'a> Guest<'a> {
         let (shape, odd) = (input.u8(), input.u8());
         let index = usize::from(shape & 1);
         let size = [16, 16, 8, 64, 1, 2, 32, 4][usize::from(shape >> 1 & 7)];
+        self.forget_requests();
         let ring = &mut self.rings[index];
         (ring.at, ring.size) = (BASE + index as u64 * STRIDE, size);
-        ring.proper.clear();
         if odd & 1 != 0 {
             ring.at = address(input);
         }

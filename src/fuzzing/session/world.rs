@@ -36,7 +36,14 @@ pub(super) struct World {
     host: Arc<dyn Host>,
     device: Arc<Device>,
     share: Arc<MemoryShare>,
-    neighbour: Mutex<Neighbour>,
+    witness: Mutex<Witness>,
+}
+
+/// Who would notice.
+struct Witness {
+    neighbour: Neighbour,
+    /// What there is without a VMM.
+    before: Trace,
 }
 
 static WORLD: OnceLock<World> = OnceLock::new();
@@ -44,15 +51,14 @@ static WORLD: OnceLock<World> = OnceLock::new();
 /// Plays one run, alone, and looks afterwards whether anything is left of it or anybody was harmed.
 pub(super) fn watched(play: impl FnOnce(&World)) {
     let world = WORLD.get_or_init(World::new);
-    let mut neighbour = world.neighbour.lock().unwrap_or_else(PoisonError::into_inner);
-    neighbour.work();
-    let before = Trace::now();
+    let mut witness = world.witness.lock().unwrap_or_else(PoisonError::into_inner);
+    let Witness { neighbour, before } = &mut *witness;
     play(world);
     neighbour.work();
     let deadline = Instant::now() + PATIENCE;
     loop {
         let after = Trace::now();
-        if after.is_nothing_since(&before) {
+        if after.is_nothing_since(before) {
             return;
         }
         assert!(Instant::now() < deadline, "left behind: {before:?} became {after:?}");
@@ -103,8 +109,11 @@ impl World {
         let neighbours_host = host(worker.link(), neighbours_volume);
         drop(serve(theirs, &neighbours_device, &neighbours_host, &budget.share()));
         let host = host(worker.link(), volume);
-        let neighbour = Mutex::new(Neighbour::new(ours));
-        World { _worker: Mutex::new(worker), host, device, share: budget.share(), neighbour }
+        let mut neighbour = Neighbour::new(ours);
+        // All that is made at the first request is made now.
+        neighbour.work();
+        let witness = Mutex::new(Witness { neighbour, before: Trace::now() });
+        World { _worker: Mutex::new(worker), host, device, share: budget.share(), witness }
     }
 
     /// A session of the hostile VMM's: its socket, and what says that it has ended.
