@@ -70,23 +70,24 @@ pub(super) fn watched(play: impl FnOnce(&World)) {
 #[derive(Debug)]
 struct Trace {
     mapped: usize,
-    open: usize,
+    open: Vec<String>,
 }
 
 impl Trace {
     fn now() -> Trace {
         let maps = fs::read_to_string("/proc/self/maps").unwrap();
         let mapped = maps.lines().filter(|line| line.contains(MEMORY)).count();
-        let files = fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
+        let files = fs::read_dir("/proc/self/fd").unwrap().filter_map(|entry| {
+            // What was closed since it was listed is not open.
+            Some(fs::read_link(entry.unwrap().path()).ok()?.to_string_lossy().into_owned())
+        });
         // Among other tests nothing can be said of descriptors without a name.
-        let is_ours = |path: &std::path::PathBuf| {
-            cfg!(fuzzing) || fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains(MEMORY))
-        };
-        Trace { mapped, open: files.filter(is_ours).count() }
+        let open = files.filter(|target| cfg!(fuzzing) || target.contains(MEMORY)).collect();
+        Trace { mapped, open }
     }
 
     fn is_nothing_since(&self, before: &Trace) -> bool {
-        self.mapped <= before.mapped && self.open <= before.open
+        self.mapped <= before.mapped && self.open.len() <= before.open.len()
     }
 }
 
