@@ -82,7 +82,11 @@ impl Trace {
             Some(fs::read_link(entry.unwrap().path()).ok()?.to_string_lossy().into_owned())
         });
         // Among other tests nothing can be said of descriptors without a name.
-        let open = files.filter(|target| cfg!(fuzzing) || target.contains(MEMORY)).collect();
+        // The sanitizer starts a symbolizer when it likes, and speaks to it through pipes.
+        let is_ours = |target: &String| {
+            if cfg!(fuzzing) { !target.starts_with("pipe:") } else { target.contains(MEMORY) }
+        };
+        let open = files.filter(is_ours).collect();
         Trace { mapped, open }
     }
 
@@ -102,6 +106,7 @@ impl World {
         let path = format!("/proc/self/fd/{}", image.as_raw_fd()).into();
         let config = FileConfig { path, direct: false, read_only: false, lock: false, block_size: None };
         let (volume, device) = disk("hostile", &VolumeConfig::File(config));
+        drop(image);
         let config = MemoryConfig { size: crate::block::Size(DISK), block_size: None };
         let (neighbours_volume, neighbours_device) = disk("neighbour", &VolumeConfig::Memory(config));
         let (ours, theirs) = UnixStream::pair().unwrap();
