@@ -94,7 +94,9 @@ impl Guest<'_> {
         };
         // A chain that goes beyond the table, or over another's descriptors, is nobody's proper request.
         let fits = indirect || usize::from(head) + parts.len() <= usize::from(ring.size);
-        let apart = indirect || (ring.proper.is_empty());
+        let other_table = |other: &u16| other & 7 != head & 7;
+        let apart =
+            ring.proper.is_empty() || indirect && ring.indirect && ring.proper.keys().all(other_table);
         for (place, (addr, len, flags)) in (first..).zip(&parts) {
             let last = usize::from(place - first) + 1 == parts.len();
             let next = if last { 0 } else { F_NEXT };
@@ -105,6 +107,7 @@ impl Guest<'_> {
             self.put_one(ring.at.wrapping_add(16 * u64::from(head)), (table, bytes, F_INDIRECT, 0));
         }
         if fits && apart {
+            self.rings[index].indirect = indirect;
             self.rings[index].proper.insert(head, status);
         } else {
             self.muddled = true;

@@ -3,7 +3,7 @@
 use super::super::Input;
 use super::driver::address;
 use super::messages::{Wire, code};
-use super::world::{MEMORY, PATIENCE, SHAPE, World};
+use super::world::{Ended, MEMORY, SHAPE, World};
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -13,9 +13,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::mpsc::Receiver;
 use std::thread;
-use std::time::Instant;
 
 /// Bytes of each of its memory files at first.
 pub(super) const FILE: u64 = 0x10000;
@@ -53,13 +51,15 @@ pub(super) struct Ring {
     pub used: u16,
     /// Requests that were made properly and have no answer: head to status byte.
     pub proper: HashMap<u16, u64>,
+    /// Those have tables of their own.
+    pub indirect: bool,
 }
 
 /// See the module.
 pub(super) struct Guest<'a> {
     world: &'a World,
     wire: Option<Wire>,
-    ended: Receiver<()>,
+    ended: Ended,
     files: [File; 2],
     pub events: [EventFd; 4],
     notes: Option<File>,
@@ -92,7 +92,13 @@ impl<'a> Guest<'a> {
         let (quiet, blocking) = (EfdFlags::EFD_NONBLOCK, EfdFlags::empty());
         let semaphore = EfdFlags::EFD_SEMAPHORE | EfdFlags::EFD_NONBLOCK;
         let (socket, ended) = world.session();
-        let ring = |index: u64| Ring { at: BASE + index * STRIDE, size: 16, used: 0, proper: HashMap::new() };
+        let ring = |index: u64| Ring {
+            at: BASE + index * STRIDE,
+            size: 16,
+            used: 0,
+            proper: HashMap::new(),
+            indirect: false,
+        };
         Guest {
             world,
             wire: Some(Wire::new(socket)),
@@ -421,8 +427,7 @@ impl<'a> Guest<'a> {
 
     fn hang_up(&mut self) {
         self.wire = None;
-        let began = Instant::now();
-        assert!(self.ended.recv_timeout(PATIENCE).is_ok(), "a session does not end: {:?}", began.elapsed());
+        self.ended.wait();
         self.forget_requests();
     }
 

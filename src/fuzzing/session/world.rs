@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// Nothing takes longer, unless it hangs.
@@ -123,7 +123,7 @@ impl World {
     }
 
     /// A session of the hostile VMM's: its socket, and what says that it has ended.
-    pub(super) fn session(&self) -> (UnixStream, Receiver<()>) {
+    pub(super) fn session(&self) -> (UnixStream, Ended) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         (ours, serve(theirs, &self.device, &self.host, &self.share))
     }
@@ -135,15 +135,27 @@ fn disk(name: &str, config: &VolumeConfig) -> (Arc<Volume>, Arc<Device>) {
     (Arc::new(volume), Arc::new(device))
 }
 
-fn serve(
-    stream: UnixStream,
-    device: &Arc<Device>,
-    host: &Arc<dyn Host>,
-    share: &Arc<MemoryShare>,
-) -> Receiver<()> {
+/// What waits for the end of a session.
+pub(super) struct Ended {
+    ended: Receiver<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ended {
+    /// Waits.
+    pub fn wait(&mut self) {
+        self.ended.recv_timeout(PATIENCE).expect("a session does not end");
+        // Nothing of its own is left, either.
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("a session's thread");
+        }
+    }
+}
+
+fn serve(stream: UnixStream, device: &Arc<Device>, host: &Arc<dyn Host>, share: &Arc<MemoryShare>) -> Ended {
     let (end, ended) = channel();
     let (device, host, share) = (device.clone(), host.clone(), share.clone());
-    thread::spawn(move || {
+    let thread = thread::spawn(move || {
         // A VMM that breaks the protocol is an error, and the session's right to end.
         let vmm = Vmm::new(stream, &Awake);
         if let Err(error) = Session::serve(vmm, &device, &host, SHAPE, &BackendChannel::default(), &share) {
@@ -151,7 +163,7 @@ fn serve(
         }
         let _ = end.send(());
     });
-    ended
+    Ended { ended, thread: Some(thread) }
 }
 
 /// Who waits for a VMM's messages and is never told to stop.
