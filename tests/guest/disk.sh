@@ -82,7 +82,8 @@ disk_fs() {
     esac
     mount -t "$type" "$dev" "$mnt"
     mkdir "$mnt/copy"
-    cp -r /bin /cache "$mnt/copy/"
+    # Small ones, so that they fit on the smallest disk.
+    find /suite /cache -type f -size -512k -exec cp {} "$mnt/copy/" \;
     dd if=/dev/urandom of="$mnt/random" bs=1M count=8 conv=fsync status=none
     (cd "$mnt" && find . -type f -exec sha256sum {} +) >"$sums"
     at_least "files copied" "$(wc -l <"$sums")" 20
