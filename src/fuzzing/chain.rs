@@ -324,6 +324,14 @@ impl Machine {
                 self.slots.push(slot);
             }
         }
+        self.take_turns();
+    }
+
+    /// Goes on until nobody waits for a [turn](Io::turn): what is written is then written in the step of its own chain.
+    fn take_turns(&mut self) {
+        while !self.core.is_quiet() {
+            self.tasks.run_ready();
+        }
     }
 
     /// Carries out the request that has waited longest.
@@ -331,7 +339,7 @@ impl Machine {
         let Some(tag) = self.parked.borrow_mut().pop_front() else { return };
         self.watched(Some(tag), |machine| {
             machine.core.wake(machine.slots[usize::from(tag)]);
-            machine.tasks.run_ready();
+            machine.take_turns();
         });
     }
 
