@@ -26,7 +26,7 @@ pub async fn execute<R: Ring>(
     request: &mut Request<'_>,
 ) -> Result<(), Errno> {
     let policy = volume.policy();
-    let lost_before = volume.loss_epoch();
+    let lost_before = if request.flags.fua { volume.loss_epoch() } else { 0 };
     if policy.is_stopped() {
         // Boxed, as all that is rare: a slot's future has no room for it.
         Box::pin(queue_up(volume, io, request)).await?;

@@ -143,7 +143,7 @@ impl Flushers {
             used: (0..queues).map(|_| AtomicBool::default()).collect(),
             running: AtomicUsize::new(0),
         };
-        flushers.renew(volume.losses().map_or(0, |losses| losses.epoch()));
+        flushers.renew(volume);
         flushers
     }
 
@@ -174,7 +174,7 @@ impl Flushers {
     pub fn start(&self, volume: &Volume, index: usize, at_beginning: bool, doubtful: bool) -> bool {
         let first = self.running.fetch_add(1, Ordering::Relaxed) == 0;
         if at_beginning && first {
-            self.renew(volume.losses().map_or(0, |losses| losses.epoch()));
+            self.renew(volume);
         }
         let doubt = !self.used[index].swap(true, Ordering::Relaxed) && !at_beginning && doubtful;
         if doubt {
@@ -188,7 +188,8 @@ impl Flushers {
         self.running.fetch_sub(1, Ordering::Relaxed);
     }
 
-    fn renew(&self, epoch: u64) {
+    fn renew(&self, volume: &Volume) {
+        let epoch = volume.losses().map_or(0, Losses::epoch);
         self.queues.iter().for_each(|flusher| flusher.hear(epoch));
     }
 }

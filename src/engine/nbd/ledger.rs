@@ -94,14 +94,9 @@ impl Ledger {
         Debt { upto: books.acknowledged, oldest: books.unflushed.first().map(|&(era, _)| era) }
     }
 
-    /// A flush for this debt succeeded.
+    /// This debt is settled: a flush for it succeeded, or nobody can vouch for it and everybody was told.
     pub fn flushed(&self, debt: Debt) {
         self.books().unflushed.retain(|&(_, last)| last > debt.upto);
-    }
-
-    /// Nobody can vouch for this debt any more: it is given up. After everybody was told.
-    pub fn give_up(&self, debt: Debt) {
-        self.flushed(debt);
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -137,7 +132,7 @@ mod tests {
         assert!(!ledger.debt().covered_by(ledger.era()));
         ledger.acknowledge(ledger.era());
         assert!(!ledger.debt().covered_by(1), "the new write does not hide the old one");
-        ledger.give_up(ledger.debt());
+        ledger.flushed(ledger.debt());
         ledger.acknowledge(1);
         assert!(ledger.debt().covered_by(1));
     }

@@ -155,7 +155,7 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
                 );
                 // In this order: a flush that finds the books closed finds the loss, too.
                 self.losses().report();
-                ledger.give_up(debt);
+                ledger.flushed(debt);
                 return Err(Errno::EIO);
             };
             let _sync = self.losses().begin();

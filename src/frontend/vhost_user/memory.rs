@@ -220,6 +220,12 @@ impl Memory {
             // SAFETY: the whole table resolved, aligned, and `index` is inside; any bytes are a descriptor.
             return Some(unsafe { host.add(index as usize).read_volatile() });
         }
+        self.descriptor_in_pieces(table, index)
+    }
+
+    /// Reads a descriptor of a table that lies across regions, or is misaligned for us.
+    #[cold]
+    fn descriptor_in_pieces(&self, table: Table, index: u16) -> Option<Descriptor> {
         let at = table.at.checked_add(u64::from(index) * size_of::<Descriptor>() as u64)?;
         let mut bytes = [0; size_of::<Descriptor>()];
         let mut filled = 0;
@@ -247,6 +253,25 @@ pub fn gather(from: &[Iovec], to: &mut [u8]) -> usize {
         done += count;
     }
     done
+}
+
+/// The bytes of a range that has just so many.
+pub fn read<const N: usize>(from: &Iovec) -> Option<[u8; N]> {
+    if from.len() != N {
+        return None;
+    }
+    let mut bytes = [0; N];
+    // SAFETY: as in `gather`.
+    unsafe { std::ptr::copy(from.base(), bytes.as_mut_ptr(), N) };
+    Some(bytes)
+}
+
+/// Writes a byte to a range that has room for it.
+pub fn write_byte(byte: u8, to: &Iovec) {
+    if !to.is_empty() {
+        // SAFETY: the promise of `Iovec::new`.
+        unsafe { to.base().write_volatile(byte) };
+    }
 }
 
 /// Copies bytes into the ranges, until either side ends. How many there were.

@@ -7,7 +7,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::memory::{Memory, Table, gather};
+use super::memory::{Memory, Table, gather, read};
 use crate::block::{Iovec, Op, SECTOR_SHIFT};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -79,32 +79,36 @@ pub enum Parsed {
     GetId(std::ops::Range<usize>),
 }
 
-/// What came of a chain.
+/// A chain that made sense.
 #[derive(Debug)]
 pub struct Chain {
-    /// One byte for the status; `None` when it cannot be reached, so that nothing can be told.
-    pub status: Option<Iovec>,
-    /// What it asks for, or how that fails.
-    pub request: Result<Parsed, Status>,
+    /// One byte for the status.
+    pub status: Iovec,
+    /// What it asks for.
+    pub request: Parsed,
 }
 
 /// Reads the chain that starts at descriptor `head` of `table`. The cost is one read of each descriptor, a
 /// walk over the guest's few memory regions for each, and no allocation once `scratch` has grown.
-pub fn parse(memory: &Memory, table: Table, head: u16, indirect: bool, scratch: &mut Scratch) -> Chain {
+///
+/// # Errors
+/// What its driver is to be told, at its [`status_byte`], of one that cannot be carried out.
+// On its own, the compiler keeps its loop in registers: 8 instructions for each segment.
+#[inline(never)]
+pub fn parse(
+    memory: &Memory,
+    table: Table,
+    head: u16,
+    indirect: bool,
+    scratch: &mut Scratch,
+) -> Result<Chain, Status> {
     scratch.iovecs.clear();
     scratch.ranges.clear();
-    let Some(readable) = resolve(memory, table, head, indirect, &mut scratch.iovecs) else {
-        return impossible(memory, table, head, Status::IoErr);
-    };
+    let readable = resolve(memory, table, head, indirect, &mut scratch.iovecs).ok_or(Status::IoErr)?;
     // The status is the last writable byte, whatever else that descriptor holds.
-    let Some(last) = scratch.iovecs[readable..].last_mut() else {
-        return impossible(memory, table, head, Status::IoErr);
-    };
+    let last = scratch.iovecs[readable..].last_mut().ok_or(Status::IoErr)?;
     let status = last.split_off(last.len() - 1);
-    match understand(readable, scratch) {
-        Ok(parsed) => Chain { status: Some(status), request: Ok(parsed) },
-        Err(told) => impossible(memory, table, head, told),
-    }
+    Ok(Chain { status, request: understand(readable, scratch)? })
 }
 
 /// Resolves a chain to the ranges of its non-empty descriptors. How many of them are readable; the rest is
@@ -159,19 +163,17 @@ fn resolve(
     None
 }
 
-/// What is told of a chain that cannot be carried out. Its end is looked for all the same, whatever is wrong on the way:
-/// the status byte is there.
+/// Where the status of a chain goes that [`parse`] refuses. Its end is looked for whatever is wrong on the way; `None`
+/// where it cannot be reached, so that nothing can be told.
 #[cold]
-fn impossible(memory: &Memory, table: Table, head: u16, told: Status) -> Chain {
-    let byte = status_place(memory, table, head);
+pub fn status_byte(memory: &Memory, table: Table, head: u16) -> Option<Iovec> {
+    let place = status_place(memory, table, head)?;
     let mut status = None;
-    if let Some(byte) = byte {
-        memory.split(byte, 1, |byte| {
-            status = Some(byte);
-            true
-        });
-    }
-    Chain { status, request: Err(told) }
+    memory.split(place, 1, |byte| {
+        status = Some(byte);
+        true
+    });
+    status
 }
 
 /// The guest's address of a chain's status byte: the last of its last writable descriptor.
@@ -213,14 +215,10 @@ const HEADER: usize = 16;
 
 fn understand(readable: usize, scratch: &mut Scratch) -> Result<Parsed, Status> {
     let iovecs = &mut scratch.iovecs;
-    let mut header = [0; HEADER];
-    if gather(&iovecs[..readable], &mut header) < HEADER {
-        return Err(Status::IoErr);
-    }
+    let (header, first) = header(&mut iovecs[..readable]).ok_or(Status::IoErr)?;
     let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
     let [.., s0, s1, s2, s3, s4, s5, s6, s7] = header;
     let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-    let first = cut(&mut iovecs[..readable], HEADER);
     // Ranges that the header or the status used up stand at the edges, and the status's only when it had a
     // descriptor of its own.
     let mut end = iovecs.len();
@@ -245,6 +243,18 @@ fn understand(readable: usize, scratch: &mut Scratch) -> Result<Parsed, Status> 
         | VIRTIO_BLK_T_WRITE_ZEROES => Err(Status::IoErr),
         _ => Err(Status::Unsupported),
     }
+}
+
+/// Cuts the header off a chain's readable ranges: it, and the index of the first range that is left. `None` where they are
+/// too short.
+fn header(readable: &mut [Iovec]) -> Option<([u8; HEADER], usize)> {
+    // As all drivers send it: a descriptor of its own.
+    if let Some(header) = readable.first().and_then(read) {
+        return Some((header, 1));
+    }
+    let mut header = [0; HEADER];
+    let whole = gather(readable, &mut header) == HEADER;
+    whole.then(|| (header, cut(readable, HEADER)))
 }
 
 /// Drops the first `count` bytes of the ranges. The index of the first one that is left.

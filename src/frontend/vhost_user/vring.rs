@@ -13,10 +13,10 @@ mod stop;
 
 use super::areas::{Avail, Used};
 use super::inflight::Notes;
-use super::memory::{Table, scatter};
+use super::memory::{Table, scatter, write_byte};
 use super::notify::{CallFd, signal_error};
-use super::request::{Parsed, Range, Scratch, Status, parse};
-use crate::block::{Data, Errno, Flags, Iovec, Op, Request, SECTOR};
+use super::request::{Parsed, Range, Scratch, Status, parse, status_byte};
+use crate::block::{Data, Errno, Flags, Instance, Iovec, Op, Request, SECTOR};
 use crate::frontend::Source;
 use crate::ring::{Io, Ring, UserData};
 pub use start::VringSetup;
@@ -39,6 +39,8 @@ const PASS_BYTES: u64 = 64 << 10;
 pub struct Vring {
     setup: VringSetup,
     table: Table,
+    /// Indirect tables were negotiated.
+    indirect: bool,
     avail: Avail,
     used: Used,
     /// Where the next request will be in the avail ring, and where the driver's end of it was last seen.
@@ -70,6 +72,8 @@ pub struct Vring {
     notes: Option<Notes>,
     /// Writes that an earlier process acknowledged may be lost with a server.
     doubtful: bool,
+    /// Who keeps writes that are not flushed, where that is to be noted.
+    server: Option<Instance>,
     /// Heads that were in flight when we were killed and have not been taken again, the first last.
     again: RefCell<Vec<u16>>,
     /// Heads that are left to whoever comes next, with their places in the order.
@@ -227,8 +231,8 @@ impl Vring {
     /// it is [published](Self::publish).
     fn finish(&self, tag: u16, state: &TagState, status: Status, written: u32) {
         // There is one: `accept` sees to that.
-        if let Some(byte) = state.status {
-            scatter(&[status as u8], &[byte]);
+        if let Some(byte) = &state.status {
+            write_byte(status as u8, byte);
         }
         let next = self.next_used.get();
         self.used.set(next, state.head, written + 1);
@@ -249,7 +253,7 @@ impl Vring {
     /// Notes what a request that succeeded means for others that a crash of the volume's server would lose. Before it is
     /// acknowledged. Costs a comparison for volumes without one.
     fn remember(&self, state: &TagState) {
-        let (Some(server), Some(notes)) = (&self.setup.device.geometry().server, &self.notes) else { return };
+        let (Some(server), Some(notes)) = (&self.server, &self.notes) else { return };
         match state.parsed {
             Some(Parsed::Flush) => notes.flushed(state.volatile_writes),
             Some(Parsed::Transfer { op: Op::Write, .. } | Parsed::Ranges(Op::WriteZeroes)) => {
@@ -262,32 +266,39 @@ impl Vring {
 
     /// Parses the chain at `head`, and ends one that needs no volume.
     fn accept(&self, tag: u16, head: u16, state: &mut TagState) {
-        let indirect = super::config::indirect(self.setup.features);
-        let chain = parse(&self.setup.memory, self.table, head, indirect, &mut state.scratch);
         state.head = head;
-        state.status = chain.status;
+        let parsed = match parse(&self.setup.memory, self.table, head, self.indirect, &mut state.scratch) {
+            Ok(chain) => {
+                state.status = Some(chain.status);
+                chain.request
+            }
+            Err(told) => return self.refuse(tag, head, state, told),
+        };
+        match &parsed {
+            Parsed::GetId(data) => {
+                let written = scatter(self.setup.device.id(), &state.scratch.iovecs[data.clone()]);
+                return self.finish(tag, state, Status::Ok, written as u32);
+            }
+            Parsed::Transfer { sectors, .. } => {
+                self.bytes_left.set(self.bytes_left.get().saturating_sub(u64::from(*sectors) * SECTOR));
+            }
+            Parsed::Flush | Parsed::Ranges(_) => {}
+        }
+        state.parsed = Some(parsed);
+    }
+
+    /// Ends a request whose chain cannot be carried out.
+    #[cold]
+    fn refuse(&self, tag: u16, head: u16, state: &mut TagState, told: Status) {
+        state.status = status_byte(&self.setup.memory, self.table, head);
         if state.status.is_none() {
             // A used element would say that all went well: drivers leave 0 in the byte that we cannot find.
             self.keep(tag, head);
             self.give_up(format_args!("the chain at descriptor {head} has no status byte that we can reach"));
             return;
         }
-        match chain.request {
-            Ok(Parsed::GetId(data)) => {
-                let written = scatter(self.setup.device.id(), &state.scratch.iovecs[data]);
-                self.finish(tag, state, Status::Ok, written as u32);
-            }
-            Ok(parsed) => {
-                if let Parsed::Transfer { sectors, .. } = &parsed {
-                    self.bytes_left.set(self.bytes_left.get().saturating_sub(u64::from(*sectors) * SECTOR));
-                }
-                state.parsed = Some(parsed);
-            }
-            Err(status) => {
-                log::debug!("{}: {status:?}", self.label());
-                self.finish(tag, state, status, 0);
-            }
-        }
+        log::debug!("{}: {told:?}", self.label());
+        self.finish(tag, state, told, 0);
     }
 }
 
@@ -316,7 +327,9 @@ impl<R: Ring> Source<R> for Vring {
             self.accept(tag, head, state);
         }
         let write_through = !super::config::writeback(self.setup.features, self.setup.device.writeback());
-        state.volatile_writes = self.notes.as_ref().map_or(0, Notes::volatile_writes);
+        if self.server.is_some() {
+            state.volatile_writes = self.notes.as_ref().map_or(0, Notes::volatile_writes);
+        }
         let TagState { scratch, parsed, .. } = state;
         Some(match parsed.as_ref()? {
             Parsed::Transfer { op, sector, sectors, data } => Request {
@@ -350,16 +363,16 @@ impl<R: Ring> Source<R> for Vring {
         {
             return;
         }
-        if result == Err(Errno::ERESTART) && self.keeps() {
-            state.parsed = None;
-            self.keep(tag, state.head);
-            return;
-        }
-        if result.is_ok() {
-            self.remember(state);
-        }
         let status = match result {
-            Ok(()) => Status::Ok,
+            Ok(()) => {
+                self.remember(state);
+                Status::Ok
+            }
+            Err(Errno::ERESTART) if self.keeps() => {
+                state.parsed = None;
+                self.keep(tag, state.head);
+                return;
+            }
             Err(Errno::EOPNOTSUPP) => Status::Unsupported,
             Err(errno) => {
                 log::debug!("{}: {errno}", self.label());

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 use super::{PASS_BYTES, Vring};
-use crate::block::Instance;
 use crate::frontend::vhost_user::areas::{Avail, Used};
 use crate::frontend::vhost_user::device::Device;
 use crate::frontend::vhost_user::inflight::{InflightQueue, Mark, Notes};
@@ -110,9 +109,9 @@ impl Vring {
         };
         let next_used = used.idx();
         let table = memory.table(setup.desc_table, size);
-        let server = setup.device.geometry().server.as_ref().map(Instance::get);
+        let server = setup.device.geometry().server.clone();
         let mark = setup.inflight.as_ref().map_or(Mark::default(), InflightQueue::mark);
-        let doubtful = server.is_some_and(|instance| mark.is_doubtful(instance));
+        let doubtful = server.as_ref().is_some_and(|server| mark.is_doubtful(server.get()));
         let (mut again, notes) = setup.recover(next_used)?;
         if again.iter().any(|head| *head >= size) {
             return setup.refuse("a descriptor that it does not have is noted as in flight");
@@ -121,6 +120,7 @@ impl Vring {
         let call = setup.call.take();
         let vring = Vring {
             table,
+            indirect: crate::frontend::vhost_user::config::indirect(setup.features),
             avail,
             used,
             next_avail: Cell::new(setup.next_avail),
@@ -138,6 +138,7 @@ impl Vring {
             busy: vec![Cell::new(0); size as usize].into(),
             sequence: Cell::new(0),
             in_flight: Cell::new(0),
+            server: server.filter(|_| notes.is_some()),
             notes,
             doubtful,
             again: RefCell::new(again),
