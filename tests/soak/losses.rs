@@ -60,32 +60,36 @@ impl Drop for Device<'_> {
     }
 }
 
-/// One queue writes more than the store can hold. Then each queue of each export flushes: every one of them is told
-/// once, whoever the kernel told, and only once.
-pub fn each_queue_hears_of_a_loss() {
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-    let mount = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+/// Rounds: whoever was told of one loss is told of the next.
+const ROUNDS: usize = 2;
+
+/// One queue writes more than the store can hold. Then each queue of each export flushes, in any order: every one of
+/// them is told once, whoever the kernel told, and only once.
+pub fn each_queue_hears_of_a_loss(ringblk: &Path, dir: &Path, seed: u64) {
+    let mut random = Random::new(seed);
+    let dir = tempfile::tempdir_in(dir).expect("a directory");
+    let mount = tempfile::tempdir_in(dir.path()).expect("a directory");
     let device = Device::new(mount.path());
+    let names = &["a", "b", "c"][..1 + random.below(3) as usize];
+    let workers = 1 + random.below(2);
     let socket = |name: &str| dir.path().join(name);
-    let door = |name: &str| format!("disk={},queues=2", socket(name).display());
-    let args: [OsString; 11] = [
+    let mut args: Vec<OsString> = vec![
         "serve".into(),
         "--control".into(),
         socket("control.sock").into(),
         "--workers".into(),
-        "2".into(),
+        workers.to_string().into(),
         "--volume".into(),
         format!("disk=file:{}", device.path).into(),
-        "--vhost-user".into(),
-        door("a").into(),
-        "--vhost-user".into(),
-        door("b").into(),
     ];
-    let program =
-        Program { path: env!("CARGO_BIN_EXE_ringblk").into(), args: args.into(), log: socket("log") };
+    for name in names {
+        args.push("--vhost-user".into());
+        args.push(format!("disk={},queues=2", socket(name).display()).into());
+    }
+    let program = Program { path: ringblk.into(), args, log: socket("log") };
     // Before the device is detached.
     let service = program.start();
-    let attach = |name: &str| {
+    let attach = |name: &&str| {
         let began = Instant::now();
         loop {
             match everyday(&QEMU, &socket(name), LIMIT, (QEMU.queues, 4)) {
@@ -95,23 +99,26 @@ pub fn each_queue_hears_of_a_loss() {
             }
         }
     };
-    let (_a, mut first) = attach("a");
-    let (_b, mut second) = attach("b");
-    let mut queues: Vec<_> = first.iter_mut().chain(second.iter_mut()).collect();
-    let data = Random::new(1).bytes(CHUNK);
-    assert_eq!(queues[0].max_len(), CHUNK);
-    // Twice: whoever was told of one loss is told of the next.
-    for (round, order) in [[3, 1, 0, 2], [0, 2, 3, 1]].into_iter().enumerate() {
+    let mut guests: Vec<_> = names.iter().map(attach).collect();
+    let mut queues: Vec<_> = guests.iter_mut().flat_map(|(_, queues)| queues).collect();
+    let data = random.bytes(CHUNK);
+    for round in 0..ROUNDS {
+        let writer = random.below(queues.len() as u64) as usize;
+        assert_eq!(queues[writer].max_len(), CHUNK);
         for sector in (0..BYTES / 512).step_by(CHUNK / 512) {
-            assert_eq!(queues[0].write(sector, &data), 0, "a write to the page cache");
+            assert_eq!(queues[writer].write(sector, &data), 0, "a write to the page cache");
         }
-        for index in order {
-            let status = queues[index].one(Op::Flush, &[]).0;
-            assert_eq!(status, 1, "round {round}: queue {index} vouches for what was lost");
+        let mut order: Vec<usize> = (0..queues.len()).collect();
+        for at in (1..order.len()).rev() {
+            order.swap(at, random.below(at as u64 + 1) as usize);
         }
-        for index in order {
+        for &index in &order {
             let status = queues[index].one(Op::Flush, &[]).0;
-            assert_eq!(status, 0, "round {round}: queue {index} is told twice");
+            assert_eq!(status, 1, "seed {seed}, round {round}: queue {index} vouches for what was lost");
+        }
+        for &index in &order {
+            let status = queues[index].one(Op::Flush, &[]).0;
+            assert_eq!(status, 0, "seed {seed}, round {round}: queue {index} is told twice");
         }
     }
     drop(queues);

@@ -5,6 +5,7 @@ use super::common::profile::Profile;
 use super::guest::Shape;
 use super::load::Load;
 use super::log::Log;
+use super::losses;
 use super::report::{Event, Report, Wrong};
 use super::round::{Over, Paths, Round, VOLUME};
 use super::service::{Program, image};
@@ -18,6 +19,9 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 
 /// The most kills in a round; the next has another VMM, another volume and another guest.
 const A_ROUND: u64 = 10;
+
+/// In so many rounds, one on a store that loses what it has acknowledged.
+const LOSS_EACH: u64 = 3;
 
 /// What to do.
 pub struct Plan {
@@ -68,6 +72,8 @@ pub fn run(plan: &Plan, report: &Arc<Report>) {
     // Each has its turn, even where the ones before it were killed more often than they were to be.
     let a_round = (plan.kills / plan.profiles.len() as u64).clamp(1, A_ROUND);
     let turns = plan.kills.min(plan.profiles.len() as u64);
+    let lossy =
+        losses::unavailable(plan.mounts).inspect(|why| eprintln!("soak: without losses: {why}")).is_none();
     for (turn, profile) in (0..).zip(plan.profiles.iter().cycle()) {
         let enough = turn >= turns && report.events(Event::Kill) >= plan.kills;
         if enough || !report.passed() {
@@ -78,6 +84,10 @@ pub fn run(plan: &Plan, report: &Arc<Report>) {
         let before = report.tally();
         let done = one(plan, profile, seed, target, report);
         report.belongs_to(profile.name, before);
+        if lossy && turn % LOSS_EACH == 0 {
+            losses::each_queue_hears_of_a_loss(&plan.ringblk, &plan.dir, seed);
+            report.event(Event::Loss);
+        }
         if done.is_err() && report.passed() {
             report.wrong(Wrong::Hang, "a round ended early");
         }

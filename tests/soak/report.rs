@@ -36,6 +36,8 @@ pub enum Event {
     Resize,
     /// The store refused.
     Store,
+    /// The store lost what it had acknowledged, and every queue was told.
+    Loss,
 }
 
 /// What was done so far, or with one VMM.
@@ -214,6 +216,7 @@ impl Report {
         json!({
             "kills": event(Event::Kill), "stops": event(Event::Stop), "vmm_kills": event(Event::Vmm),
             "resizes": event(Event::Resize), "store_errors": event(Event::Store),
+            "store_losses": event(Event::Loss),
             "requests": self.requests(), "caught": self.caught.load(Ordering::Relaxed),
             "recoveries": inner.kills.len() + inner.stops.len(),
             "rescans": self.rescans.load(Ordering::Relaxed), "refused_starts": self.refused.load(Ordering::Relaxed),
@@ -233,6 +236,7 @@ impl Report {
             "vmm_kills",
             "resizes",
             "store_errors",
+            "store_losses",
             "requests",
             "caught",
             "recoveries",

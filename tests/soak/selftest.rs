@@ -32,7 +32,7 @@ pub fn main(mounts: bool) -> ExitCode {
         eprintln!("soak: each_queue_hears_of_a_loss is ignored: {why}");
     }
     let trials = vec![
-        trial("each_queue_hears_of_a_loss", losses::each_queue_hears_of_a_loss)
+        trial("each_queue_hears_of_a_loss", each_queue_hears_of_a_loss)
             .with_ignored_flag(unavailable.is_some()),
         trial("a_short_soak", move || a_short_soak(mounts)),
         trial("a_write_that_vanished_is_a_loss", || damaged(Damage::Undone)),
@@ -68,6 +68,11 @@ fn plan(limit: Duration) -> Plan {
         mounts: false,
         limit,
     }
+}
+
+fn each_queue_hears_of_a_loss() {
+    let (ringblk, dir) = (env!("CARGO_BIN_EXE_ringblk").as_ref(), env!("CARGO_TARGET_TMPDIR").as_ref());
+    (1..=4).for_each(|seed| losses::each_queue_hears_of_a_loss(ringblk, dir, seed));
 }
 
 fn a_short_soak(mounts: bool) {
