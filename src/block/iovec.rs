@@ -29,6 +29,12 @@ impl Iovec {
         Iovec { base, len }
     }
 
+    /// One that nobody may follow.
+    #[cfg(test)]
+    pub(crate) fn nowhere(base: usize, len: usize) -> Iovec {
+        Iovec { base: std::ptr::without_provenance_mut(base), len }
+    }
+
     /// First byte.
     pub fn base(&self) -> *mut u8 {
         self.base

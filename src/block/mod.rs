@@ -3,6 +3,7 @@
 //! No I/O happens here, and an [`Iovec`] is only carried, never followed.
 
 mod capacity;
+mod data;
 mod errno;
 mod geometry;
 mod instance;
@@ -11,11 +12,12 @@ mod request;
 mod size;
 
 pub use capacity::Capacity;
+pub use data::{Data, Front, Window};
 pub use errno::Errno;
 pub use geometry::{DiscardLimits, Geometry, GeometryError};
 pub use instance::Instance;
 pub use iovec::Iovec;
-pub use request::{Data, Flags, Op, Outline, Request};
+pub use request::{Flags, Op, Outline, Request};
 pub use size::{ParseSizeError, Size};
 
 /// Bytes in a sector: 512 always, whatever the logical block size (virtio 1.3 section 5.2.4, `linux/blk_types.h`).

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::Iovec;
+use super::Data;
 use std::fmt;
 
 /// What a request asks for.
@@ -60,22 +60,8 @@ pub struct Flags {
     pub unmap: bool,
 }
 
-/// Where a request's bytes are.
-#[derive(Debug)]
-pub enum Data<'a> {
-    /// The request carries none (flush, discard, write-zeroes).
-    None,
-    /// Ranges in guest or ublk memory, in order. A volume that resumes short I/O moves them forward in place.
-    Iovecs(&'a mut [Iovec]),
-    /// A registered buffer of the worker's ring that holds exactly the request's pages (ublk zero copy).
-    Registered {
-        /// Index in the ring's buffer table.
-        index: u16,
-    },
-}
-
-/// One request. `sector` and `sectors` are in units of 512 bytes ([`SECTOR`](super::SECTOR)).
-#[derive(Debug)]
+/// One request: a value, so that it can be tried again, split or given to several. `sector` and `sectors` are in units of 512 bytes ([`SECTOR`](super::SECTOR)).
+#[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
     /// What to do.
     pub op: Op,
@@ -89,7 +75,14 @@ pub struct Request<'a> {
     pub data: Data<'a>,
 }
 
-impl Request<'_> {
+impl<'a> Request<'a> {
+    /// The same for `sectors` of its sectors, from its own sector number `from` on.
+    pub fn part(&self, from: u32, sectors: u32) -> Request<'a> {
+        let bytes = |sectors: u32| u64::from(sectors) << super::SECTOR_SHIFT;
+        let data = self.data.part(bytes(from), bytes(sectors));
+        Request { sector: self.sector + u64::from(from), sectors, data, ..*self }
+    }
+
     /// Length in bytes; cannot overflow.
     pub fn len(&self) -> u64 {
         u64::from(self.sectors) << super::SECTOR_SHIFT

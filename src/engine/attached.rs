@@ -160,18 +160,11 @@ macro_rules! each {
 }
 
 impl<R: Ring> Backend<R> for Attached<R> {
-    async fn read(&self, io: &Io<R>, data: &mut Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
+    async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
         each!(self, volume => volume.read(io, data, len, offset).await)
     }
 
-    async fn write(
-        &self,
-        io: &Io<R>,
-        data: &mut Data<'_>,
-        len: u64,
-        offset: u64,
-        fua: bool,
-    ) -> Result<(), Errno> {
+    async fn write(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64, fua: bool) -> Result<(), Errno> {
         each!(self, volume => volume.write(io, data, len, offset, fua).await)
     }
 

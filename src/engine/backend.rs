@@ -12,17 +12,10 @@ use crate::ring::{Io, Ring};
 /// `EOPNOTSUPP` from [`write_zeroes`](Backend::write_zeroes) means "write them yourself", and `execute` does.
 pub trait Backend<R: Ring> {
     /// Fills `data` with `len` bytes from `offset`.
-    async fn read(&self, io: &Io<R>, data: &mut Data<'_>, len: u64, offset: u64) -> Result<(), Errno>;
+    async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno>;
 
     /// Stores `len` bytes of `data` at `offset`; with `fua` on stable storage before it returns.
-    async fn write(
-        &self,
-        io: &Io<R>,
-        data: &mut Data<'_>,
-        len: u64,
-        offset: u64,
-        fua: bool,
-    ) -> Result<(), Errno>;
+    async fn write(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64, fua: bool) -> Result<(), Errno>;
 
     /// Brings every write that completed before to stable storage.
     async fn flush(&self, io: &Io<R>) -> Result<(), Errno>;

@@ -23,7 +23,7 @@ pub async fn execute<R: Ring>(
     volume: &Attached<R>,
     io: &Io<R>,
     flusher: &Flusher,
-    request: &mut Request<'_>,
+    request: &Request<'_>,
 ) -> Result<(), Errno> {
     let policy = volume.policy();
     let lost_before = if request.flags.fua { volume.loss_epoch() } else { 0 };
@@ -36,7 +36,7 @@ pub async fn execute<R: Ring>(
         let _admitted = volume.admitted();
         admit(volume, request)?;
         debug_assert!(fits(volume, request), "the frontend's data does not fit its request: {request:?}");
-        change(volume, io, request, request.sector * SECTOR, request.len()).await
+        change(volume, io, request).await
     };
     match result {
         Err(errno) if policy.covers(errno) => Box::pin(change_again(volume, io, request, errno)).await?,
@@ -67,21 +67,16 @@ async fn flush<R: Ring>(
     }
 }
 
-/// What a request changes or reads, or the rest of it; what it syncs comes afterwards.
-async fn change<R: Ring>(
-    volume: &Attached<R>,
-    io: &Io<R>,
-    request: &mut Request<'_>,
-    offset: u64,
-    len: u64,
-) -> Result<(), Errno> {
+/// What a request changes or reads; what it syncs comes afterwards.
+async fn change<R: Ring>(volume: &Attached<R>, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
+    let (offset, len) = (request.sector * SECTOR, request.len());
     if len == 0 {
         return Ok(());
     }
     let durable = request.flags.fua && !syncs(volume, request);
     match request.op {
-        Op::Read => volume.read(io, &mut request.data, len, offset).await,
-        Op::Write => volume.write(io, &mut request.data, len, offset, durable).await,
+        Op::Read => volume.read(io, request.data, len, offset).await,
+        Op::Write => volume.write(io, request.data, len, offset, durable).await,
         Op::Flush => Ok(()),
         Op::Discard => volume.discard(io, offset, len).await,
         Op::WriteZeroes => match volume.write_zeroes(io, offset, len, request.flags.unmap).await {
@@ -112,21 +107,20 @@ async fn queue_up<R: Ring>(volume: &Attached<R>, io: &Io<R>, request: &Request<'
     }
 }
 
-/// Tries a request that failed until it succeeds or its time is up.
+/// Tries a request that failed, from its beginning, until it succeeds or its time is up.
 async fn change_again<R: Ring>(
     volume: &Attached<R>,
     io: &Io<R>,
-    request: &mut Request<'_>,
+    request: &Request<'_>,
     mut errno: Errno,
 ) -> Result<(), Errno> {
     let (policy, what, mut attempts) = (volume.policy(), What::of(request, io), Attempts::new());
     loop {
         policy.failed(io, what, errno, &mut attempts).await?;
-        let (offset, len) = rest(request);
         // The volume may have become smaller meanwhile, and what waits is nothing that a shrink waits for.
         let _admitted = volume.admitted();
         admit(volume, request)?;
-        match change(volume, io, request, offset, len).await {
+        match change(volume, io, request).await {
             Err(again) if policy.covers(again) => errno = again,
             other => return other,
         }
@@ -149,16 +143,6 @@ async fn flush_again<R: Ring>(
             other => return other,
         }
     }
-}
-
-/// What is left of a request that failed: offset and length in bytes. Ranges have been moved forward over what was
-/// done, so the rest is what they still name; without ranges it begins again.
-fn rest(request: &Request<'_>) -> (u64, u64) {
-    let len = match &request.data {
-        Data::Iovecs(iovecs) => iovecs.iter().map(|iovec| iovec.len() as u64).sum(),
-        Data::None | Data::Registered { .. } => request.len(),
-    };
-    (request.sector * SECTOR + request.len() - len, len)
 }
 
 /// Refuses what no volume should see. Costs a handful of comparisons.
@@ -186,11 +170,11 @@ fn admit<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> Result<(), Err
     if request.sectors > most { Err(Errno::EINVAL) } else { Ok(()) }
 }
 
-/// Whether the data of a request that nobody has touched is of its length, and of a kind that the volume takes.
+/// Whether the data of a request is of its length, and of a kind that the volume takes.
 fn fits<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> bool {
     match &request.data {
         Data::None => !matches!(request.op, Op::Read | Op::Write) || request.is_empty(),
-        Data::Iovecs(iovecs) => iovecs.iter().map(|iovec| iovec.len() as u64).sum::<u64>() == request.len(),
+        Data::Iovecs(window) => window.len() == request.len(),
         Data::Registered { .. } => volume.takes_registered(),
     }
 }

@@ -66,21 +66,23 @@ impl Memory {
 /// Has `copy` do its work on `iovecs`, of `len` bytes together, from `offset` on: in turns, so that others get theirs.
 async fn in_slices<R: Ring>(
     io: &Io<R>,
-    data: &Data<'_>,
+    data: Data<'_>,
     len: u64,
     offset: u64,
-    copy: impl Fn(usize, &[Iovec]),
+    copy: impl Fn(usize, Iovec),
 ) -> Result<(), Errno> {
-    let Data::Iovecs(iovecs) = data else { return Err(Errno::EINVAL) };
+    let Data::Iovecs(window) = data else { return Err(Errno::EINVAL) };
     let mut at = offset as usize;
     if len <= SLICE as u64 {
         io.turn(len as u32).await;
-        copy(at, iovecs);
+        window.iter().for_each(|part| {
+            copy(at, part);
+            at += part.len();
+        });
         return Ok(());
     }
     let mut left = 0;
-    for iovec in iovecs.iter() {
-        let mut rest = *iovec;
+    for mut rest in window.iter() {
         while !rest.is_empty() {
             if left == 0 {
                 io.turn(PASS_WORK).await;
@@ -88,7 +90,7 @@ async fn in_slices<R: Ring>(
             }
             let mut part = rest;
             rest = part.split_off(left);
-            copy(at, &[part]);
+            copy(at, part);
             at += part.len();
             left -= part.len();
         }
@@ -111,19 +113,12 @@ impl Memory {
 }
 
 impl<R: Ring> Backend<R> for Memory {
-    async fn read(&self, io: &Io<R>, data: &mut Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
-        in_slices(io, data, len, offset, |at, iovecs| self.mapping.scatter(at, iovecs)).await
+    async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
+        in_slices(io, data, len, offset, |at, part| self.mapping.scatter(at, &[part])).await
     }
 
-    async fn write(
-        &self,
-        io: &Io<R>,
-        data: &mut Data<'_>,
-        len: u64,
-        offset: u64,
-        _: bool,
-    ) -> Result<(), Errno> {
-        in_slices(io, data, len, offset, |at, iovecs| self.mapping.gather(at, iovecs)).await
+    async fn write(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64, _: bool) -> Result<(), Errno> {
+        in_slices(io, data, len, offset, |at, part| self.mapping.gather(at, &[part])).await
     }
 
     async fn flush(&self, _: &Io<R>) -> Result<(), Errno> {

@@ -11,11 +11,11 @@ use crate::ring::{Io, Ring};
 pub struct Null;
 
 impl<R: Ring> Backend<R> for Null {
-    async fn read(&self, _: &Io<R>, _: &mut Data<'_>, _: u64, _: u64) -> Result<(), Errno> {
+    async fn read(&self, _: &Io<R>, _: Data<'_>, _: u64, _: u64) -> Result<(), Errno> {
         Ok(())
     }
 
-    async fn write(&self, _: &Io<R>, _: &mut Data<'_>, _: u64, _: u64, _: bool) -> Result<(), Errno> {
+    async fn write(&self, _: &Io<R>, _: Data<'_>, _: u64, _: u64, _: bool) -> Result<(), Errno> {
         Ok(())
     }
 

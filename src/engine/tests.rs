@@ -73,7 +73,7 @@ fn request(op: Op, sector: u64, sectors: u32) -> Request<'static> {
 /// A read or write of the whole of `memory`, which is leaked: a test has little.
 fn transfer(op: Op, sector: u64, memory: &Mapping) -> Request<'static> {
     let iovecs = vec![memory.iovec(0, memory.len())].leak();
-    Request { data: Data::Iovecs(iovecs), ..request(op, sector, memory.len() as u32 / 512) }
+    Request { data: Data::of(iovecs), ..request(op, sector, memory.len() as u32 / 512) }
 }
 
 /// Memory is copied on the worker's own time: a request of any size leaves some of it to the others.
@@ -91,9 +91,9 @@ fn a_large_transfer_of_memory_lets_others_pass() {
     let order: Rc<RefCell<Vec<&str>>> = Rc::default();
     let mut tasks = crate::ring::Tasks::new(core.clone());
     for (name, op, memory) in [("large", Op::Write, &from), ("small", Op::Read, &small)] {
-        let (attached, order, mut request) = (attached.clone(), order.clone(), transfer(op, 0, memory));
+        let (attached, order, request) = (attached.clone(), order.clone(), transfer(op, 0, memory));
         tasks.add(|io| async move {
-            super::execute(&attached, &io, &Flusher::default(), &mut request).await.unwrap();
+            super::execute(&attached, &io, &Flusher::default(), &request).await.unwrap();
             order.borrow_mut().push(name);
         });
     }
@@ -314,7 +314,7 @@ fn a_request_costs_one_submission() {
     for op in [Op::Read, Op::Write] {
         assert_eq!(once(&core, &volume, transfer(op, 0, &memory)), Ok(()));
         let iovecs = vec![memory.iovec(0, 512), memory.iovec(4096, 1024)].leak();
-        let two = Request { data: Data::Iovecs(iovecs), ..request(op, 0, 3) };
+        let two = Request { data: Data::of(iovecs), ..request(op, 0, 3) };
         assert_eq!(once(&core, &volume, two), Ok(()));
     }
     assert_eq!(core.ring().count(|_| true), 4);
@@ -351,7 +351,7 @@ fn direct_io_bounces_only_what_it_must() {
     let buffer = Mapping::anonymous(16384).unwrap();
     let read = |cuts: &[(usize, usize)]| {
         let iovecs = cuts.iter().map(|(at, len)| buffer.iovec(*at, *len)).collect::<Vec<_>>().leak();
-        let request = Request { data: Data::Iovecs(iovecs), ..request(Op::Read, 8, 8) };
+        let request = Request { data: Data::of(iovecs), ..request(Op::Read, 8, 8) };
         assert_eq!(once(&core, &attached, request), Ok(()), "{cuts:?}");
         let found: Vec<u8> = cuts.iter().flat_map(|(at, len)| get(&buffer, *at, *len)).collect();
         assert_eq!(found, bytes[4096..8192], "{cuts:?}");
@@ -390,7 +390,7 @@ fn a_bounce_takes_no_more_memory_than_it_needs() {
         .collect::<Vec<_>>()
         .leak()
     };
-    let all = |op| Request { data: Data::Iovecs(cuts()), ..request(op, 0, (LEN / 512) as u32) };
+    let all = |op| Request { data: Data::of(cuts()), ..request(op, 0, (LEN / 512) as u32) };
     assert_eq!(once(&core, &attached, all(Op::Read)), Ok(()));
     assert!(get(&memory, 1, LEN) == bytes);
     assert_eq!(get(&memory, 0, 1), [0]);
@@ -411,7 +411,7 @@ fn registered_buffers_are_filled_and_stored_whole() {
     let bytes = core.ring().contents().unwrap();
     let memory = Mapping::anonymous(8192).unwrap();
     let index = core.ring().add_buffer(memory.iovec(0, 8192));
-    let data = || Data::Registered { index };
+    let data = || Data::Registered { index, skip: 0 };
     assert_eq!(once(&core, &volume, Request { data: data(), ..request(Op::Read, 3, 16) }), Ok(()));
     assert_eq!(get(&memory, 0, 8192), bytes[3 * 512..19 * 512]);
     put(&memory, 0, &[0x55; 8192]);

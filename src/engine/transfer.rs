@@ -2,7 +2,7 @@
 
 use super::Attached;
 use super::backend::Backend;
-use crate::block::{Data, Errno, Iovec};
+use crate::block::{Data, Errno, Front, Iovec, Window};
 use crate::ring::{Io, Ring, Sqe, Target, zeroes};
 
 /// Which way the bytes go.
@@ -43,17 +43,19 @@ pub(super) async fn exactly<R: Ring>(
     by: By,
     file: Target,
     direction: Direction,
-    data: &mut Data<'_>,
+    data: Data<'_>,
     len: u64,
     offset: u64,
 ) -> Result<(), Errno> {
-    let mut done = 0;
+    let (mut rest, mut done) = (data, 0);
     let mut retries = 0;
     loop {
-        let sqe = match data {
+        let sqe = match rest {
             Data::None => return Err(Errno::EINVAL),
-            Data::Registered { index } => fixed(file, direction, *index, done, len, offset),
-            Data::Iovecs(iovecs) => vector(file, direction, iovecs, offset + done),
+            Data::Registered { index, skip } => {
+                fixed(file, direction, index, skip, len - done, offset + done)
+            }
+            Data::Iovecs(window) => vector(file, direction, window, offset + done),
         };
         let result = match by {
             By::Ring => io.submit(&sqe).await,
@@ -67,9 +69,7 @@ pub(super) async fn exactly<R: Ring>(
                 if done >= len {
                     return Ok(());
                 }
-                if let Data::Iovecs(iovecs) = data {
-                    advance(iovecs, count as usize);
-                }
+                rest = rest.after(count.into());
             }
             Err(Errno::EAGAIN | Errno::EINTR) if retries < MAX_RETRIES => retries += 1,
             Err(errno) => return Err(errno),
@@ -78,7 +78,7 @@ pub(super) async fn exactly<R: Ring>(
 }
 
 fn fixed(file: Target, direction: Direction, index: u16, skip: u64, len: u64, offset: u64) -> Sqe {
-    let (offset, len) = (offset + skip, (len - skip).min(MAX_RW) as u32);
+    let len = len.min(MAX_RW) as u32;
     match direction {
         Direction::Read => Sqe::ReadFixed { file, index, skip, len, offset },
         Direction::Write { rw_flags } => Sqe::WriteFixed { file, index, skip, len, offset, rw_flags },
@@ -86,52 +86,26 @@ fn fixed(file: Target, direction: Direction, index: u16, skip: u64, len: u64, of
 }
 
 /// One range goes without a vector, which the kernel would have to copy and check.
-pub(super) fn vector(file: Target, direction: Direction, iovecs: &[Iovec], offset: u64) -> Sqe {
-    match (direction, iovecs) {
-        (Direction::Read, [one]) => {
+pub(super) fn vector(file: Target, direction: Direction, window: Window<'_>, offset: u64) -> Sqe {
+    match (direction, window.front()) {
+        (Direction::Read, Front::One(one)) => {
             Sqe::Read { file, addr: one.base(), len: (one.len() as u64).min(MAX_RW) as u32, offset }
         }
-        (Direction::Write { rw_flags }, [one]) => Sqe::Write {
+        (Direction::Write { rw_flags }, Front::One(one)) => Sqe::Write {
             file,
             addr: one.base(),
             len: (one.len() as u64).min(MAX_RW) as u32,
             offset,
             rw_flags,
         },
-        (Direction::Read, many) => {
+        (Direction::Read, Front::Many(many)) => {
             Sqe::Readv { file, iovecs: many.as_ptr(), count: many.len().min(MAX_IOVECS) as u32, offset }
         }
-        (Direction::Write { rw_flags }, many) => {
+        (Direction::Write { rw_flags }, Front::Many(many)) => {
             let count = many.len().min(MAX_IOVECS) as u32;
             Sqe::Writev { file, iovecs: many.as_ptr(), count, offset, rw_flags }
         }
     }
-}
-
-/// Drops the first `count` bytes of the ranges, and the ranges that are used up.
-pub(super) fn advance(iovecs: &mut &mut [Iovec], mut count: usize) {
-    let mut used = 0;
-    for iovec in iovecs.iter_mut() {
-        let step = iovec.len().min(count);
-        iovec.advance(step);
-        count -= step;
-        if !iovec.is_empty() {
-            break;
-        }
-        used += 1;
-    }
-    *iovecs = &mut std::mem::take(iovecs)[used..];
-}
-
-/// The ranges of the first `count` bytes.
-pub(super) fn front(iovecs: &[Iovec], mut count: usize) -> impl Iterator<Item = Iovec> {
-    let cut = move |iovec: &Iovec| {
-        let mut part = *iovec;
-        part.split_off(count);
-        count -= part.len();
-        part
-    };
-    iovecs.iter().map(cut).filter(|part| !part.is_empty())
 }
 
 /// Writes zeroes the long way, a MiB at a time.
@@ -149,29 +123,8 @@ pub(super) async fn write_zeroes<R: Ring>(
             *iovec = zeroes(len - done - step);
             step += iovec.len() as u64;
         }
-        volume.write(io, &mut Data::Iovecs(&mut iovecs), step, offset + done, false).await?;
+        volume.write(io, Data::of(&iovecs), step, offset + done, false).await?;
         done += step;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::ring::Mapping;
-
-    #[test]
-    fn advancing_keeps_what_is_left() {
-        let bytes = Mapping::anonymous(30).unwrap();
-        for count in 0..=30 {
-            let mut store = [bytes.iovec(0, 10), bytes.iovec(10, 0), bytes.iovec(10, 20)];
-            let mut iovecs = &mut store[..];
-            advance(&mut iovecs, count);
-            assert_eq!(iovecs.iter().map(Iovec::len).sum::<usize>(), 30 - count);
-            if count < 30 {
-                assert_eq!(iovecs[0].base(), bytes.as_ptr().wrapping_add(count));
-                assert!(!iovecs[0].is_empty());
-            }
-        }
-    }
 }

@@ -495,12 +495,12 @@ async fn serve(
     delay: Rc<Cell<bool>>,
 ) {
     let mut state = <Vring as Source<Uring>>::State::default();
-    while let Some(mut request) = vring.next(&io, tag, &mut state).await {
+    while let Some(request) = vring.next(&io, tag, &mut state).await {
         if delay.get() {
             parked.borrow_mut().push_back(tag);
             io.park().await;
         }
-        let result = execute(&volume, &io, &Flusher::default(), &mut request).await;
+        let result = execute(&volume, &io, &Flusher::default(), &request).await;
         Source::<Uring>::complete(&*vring, tag, &mut state, result);
     }
 }

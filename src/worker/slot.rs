@@ -65,9 +65,9 @@ async fn serve<S: Source<Uring>>(seat: &Seat, source: &S) {
     let (tag, mut state) = (*tag, S::State::default());
     io.set_tag(tag);
     io.set_group(client.export());
-    while let Some(mut request) = source.next(io, tag, &mut state).await {
+    while let Some(request) = source.next(io, tag, &mut state).await {
         watch.begin(&request);
-        let result = execute(volume, io, flusher, &mut request).await;
+        let result = execute(volume, io, flusher, &request).await;
         watch.end();
         source.complete(tag, &mut state, result);
     }

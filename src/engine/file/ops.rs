@@ -56,12 +56,12 @@ impl<R: Ring> FileOps<R> {
 
     /// Whether direct I/O takes the ranges as they are. Guests of our time always align theirs; firmware and
     /// some installers do not.
-    fn fits(&self, data: &Data<'_>) -> bool {
+    fn fits(&self, data: Data<'_>) -> bool {
         let align = self.volume.memory_alignment as usize;
         let block = self.volume.length_alignment as usize;
         match data {
-            Data::Iovecs(iovecs) if align > 1 => {
-                iovecs.iter().all(|iovec| iovec.base().addr() % align == 0 && iovec.len() % block == 0)
+            Data::Iovecs(window) if align > 1 => {
+                window.iter().all(|iovec| iovec.base().addr() % align == 0 && iovec.len() % block == 0)
             }
             _ => true,
         }
@@ -71,7 +71,7 @@ impl<R: Ring> FileOps<R> {
         &self,
         io: &Io<R>,
         direction: Direction,
-        data: &mut Data<'_>,
+        data: Data<'_>,
         len: u64,
         offset: u64,
     ) -> Result<(), Errno> {
@@ -92,11 +92,11 @@ impl<R: Ring> FileOps<R> {
         &self,
         io: &Io<R>,
         direction: Direction,
-        data: &Data<'_>,
+        data: Data<'_>,
         len: u64,
         offset: u64,
     ) -> Option<Instant> {
-        let Data::Iovecs(iovecs) = data else { return None };
+        let Data::Iovecs(window) = data else { return None };
         if self.core.is_shared() {
             return None;
         }
@@ -105,7 +105,7 @@ impl<R: Ring> FileOps<R> {
             Direction::Write { rw_flags: 0 } => self.inline.write(len, || {
                 // Should it succeed, the same bytes are written once more.
                 let attempt = Direction::Write { rw_flags: RWF_NOWAIT };
-                io.carry_out(&transfer::vector(self.plain, attempt, iovecs, offset))
+                io.carry_out(&transfer::vector(self.plain, attempt, window, offset))
             }),
             Direction::Write { .. } => None,
         }
@@ -117,28 +117,35 @@ impl<R: Ring> FileOps<R> {
         &self,
         io: &Io<R>,
         direction: Direction,
-        data: &mut Data<'_>,
+        data: Data<'_>,
         len: u64,
         offset: u64,
     ) -> Result<(), Errno> {
-        let Data::Iovecs(iovecs) = data else { return Err(Errno::EINVAL) };
+        let Data::Iovecs(window) = data else { return Err(Errno::EINVAL) };
         let mut done = 0;
         while done < len {
             let buffer = self.bounce.take(io).await?;
             let step = (len - done).min(Pool::<R>::BYTES as u64) as usize;
+            let part = window.part(done, step as u64);
             if direction != Direction::Read {
                 io.turn(step as u32).await;
-                buffer.gather(transfer::front(iovecs, step));
+                buffer.gather(part.iter());
             }
-            let mut whole = [buffer.iovec(step)];
-            let whole = &mut Data::Iovecs(&mut whole);
-            transfer::exactly(io, By::Ring, self.target, direction, whole, step as u64, offset + done)
-                .await?;
+            let whole = [buffer.iovec(step)];
+            transfer::exactly(
+                io,
+                By::Ring,
+                self.target,
+                direction,
+                Data::of(&whole),
+                step as u64,
+                offset + done,
+            )
+            .await?;
             if direction == Direction::Read {
                 io.turn(step as u32).await;
-                buffer.scatter(transfer::front(iovecs, step));
+                buffer.scatter(part.iter());
             }
-            transfer::advance(iovecs, step);
             done += step as u64;
         }
         Ok(())
@@ -166,18 +173,11 @@ fn tells_of_loss(errno: Errno) -> bool {
 }
 
 impl<R: Ring> Backend<R> for FileOps<R> {
-    async fn read(&self, io: &Io<R>, data: &mut Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
+    async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
         self.transfer(io, Direction::Read, data, len, offset).await
     }
 
-    async fn write(
-        &self,
-        io: &Io<R>,
-        data: &mut Data<'_>,
-        len: u64,
-        offset: u64,
-        fua: bool,
-    ) -> Result<(), Errno> {
+    async fn write(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64, fua: bool) -> Result<(), Errno> {
         if fua {
             let direction = Direction::Write { rw_flags: RWF_DSYNC };
             return self.sync(self.transfer(io, direction, data, len, offset)).await;

@@ -212,11 +212,11 @@ async fn perform(
 ) -> Result<(), Errno> {
     // In two ranges, so that a piece of a reply may lie across them.
     let middle = len / 3;
-    let mut iovecs = [memory.iovec(MARGIN, middle), memory.iovec(MARGIN + middle, len - middle)];
-    let (mut data, len) = (Data::Iovecs(&mut iovecs), len as u64);
+    let iovecs = [memory.iovec(MARGIN, middle), memory.iovec(MARGIN + middle, len - middle)];
+    let (data, len) = (Data::of(&iovecs), len as u64);
     match kind {
-        0 | 1 => ops.read(io, &mut data, len, offset).await,
-        2 => ops.write(io, &mut data, len, offset, true).await,
+        0 | 1 => ops.read(io, data, len, offset).await,
+        2 => ops.write(io, data, len, offset, true).await,
         3 => ops.flush(io).await,
         4 => ops.discard(io, offset, len).await,
         _ => ops.write_zeroes(io, offset, len, true).await,

@@ -82,16 +82,17 @@ impl<R: Ring> NbdOps<R> {
         io: &Io<R>,
         command: Command,
         flags: u16,
-        data: &Data<'_>,
+        data: Data<'_>,
         len: u64,
         offset: u64,
     ) -> Result<(), Errno> {
-        let Data::Iovecs(iovecs) = data else { return Err(Errno::EINVAL) };
+        let Data::Iovecs(window) = data else { return Err(Errno::EINVAL) };
+        let (iovecs, skip) = window.as_raw();
         let mut done = 0;
         while done < len {
             let length = (len - done).min(self.remote.max_payload.into()) as u32;
             let request = Request { flags, command, offset: offset + done, length };
-            self.perform(io, &request, iovecs, done as usize).await?;
+            self.perform(io, &request, iovecs, skip + done as usize).await?;
             done += u64::from(length);
         }
         Ok(())
@@ -117,18 +118,11 @@ impl<R: Ring> NbdOps<R> {
 }
 
 impl<R: Ring> Backend<R> for NbdOps<R> {
-    async fn read(&self, io: &Io<R>, data: &mut Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
+    async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
         self.transfer(io, Command::NBD_CMD_READ, 0, data, len, offset).await
     }
 
-    async fn write(
-        &self,
-        io: &Io<R>,
-        data: &mut Data<'_>,
-        len: u64,
-        offset: u64,
-        fua: bool,
-    ) -> Result<(), Errno> {
+    async fn write(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64, fua: bool) -> Result<(), Errno> {
         let native = fua && self.remote.has(NBD_FLAG_SEND_FUA);
         let flags = if native { NBD_CMD_FLAG_FUA } else { 0 };
         self.transfer(io, Command::NBD_CMD_WRITE, flags, data, len, offset).await?;

@@ -306,8 +306,8 @@ fn a_policy_outlasts_a_restart() {
         bench.start(move |io| async move {
             let sectors = if op == Op::Flush { 0 } else { 8 };
             let (flags, data) = (Flags::default(), Data::None);
-            let mut request = Request { op, flags, sector: 0, sectors, data };
-            let result = execute(&attached, &io, &Flusher::default(), &mut request).await;
+            let request = Request { op, flags, sector: 0, sectors, data };
+            let result = execute(&attached, &io, &Flusher::default(), &request).await;
             results.borrow_mut().push(result);
         });
     };
@@ -408,8 +408,8 @@ fn every_export_hears_of_lost_writes() {
         let (attached, flushers) = (attached.clone(), flushers.clone());
         bench.run(move |io| async move {
             let (flags, sectors) = (Flags::default(), if op == Op::Flush { 0 } else { 8 });
-            let mut request = Request { op, flags, sector: 0, sectors, data: Data::None };
-            execute(&attached, &io, flushers.queue(queue), &mut request).await
+            let request = Request { op, flags, sector: 0, sectors, data: Data::None };
+            execute(&attached, &io, flushers.queue(queue), &request).await
         })
     };
     ask(Op::WriteZeroes, &exports[0], 0).unwrap();

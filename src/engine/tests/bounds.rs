@@ -31,10 +31,10 @@ impl Memories {
         io: Io<Double>,
         (volume, done): (Rc<Attached<Double>>, Rc<RefCell<Vec<u32>>>),
         (export, number): (usize, u32),
-        mut request: Request<'static>,
+        request: Request<'static>,
     ) {
         io.set_group(export);
-        execute(&volume, &io, &Flusher::default(), &mut request).await.unwrap();
+        execute(&volume, &io, &Flusher::default(), &request).await.unwrap();
         done.borrow_mut().push(number);
     }
 }
@@ -160,12 +160,11 @@ fn misaligned_requests_share_a_few_buffers() {
         let done = Rc::new(RefCell::new(0));
         for number in 0..COUNT {
             let iovecs = vec![memory.iovec(number * (LEN + 1) + 1, LEN)].leak();
-            let mut request =
-                Request { data: Data::Iovecs(iovecs), ..request(Op::Read, 0, (LEN / 512) as u32) };
+            let request = Request { data: Data::of(iovecs), ..request(Op::Read, 0, (LEN / 512) as u32) };
             let (attached, done) = (attached.clone(), done.clone());
             tasks.add(|io| async move {
                 io.set_group(number % 3);
-                execute(&attached, &io, &Flusher::default(), &mut request).await.unwrap();
+                execute(&attached, &io, &Flusher::default(), &request).await.unwrap();
                 *done.borrow_mut() += 1;
             });
         }
@@ -191,14 +190,13 @@ fn buffers_of_a_store_that_hangs_are_not_missed_elsewhere() {
     let memory = Mapping::anonymous(LEN + 1).unwrap();
     let misaligned = || {
         let iovecs = vec![memory.iovec(1, LEN)].leak();
-        Request { data: Data::Iovecs(iovecs), ..request(Op::Read, 0, (LEN / 512) as u32) }
+        Request { data: Data::of(iovecs), ..request(Op::Read, 0, (LEN / 512) as u32) }
     };
     let mut tasks = Tasks::new(core.clone());
     // Submitted, and not entered: as if the store did not answer.
     for volume in std::iter::repeat_n(&hung, 100).chain([&good]) {
-        let (volume, mut request) = (volume.clone(), misaligned());
-        tasks
-            .add(|io| async move { execute(&volume, &io, &Flusher::default(), &mut request).await.unwrap() });
+        let (volume, request) = (volume.clone(), misaligned());
+        tasks.add(|io| async move { execute(&volume, &io, &Flusher::default(), &request).await.unwrap() });
     }
     assert_eq!(core.in_flight(), Pool::<Uring>::COUNT as usize + 1);
     settle(&core, &mut tasks);

@@ -149,14 +149,14 @@ async fn live(
     for step in steps {
         let called = history.borrow_mut().begin(&step);
         let losses = core.ring().losses();
-        let mut iovecs = [memory.iovec(0, step.sectors as usize * 512)];
-        let data = if step.op == Op::Write { Data::Iovecs(&mut iovecs) } else { Data::None };
+        let iovecs = [memory.iovec(0, step.sectors as usize * 512)];
+        let data = if step.op == Op::Write { Data::of(&iovecs) } else { Data::None };
         if step.op == Op::Write {
             let bytes: Vec<u8> = step.range().flat_map(|sector| pattern(called, sector)).collect();
             put(&memory, 0, &bytes);
         }
         let Step { op, flags, sector, sectors } = step;
-        let result = execute(&volume, &io, &flusher, &mut Request { op, flags, sector, sectors, data }).await;
+        let result = execute(&volume, &io, &flusher, &Request { op, flags, sector, sectors, data }).await;
         if result.is_ok() {
             assert!(op != Op::Flush || losses <= heard, "it vouches for what was lost, and never said so");
             history.borrow_mut().end(called, &step, told);

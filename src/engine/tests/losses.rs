@@ -54,12 +54,12 @@ impl World {
                 (self.attached.clone(), self.exports[export].clone(), outcome.clone());
             tasks.add(|io: Io<Double>| async move {
                 let memory = Mapping::anonymous(512).unwrap();
-                let mut iovecs = [memory.iovec(0, 512)];
-                let data = if op == Op::Write { Data::Iovecs(&mut iovecs) } else { Data::None };
+                let iovecs = [memory.iovec(0, 512)];
+                let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
                 let flags = Flags { fua, unmap: false };
                 let sectors = if op == Op::Flush { 0 } else { 1 };
-                let mut request = Request { op, flags, sector: 7, sectors, data };
-                outcome.set(Some(execute(&attached, &io, flushers.queue(queue), &mut request).await));
+                let request = Request { op, flags, sector: 7, sectors, data };
+                outcome.set(Some(execute(&attached, &io, flushers.queue(queue), &request).await));
             });
         }
         settle(&self.core, &mut tasks);

@@ -214,10 +214,9 @@ impl<R: Tested> Run<R> {
         }
         put(&memory, 0, &expected);
         let epoch = self.model.borrow().failed_flushes;
-        let mut iovecs: Vec<Iovec> = places.iter().map(|(at, len)| memory.iovec(*at, *len)).collect();
+        let iovecs: Vec<Iovec> = places.iter().map(|(at, len)| memory.iovec(*at, *len)).collect();
         let result =
-            execute(&self.volume, io, &self.flusher, &mut request(step, &range, Data::Iovecs(&mut iovecs)))
-                .await;
+            execute(&self.volume, io, &self.flusher, &request(step, &range, Data::of(&iovecs))).await;
         self.check(step, range.len(), result);
 
         let mut found = get(&memory, 0, memory.len());
@@ -245,7 +244,7 @@ impl<R: Tested> Run<R> {
         let epoch = self.model.borrow().failed_flushes;
         let flushes = step.op == Op::WriteZeroes && step.flags.fua;
         self.model.borrow_mut().flushing += u32::from(flushes);
-        let result = execute(&self.volume, io, &self.flusher, &mut request(step, &range, Data::None)).await;
+        let result = execute(&self.volume, io, &self.flusher, &request(step, &range, Data::None)).await;
         self.check(step, range.len(), result);
         let zeroes = vec![0; range.len()];
         let zeroed = step.op == Op::WriteZeroes && result.is_ok();
@@ -261,7 +260,7 @@ impl<R: Tested> Run<R> {
         let before = self.model.borrow().sectors.clone();
         let step = Step::plain(Op::Flush);
         self.model.borrow_mut().flushing += 1;
-        let result = execute(&self.volume, io, &self.flusher, &mut request(&step, &(0..0), Data::None)).await;
+        let result = execute(&self.volume, io, &self.flusher, &request(&step, &(0..0), Data::None)).await;
         self.check(&step, 0, result);
         let mut model = self.model.borrow_mut();
         if model.end_flush(result)
@@ -409,8 +408,8 @@ pub fn once<R: Ring>(
     let result = Rc::new(Cell::new(None));
     let mut tasks = Tasks::new(core.clone());
     tasks.add(|io| {
-        let (volume, result, mut request) = (volume.clone(), result.clone(), request);
-        async move { result.set(Some(execute(&volume, &io, &Flusher::default(), &mut request).await)) }
+        let (volume, result, request) = (volume.clone(), result.clone(), request);
+        async move { result.set(Some(execute(&volume, &io, &Flusher::default(), &request).await)) }
     });
     settle(core, &mut tasks);
     result.get().unwrap()

@@ -56,7 +56,7 @@ fn a_registered_buffer_begins_again() {
     let bytes = core.ring().contents().unwrap();
     let memory = Mapping::anonymous(8192).unwrap();
     let index = core.ring().add_buffer(memory.iovec(0, 8192));
-    let data = || Data::Registered { index };
+    let data = || Data::Registered { index, skip: 0 };
     assert_eq!(once(&core, &volume, Request { data: data(), ..request(Op::Read, 3, 16) }), Ok(()));
     assert_eq!(get(&memory, 0, 8192), bytes[3 * 512..19 * 512]);
     let other = Random(5).bytes(8192);
@@ -149,14 +149,14 @@ impl World {
     }
 
     fn begin(&mut self, op: Op, sector: u64) -> u32 {
-        let mut request = match op {
+        let request = match op {
             Op::Flush => request(op, sector, 0),
             _ => transfer(op, sector, &self.memory),
         };
         let (attached, ended) = (self.attached.clone(), self.ended.clone());
         self.tasks.add(|io| {
             Box::pin(async move {
-                let result = execute(&attached, &io, &Flusher::default(), &mut request).await;
+                let result = execute(&attached, &io, &Flusher::default(), &request).await;
                 ended.borrow_mut().push((sector, result));
             })
         })
@@ -261,7 +261,7 @@ fn attempts_end_when_their_slot_is_interrupted() {
     let mut tasks = Tasks::new(core.clone());
     let slot = tasks.add(|io| async move {
         *ended.borrow_mut() =
-            Some(execute(&volume, &io, &Flusher::default(), &mut transfer(Op::Read, 0, &memory)).await);
+            Some(execute(&volume, &io, &Flusher::default(), &transfer(Op::Read, 0, &memory)).await);
     });
     core.ring().enter(true).unwrap();
     let mut cqes = Vec::new();

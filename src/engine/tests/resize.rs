@@ -122,7 +122,7 @@ fn a_drain_waits_for_what_was_admitted() {
                     // Must reach the disk, which a worker never waits for.
                     let mut request = transfer(Op::Write, 63, &memory);
                     request.flags.fua = true;
-                    let result = execute(&attached, &io, &Flusher::default(), &mut request).await;
+                    let result = execute(&attached, &io, &Flusher::default(), &request).await;
                     order.borrow_mut().push((name, result));
                 })
             }

@@ -169,13 +169,13 @@ impl Queue {
     fn data<'a>(&self, tag: u16, bytes: u32, iovec: &'a mut [Iovec; 1]) -> Data<'a> {
         match &self.buffers {
             _ if bytes == 0 => Data::None,
-            Buffers::Registered(places) => Data::Registered { index: places[usize::from(tag)] },
+            Buffers::Registered(places) => Data::Registered { index: places[usize::from(tag)], skip: 0 },
             Buffers::Copied(memory) => {
                 // SAFETY: the tag's own `max_io` bytes of the mapping, of which no reference is ever made. The
                 // queue, and with it the mapping, outlives its slots' futures, where requests live; and the
                 // kernel leaves the bytes alone until the commit.
                 iovec[0] = unsafe { Iovec::new(self.buffer(memory, tag), bytes as usize) };
-                Data::Iovecs(iovec)
+                Data::of(iovec)
             }
         }
     }

@@ -337,7 +337,7 @@ impl<R: Ring> Source<R> for Vring {
                 flags: Flags { fua: *op == Op::Write && write_through, unmap: false },
                 sector: *sector,
                 sectors: *sectors,
-                data: Data::Iovecs(&mut scratch.iovecs[data.clone()]),
+                data: Data::of(&scratch.iovecs[data.clone()]),
             },
             Parsed::Ranges(op) => {
                 let range = scratch.ranges.pop().unwrap_or(Range { sector: 0, sectors: 0, unmap: false });

@@ -153,14 +153,14 @@ pub async fn write(
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(bytes, 0).unwrap();
     let memory = Mapping::shared_read(file.as_fd(), 0, bytes.len()).unwrap();
-    let mut iovecs = ranges(&memory, bytes.len(), pieces);
-    ops.write(io, &mut Data::Iovecs(&mut iovecs), bytes.len() as u64, offset, fua).await
+    let iovecs = ranges(&memory, bytes.len(), pieces);
+    ops.write(io, Data::of(&iovecs), bytes.len() as u64, offset, fua).await
 }
 
 pub async fn read(ops: &Ops, io: &Io<Uring>, offset: u64, len: usize, pieces: u64) -> Result<Vec<u8>, Errno> {
     let memory = Mapping::anonymous(len).unwrap();
-    let mut iovecs = ranges(&memory, len, pieces);
-    ops.read(io, &mut Data::Iovecs(&mut iovecs), len as u64, offset).await?;
+    let iovecs = ranges(&memory, len, pieces);
+    ops.read(io, Data::of(&iovecs), len as u64, offset).await?;
     let mut bytes = vec![0; len];
     memory.copy_out(0, &mut bytes);
     Ok(bytes)

@@ -336,7 +336,7 @@ struct Disk {
 }
 
 impl Disk {
-    async fn carry_out(&self, io: &Io<Double>, request: &mut Request<'_>) -> Result<(), Errno> {
+    async fn carry_out(&self, io: &Io<Double>, request: &Request<'_>) -> Result<(), Errno> {
         let Request { op, flags, sector, sectors, .. } = *request;
         self.seen.borrow_mut().push((op, flags, sector, sectors));
         if sector.checked_add(u64::from(sectors)).is_none_or(|end| end > SECTORS) {
@@ -345,7 +345,7 @@ impl Disk {
         let (file, offset, len) = (self.file, sector * 512, request.len());
         let zero = |mode| Sqe::Fallocate { file, mode: mode | FALLOC_FL_KEEP_SIZE, offset, len };
         let (iovecs, count) = match &request.data {
-            Data::Iovecs(iovecs) => (iovecs.as_ptr(), iovecs.len() as u32),
+            Data::Iovecs(window) => (window.as_raw().0.as_ptr(), window.as_raw().0.len() as u32),
             _ => (std::ptr::null(), 0),
         };
         let sqe = match op {
@@ -423,8 +423,8 @@ impl Worker {
 
 async fn serve(io: Io<Double>, vring: Rc<Vring>, disk: Rc<Disk>, tag: u16) {
     let mut state = <Vring as Source<Double>>::State::default();
-    while let Some(mut request) = vring.next(&io, tag, &mut state).await {
-        let result = disk.carry_out(&io, &mut request).await;
+    while let Some(request) = vring.next(&io, tag, &mut state).await {
+        let result = disk.carry_out(&io, &request).await;
         Source::<Double>::complete(&*vring, tag, &mut state, result);
     }
 }
