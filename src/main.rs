@@ -6,10 +6,14 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use ringblk::cli::Cli;
+use ringblk::ring::ignore_file_size_signal;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     start_log(cli.log_filter());
+    if let Err(error) = ignore_file_size_signal() {
+        log::warn!("SIGXFSZ cannot be ignored: {error}");
+    }
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

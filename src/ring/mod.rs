@@ -18,6 +18,7 @@ mod core;
 #[cfg(test)]
 pub mod double;
 mod fair;
+mod file_size;
 mod flusher;
 mod pool;
 mod signal;
@@ -28,6 +29,7 @@ mod uring;
 pub use self::core::{Core, Io, PASS_WORK, Park};
 pub use buffer::{Mapping, zeroes};
 pub use command::CommandRing;
+pub use file_size::ignore_file_size_signal;
 pub use flusher::set_io_flusher;
 /// A time for [`Sqe::Timeout`].
 pub use io_uring::types::Timespec;
