@@ -5,6 +5,7 @@
 mod capacity;
 mod data;
 mod errno;
+mod format;
 mod geometry;
 mod instance;
 mod iovec;
@@ -14,6 +15,7 @@ mod size;
 pub use capacity::Capacity;
 pub use data::{Data, Front, Window};
 pub use errno::Errno;
+pub use format::Format;
 pub use geometry::{DiscardLimits, Geometry, GeometryError};
 pub use instance::Instance;
 pub use iovec::Iovec;
