@@ -92,7 +92,14 @@ fn no_allocation_for_a_request() {
     fs::write(&path, vec![7; 4 << 20]).unwrap();
     let file = |path: &Path, direct| {
         let path = path.to_owned();
-        VolumeConfig::File(FileConfig { path, direct, read_only: false, lock: true, block_size: None })
+        VolumeConfig::File(FileConfig {
+            path,
+            direct,
+            read_only: false,
+            lock: true,
+            format: None,
+            block_size: None,
+        })
     };
     let volumes = [
         VolumeConfig::Null(NullConfig { size: Size(1 << 30), block_size: None }),

@@ -236,8 +236,14 @@ fn direct_io() -> Result<PathBuf, String> {
 
 /// What the file system asks for is found, and kept: aligned requests go straight to it, and others through a buffer.
 fn direct_alignment(image: &Path) {
-    let config =
-        FileConfig { path: image.into(), direct: true, read_only: false, lock: true, block_size: None };
+    let config = FileConfig {
+        path: image.into(),
+        direct: true,
+        read_only: false,
+        lock: true,
+        format: None,
+        block_size: None,
+    };
     let volume = Volume::open("direct", &VolumeConfig::File(config)).unwrap();
     let (block, memory) = (volume.geometry().logical_block, volume.geometry().dma_alignment);
     assert!(block >= 512, "{block}");

@@ -12,7 +12,10 @@ use crate::service::sandbox::Mode;
 const HELP: &str = "\
 Drivers (NAME=DRIVER:TARGET):
   file:PATH    an image or a block device
-               direct=on|off, read-only=on|off, lock=on|off, block-size=512|4096
+               format=raw, direct=on|off, read-only=on|off, lock=on|off,
+               block-size=512|4096
+  An image that looks like another format (qcow2, vmdk, ...) is refused without
+  format=raw. Say it always: a guest can make its disk look so.
   memory:SIZE  lost when the service ends; block-size=512|4096
   null:SIZE    stores nothing, for measuring; block-size=512|4096
   nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH

@@ -41,8 +41,18 @@ pub struct FileConfig {
     /// Refuse an image that somebody else has open for writing, and keep others from it: see `lock` in `engine/file`.
     #[serde(default = "yes")]
     pub lock: bool,
+    /// What it is said to be. `None`: raw, unless it looks like something else, which is refused.
+    pub format: Option<ImageFormat>,
     /// Logical block in bytes, 512 or 4096; `None`: what the backing store needs.
     pub block_size: Option<u32>,
+}
+
+/// `format`: what the bytes of an image are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageFormat {
+    /// Those of the disk, whatever they look like: a guest may write there what looks like another format.
+    Raw,
 }
 
 fn yes() -> bool {
@@ -313,8 +323,15 @@ impl fmt::Display for VolumeConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.driver(), self.target())?;
         match self {
-            VolumeConfig::File(file) if file.direct => f.write_str(", direct")?,
-            VolumeConfig::File(_) | VolumeConfig::Memory(_) | VolumeConfig::Null(_) => {}
+            VolumeConfig::File(file) => {
+                if file.format == Some(ImageFormat::Raw) {
+                    f.write_str(", format raw")?;
+                }
+                if file.direct {
+                    f.write_str(", direct")?;
+                }
+            }
+            VolumeConfig::Memory(_) | VolumeConfig::Null(_) => {}
             VolumeConfig::Nbd(nbd) => {
                 if let Some(connections) = nbd.connections {
                     write!(f, ", connections {connections}")?;
@@ -426,6 +443,7 @@ mod tests {
                 direct: false,
                 read_only: false,
                 lock: true,
+                format: None,
                 block_size: None,
             })
         );
@@ -453,6 +471,14 @@ mod tests {
             assert!(error.contains("colour"), "{driver}: {error}");
         }
         assert_eq!(VolumeConfig::target_key("qcow2"), None);
+    }
+
+    #[test]
+    fn raw_is_the_only_format() {
+        for format in ["qcow2", "RAW", ""] {
+            let error = read("file", &format!(r#"{{"path": "/a", "format": "{format}"}}"#)).unwrap_err();
+            assert!(error.contains("raw"), "{format}: {error}");
+        }
     }
 
     #[test]
@@ -553,6 +579,8 @@ mod tests {
         let json = r#"{"path": "/a", "direct": true, "read-only": true, "block-size": 512}"#;
         let file = read("file", json).unwrap();
         assert_eq!(file.to_string(), "file:/a, direct, block size 512, read-only");
+        let raw = read("file", r#"{"path": "/a", "format": "raw"}"#).unwrap();
+        assert_eq!(raw.to_string(), "file:/a, format raw");
         assert_eq!(read("null", r#"{"size": "1G"}"#).unwrap().to_string(), "null:1G");
     }
 }

@@ -13,7 +13,7 @@ mod attached;
 mod backend;
 pub mod config;
 mod execute;
-mod file;
+pub mod file;
 mod grace;
 mod losses;
 mod memory;

@@ -272,7 +272,14 @@ mod tests {
     }
 
     fn config(path: &Path, block_size: Option<u32>) -> FileConfig {
-        FileConfig { path: path.into(), direct: false, read_only: false, lock: true, block_size }
+        FileConfig {
+            path: path.into(),
+            direct: false,
+            read_only: false,
+            lock: true,
+            format: None,
+            block_size,
+        }
     }
 
     /// A file volume of 1 MiB, and exports that watch it.

@@ -38,7 +38,8 @@ const COARSE: &str = "/dev/shm";
 
 /// Where the file system has no direct I/O, what comes is buffered, and asks of us what direct I/O would.
 fn open(path: &Path, direct: bool, block_size: Option<u32>) -> Volume {
-    let config = FileConfig { path: path.into(), direct, read_only: false, lock: true, block_size };
+    let config =
+        FileConfig { path: path.into(), direct, read_only: false, lock: true, format: None, block_size };
     match Volume::open("test", &VolumeConfig::File(config.clone())) {
         Err(OpenError::File { source: file::Error::NoDirect, .. }) => {
             let config = FileConfig { direct: false, ..config };

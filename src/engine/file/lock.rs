@@ -21,39 +21,57 @@ const RESIZE: i64 = 3;
 const DOES: i64 = 100;
 const FORBIDS: i64 = 200;
 
-/// How long a server that was killed may take to let go of an image: until the last of its requests that the kernel
-/// still carries out is complete, since each of them keeps the file open.
-const DYING: Duration = Duration::from_secs(5);
+/// What an image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read it beside other readers, while nobody writes.
+    Read,
+    /// To write it, while nobody else does, nor reads what is to stay as it is.
+    Write,
+    /// To read it whoever writes: what is read may be torn.
+    ReadShared,
+}
 
-/// How often it is looked at meanwhile.
+impl Access {
+    /// What it does, and what nobody else may do meanwhile.
+    fn bits(self) -> (&'static [i64], &'static [i64]) {
+        match self {
+            Access::Read => (&[CONSISTENT_READ], &[WRITE, RESIZE]),
+            Access::Write => (&[CONSISTENT_READ, WRITE], &[WRITE, RESIZE]),
+            Access::ReadShared => (&[CONSISTENT_READ], &[]),
+        }
+    }
+}
+
+/// How often a lock is looked at that is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Takes what an open image needs, for as long as the file is open. False when somebody has it open in a way that this
-/// one cannot be: any other writer, or for a writer any reader that wants the contents to stay. That is said only after
-/// some seconds: the lock of a server that was killed is also what keeps a write of its from coming after ours.
+/// one cannot be: any other writer, or for a writer any reader that wants the contents to stay. That is said only at
+/// `limit`: the lock of a server that was killed is also what keeps a write of its from coming after ours.
 ///
 /// # Errors
 /// The kernel's: `ENOLCK` or `EOPNOTSUPP` where the file system has no locks.
-pub(super) fn take(file: &File, read_only: bool, path: &Path) -> Result<bool, Errno> {
-    let limit = Instant::now() + DYING;
+pub(super) fn take(file: &File, access: Access, limit: Instant, path: &Path) -> Result<bool, Errno> {
     let mut told = false;
     loop {
-        if try_take(file, read_only)? {
+        if try_take(file, access)? {
             return Ok(true);
         }
         if Instant::now() >= limit {
             return Ok(false);
         }
         if !std::mem::replace(&mut told, true) {
-            log::info!("{}: is in use: waiting {} s for it", path.display(), DYING.as_secs());
+            let left = limit.saturating_duration_since(Instant::now()).as_secs_f32();
+            log::info!("{}: is in use: waiting up to {left:.0} s for it", path.display());
         }
         sleep(LOOK_EVERY);
     }
 }
 
-fn try_take(file: &File, read_only: bool) -> Result<bool, Errno> {
-    let does: &[i64] = if read_only { &[CONSISTENT_READ] } else { &[CONSISTENT_READ, WRITE] };
-    let forbids = [WRITE, RESIZE];
+/// As [`take`], at once. What was not taken whole is not kept.
+pub(crate) fn try_take(file: &File, access: Access) -> Result<bool, Errno> {
+    let (does, forbids) = access.bits();
     // First ours, then a look at the others': of two that come at once at least one sees the other.
     let own = does.iter().map(|bit| DOES + bit).chain(forbids.iter().map(|bit| FORBIDS + bit));
     for byte in own {
@@ -65,6 +83,9 @@ fn try_take(file: &File, read_only: bool) -> Result<bool, Errno> {
         let mut found = lock(libc::F_WRLCK, byte);
         fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
         if i32::from(found.l_type) != libc::F_UNLCK {
+            // Or two that wait would wait for each other.
+            let all = libc::flock { l_len: FORBIDS + 100 - DOES, ..lock(libc::F_UNLCK, DOES) };
+            fcntl(file, FcntlArg::F_OFD_SETLK(&all))?;
             return Ok(false);
         }
     }
@@ -93,7 +114,7 @@ mod tests {
         // What another test's thread forks has our open files, and with them the locks, until it runs its program.
         let is_free = || {
             (0..1000).any(|_| {
-                let free = try_take(&open(), false).unwrap();
+                let free = try_take(&open(), Access::Write).unwrap();
                 if !free {
                     std::thread::sleep(Duration::from_millis(1));
                 }
@@ -101,19 +122,33 @@ mod tests {
             })
         };
         let (first, second, third) = (open(), open(), open());
-        assert_eq!(try_take(&first, true), Ok(true));
-        assert_eq!(try_take(&second, true), Ok(true));
-        assert_eq!(try_take(&third, false), Ok(false), "there are readers");
+        assert_eq!(try_take(&first, Access::Read), Ok(true));
+        assert_eq!(try_take(&second, Access::Read), Ok(true));
+        assert_eq!(try_take(&third, Access::Write), Ok(false), "there are readers");
         drop((first, second, third));
         assert!(is_free());
         let writer = open();
-        assert_eq!(try_take(&writer, false), Ok(true));
-        assert_eq!(try_take(&writer, false), Ok(true), "its own");
-        for read_only in [true, false] {
-            assert_eq!(try_take(&open(), read_only), Ok(false));
+        assert_eq!(try_take(&writer, Access::Write), Ok(true));
+        assert_eq!(try_take(&writer, Access::Write), Ok(true), "its own");
+        for access in [Access::Read, Access::Write] {
+            assert_eq!(try_take(&open(), access), Ok(false));
         }
+        let shared = open();
+        assert_eq!(try_take(&shared, Access::ReadShared), Ok(true), "whoever writes");
+        drop(shared);
         drop(writer);
         assert!(is_free(), "locks end with who took them");
+    }
+
+    /// Whoever waits keeps nobody else from it.
+    #[test]
+    fn what_was_not_taken_is_not_kept() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let open = || OpenOptions::new().read(true).write(true).open(image.path()).unwrap();
+        let (reader, waits, other) = (open(), open(), open());
+        assert_eq!(try_take(&reader, Access::Read), Ok(true));
+        assert_eq!(try_take(&waits, Access::Write), Ok(false));
+        assert_eq!(try_take(&other, Access::Read), Ok(true));
     }
 
     #[test]
@@ -121,12 +156,15 @@ mod tests {
         let image = tempfile::NamedTempFile::new().unwrap();
         let open = || OpenOptions::new().read(true).write(true).open(image.path()).unwrap();
         let dying = open();
-        assert_eq!(try_take(&dying, false), Ok(true));
+        assert_eq!(try_take(&dying, Access::Write), Ok(true));
         let after = std::thread::spawn(move || {
             sleep(Duration::from_millis(200));
             drop(dying);
         });
-        assert_eq!(take(&open(), false, image.path()), Ok(true));
+        assert_eq!(
+            take(&open(), Access::Write, Instant::now() + Duration::from_secs(60), image.path()),
+            Ok(true)
+        );
         after.join().unwrap();
     }
 }

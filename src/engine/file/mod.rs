@@ -2,21 +2,26 @@
 
 mod inline;
 mod lock;
+mod open;
 mod ops;
 mod probe;
+mod users;
 
+pub use lock::Access;
+pub use open::{Opening, format};
 pub(super) use ops::FileOps;
 
 use super::config::FileConfig;
 use super::losses::Losses;
-use crate::block::{Geometry, GeometryError};
+use crate::block::{Format, Geometry, GeometryError};
 use probe::{Kind, Store};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a volume waits for whoever has its store: a server that was killed may take so long to end.
+const DYING: Duration = Duration::from_secs(5);
 
 /// An opened store, shared by all workers.
 #[derive(Clone, Debug)]
@@ -48,9 +53,15 @@ pub enum Error {
     /// Neither a regular file nor a block device.
     #[error("is neither a regular file nor a block device")]
     Kind,
-    /// Somebody else has it open in a way that excludes us.
-    #[error("is in use by another process (lock=off serves it all the same)")]
-    InUse,
+    /// Somebody else has it in a way that excludes us: who.
+    #[error("is in use by {0} (lock=off serves it all the same)")]
+    InUse(String),
+    /// It is no raw image, and nobody has said to take it for one.
+    #[error(
+        "is a {0} image, not a raw one: convert it (qemu-img convert -O raw), or serve its bytes as they are with \
+         format=raw"
+    )]
+    Format(Format),
     /// Direct I/O does not work there.
     #[error("direct=on: the file system does not support O_DIRECT on it")]
     NoDirect,
@@ -73,15 +84,17 @@ impl FileVolume {
     /// # Errors
     /// When it is missing, of the wrong kind, not ours to open, empty, or cannot do what was asked.
     pub fn open(options: &FileConfig) -> Result<(FileVolume, Geometry), Error> {
-        let file = open(&options.path, options)?;
-        if options.lock {
-            match lock::take(&file, options.read_only, &options.path) {
-                Ok(true) => {}
-                Ok(false) => return Err(Error::InUse),
-                // As QEMU does by default: a file system without locks is no reason not to serve.
-                Err(errno) => log::warn!("{}: is not locked: {errno}", options.path.display()),
-            }
-        }
+        let access = if options.read_only { Access::Read } else { Access::Write };
+        let opening = Opening {
+            path: &options.path,
+            write: !options.read_only,
+            direct: options.direct,
+            lock: options.lock.then_some(access),
+            claim: false,
+            raw: options.format.is_some(),
+            patience: DYING,
+        };
+        let file = opening.open()?;
         let store = Store::probe(&file, options.direct)?;
         let logical_block = match options.block_size {
             Some(asked) if asked < store.logical_block => {
@@ -163,40 +176,22 @@ impl FileVolume {
     }
 }
 
-fn open(path: &Path, options: &FileConfig) -> Result<File, Error> {
-    // O_NONBLOCK keeps a FIFO from blocking us before its kind is known; it means nothing for the others.
-    let mut flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    if options.direct {
-        flags |= libc::O_DIRECT;
-    }
-    let opened = OpenOptions::new().read(true).write(!options.read_only).custom_flags(flags).open(path);
-    match opened {
-        Ok(file) => {
-            // On a non-blocking file io_uring answers EAGAIN instead of waiting for the disk.
-            let flags = fcntl_getfl(&file).map_err(|errno| blocking(errno.into()))?;
-            let flags = flags - OFlags::NONBLOCK;
-            // A disk has no use for the time of its last read, and keeping it costs 2 % of a cached one. Only the
-            // file's owner may ask for that.
-            if fcntl_setfl(&file, flags | OFlags::NOATIME).is_err() {
-                fcntl_setfl(&file, flags).map_err(|errno| blocking(errno.into()))?;
-            }
-            Ok(file)
-        }
-        Err(error) if options.direct && error.raw_os_error() == Some(libc::EINVAL) => Err(Error::NoDirect),
-        Err(source) => Err(Error::Io { what: "cannot be opened", source }),
-    }
-}
-
-fn blocking(source: io::Error) -> Error {
-    Error::Io { what: "cannot be made blocking", source }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::config::ImageFormat;
+    use rustix::fs::{OFlags, fcntl_getfl};
+    use std::path::Path;
 
     fn options(path: &Path) -> FileConfig {
-        FileConfig { path: path.into(), direct: false, read_only: false, lock: true, block_size: None }
+        FileConfig {
+            path: path.into(),
+            direct: false,
+            read_only: false,
+            lock: true,
+            format: None,
+            block_size: None,
+        }
     }
 
     #[test]
@@ -229,6 +224,53 @@ mod tests {
         let (volume, _) = FileVolume::open(&options(file.path())).unwrap();
         assert_eq!(volume.writes_wait(), volume.reads_wait.then_some(true), "only a write tells");
         assert!(!fcntl_getfl(&*volume.file).unwrap().contains(OFlags::NONBLOCK));
+    }
+
+    /// The first bytes that QEMU gives a qcow2 image, and a disk that begins so all the same.
+    #[test]
+    fn other_formats_are_refused_unless_raw_is_said() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), b"QFI\xfb\0\0\0\x03").unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        for direct in [false, true] {
+            let given = FileConfig { direct, ..options(file.path()) };
+            match FileVolume::open(&given) {
+                Err(error @ Error::Format(Format::Qcow2)) => {
+                    assert!(error.to_string().contains("qcow2") && error.to_string().contains("format=raw"));
+                }
+                Err(Error::NoDirect) if direct => continue,
+                other => panic!("{other:?}"),
+            }
+            let raw = FileConfig { format: Some(ImageFormat::Raw), ..given };
+            let (volume, _) = FileVolume::open(&raw).unwrap();
+            let flags = fcntl_getfl(&*volume.file).unwrap();
+            assert_eq!(flags.contains(OFlags::DIRECT), direct);
+        }
+        std::fs::write(file.path(), b"# Disk DescriptorFile").unwrap();
+        assert!(
+            matches!(FileVolume::open(&options(file.path())), Err(Error::Format(Format::Vmdk))),
+            "a short one"
+        );
+    }
+
+    /// What had the lock put another file under the name: that one is opened, and not the one that has no name any more.
+    #[test]
+    fn a_file_that_was_replaced_while_it_was_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, new) = (dir.path().join("a"), dir.path().join("b"));
+        std::fs::write(&path, [1; 512]).unwrap();
+        std::fs::write(&new, [2; 1024]).unwrap();
+        let holder = File::open(&path).unwrap();
+        assert_eq!(lock::try_take(&holder, Access::Write), Ok(true));
+        let moving = path.clone();
+        let waits = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(300));
+            std::fs::rename(new, moving).unwrap();
+            drop(holder);
+        });
+        let (_, geometry) = FileVolume::open(&options(&path)).unwrap();
+        waits.join().unwrap();
+        assert_eq!(geometry.bytes(), 1024);
     }
 
     #[test]

@@ -104,7 +104,8 @@ impl World {
         let image = File::from(memfd_create(c"fuzz-image", MFdFlags::MFD_CLOEXEC).unwrap());
         image.set_len(DISK).unwrap();
         let path = format!("/proc/self/fd/{}", image.as_raw_fd()).into();
-        let config = FileConfig { path, direct: false, read_only: false, lock: false, block_size: None };
+        let config =
+            FileConfig { path, direct: false, read_only: false, lock: false, format: None, block_size: None };
         let (volume, device) = disk("hostile", &VolumeConfig::File(config));
         drop(image);
         let config = MemoryConfig { size: crate::block::Size(DISK), block_size: None };
