@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::{Failure, output};
 use crate::block::Size;
-use crate::image::{self, CopyOptions, ImageError, Progress};
+use crate::image::{self, CopyOptions, ImageError, Progress, Reading};
 
 /// Make, examine and copy raw images, without a service.
 #[derive(Debug, clap::Subcommand)]
@@ -32,11 +32,14 @@ pub(super) struct CreateArgs {
     preallocate: bool,
 }
 
-/// Tell size, space taken, holes and alignment of an image or block device.
+/// Tell format, size, space taken, holes and alignment of an image or block device.
 #[derive(Debug, clap::Args)]
 pub(super) struct InfoArgs {
     /// The image
     file: PathBuf,
+    /// Look at it also while somebody writes it
+    #[arg(long, short = 'U')]
+    force_share: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -45,7 +48,8 @@ pub(super) struct InfoArgs {
 /// Copy an image, holes stay holes.
 ///
 /// Source and destination are files or block devices. A new file appears when it is complete and on disk, never in
-/// part. A block device must not be in use and must be large enough; what lies behind the copy stays as it was.
+/// part. A block device must be large enough; what lies behind the copy stays as it was. An image or device in use is
+/// neither read nor written: by the locks of QEMU and of `ringblk serve`, and the kernel's claims (mounts, LVM, swap).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -62,9 +66,15 @@ pub(super) struct CopyArgs {
     /// Transfers of 1 MiB in flight at once
     #[arg(long, value_name = "N", default_value_t = CopyOptions::DEFAULT_DEPTH)]
     depth: usize,
-    /// Replace an existing file, or overwrite a block device
+    /// Replace an existing file, which keeps its owner, mode and attributes, or overwrite a block device
     #[arg(long)]
     force: bool,
+    /// Read the source also while somebody writes it: the copy may be torn
+    #[arg(long, short = 'U')]
+    force_share: bool,
+    /// Take the source's bytes as they are, even if they look like another format (qcow2, vmdk, ...)
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    format: Option<Raw>,
     /// Look for zeroes in the data, and make holes of them
     #[arg(long)]
     detect_zeroes: bool,
@@ -73,11 +83,17 @@ pub(super) struct CopyArgs {
     quiet: bool,
 }
 
+/// The one format there is.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Raw {
+    Raw,
+}
+
 pub(super) fn run(command: &Command) -> Result<(), Failure> {
     match command {
         Command::Create(args) => image::create(&args.file, args.size, args.preallocate).map_err(failure),
         Command::Info(args) => {
-            let info = image::info(&args.file).map_err(failure)?;
+            let info = image::info(&args.file, args.force_share).map_err(failure)?;
             match args.json {
                 true => output::print_json(&info),
                 false => output::print(&info.to_string()),
@@ -88,7 +104,12 @@ pub(super) fn run(command: &Command) -> Result<(), Failure> {
 }
 
 fn copy(args: &CopyArgs) -> Result<(), Failure> {
-    let options = CopyOptions { depth: args.depth, force: args.force, detect_zeroes: args.detect_zeroes };
+    let options = CopyOptions {
+        depth: args.depth,
+        force: args.force,
+        detect_zeroes: args.detect_zeroes,
+        reading: Reading { force_share: args.force_share, raw: args.format.is_some() },
+    };
     let progress: Rc<dyn Progress> = match args.quiet {
         true => Rc::new(()),
         false => Rc::new(Bar::new()),
@@ -173,5 +194,7 @@ mod tests {
         assert_eq!(run_line(&format!("image create {b}2 1000")).unwrap_err().status, 2);
         assert_eq!(run_line(&format!("image create {b}2 1.5G")).unwrap_err().status, 2);
         assert_eq!(run_line(&format!("image info {b}2")).unwrap_err().status, 1);
+        run_line(&format!("image copy {a} {b} --force -U --format raw --quiet")).unwrap();
+        assert_eq!(run_line(&format!("image copy {a} {b} --force --format qcow2")).unwrap_err().status, 2);
     }
 }

@@ -18,7 +18,7 @@ use tokio_uring::fs::File;
 
 use super::extents::{Extent, Extents};
 use super::interrupt::unless_interrupted;
-use super::store::{Kind, Store, look, same_store};
+use super::store::{Kind, Reading, Store, look, same_store};
 use super::target::NewFile;
 use super::{ImageError, run};
 use crate::block::Size;
@@ -36,6 +36,8 @@ pub struct CopyOptions {
     pub force: bool,
     /// Look for zeroes in the data, and make holes of them.
     pub detect_zeroes: bool,
+    /// How to take the source.
+    pub reading: Reading,
 }
 
 impl CopyOptions {
@@ -47,7 +49,8 @@ impl CopyOptions {
 
 impl Default for CopyOptions {
     fn default() -> CopyOptions {
-        CopyOptions { depth: CopyOptions::DEFAULT_DEPTH, force: false, detect_zeroes: false }
+        let reading = Reading::default();
+        CopyOptions { depth: CopyOptions::DEFAULT_DEPTH, force: false, detect_zeroes: false, reading }
     }
 }
 
@@ -88,11 +91,11 @@ impl fmt::Display for CopySummary {
 /// Copies an image.
 ///
 /// A new file appears under its name when it is complete and on disk. A block device must be at least as large as the
-/// source; what lies behind the copy is left as it was.
+/// source; what lies behind the copy is left as it was. A file that is replaced keeps its owner, mode and attributes.
 ///
 /// # Errors
 /// A destination that exists (without `force`), is the source itself, too small, in use or of another kind; a source
-/// that changes its size meanwhile; the system's refusal; a signal.
+/// that is in use, in another format, or changes its size meanwhile; the system's refusal; a signal.
 pub fn copy(
     source: &Path,
     destination: &Path,
@@ -104,7 +107,7 @@ pub fn copy(
         let reason = format!("the depth must be from 1 to {most}, not {depth}");
         return Err(ImageError::Setting(reason));
     }
-    let source = Store::open(source)?;
+    let source = Store::open(source, options.reading)?;
     let target = Target::open(&source, destination, options.force)?;
     let options = *options;
     run(destination, async move {
@@ -218,7 +221,7 @@ async fn copy_all(
         return Err(error);
     }
     // The walk would take the missing end of a shrunken file for a hole.
-    if source.kind == Kind::File && Store::open(&source.path).map(|now| now.size).ok() != Some(source.size) {
+    if source.kind == Kind::File && source.file.metadata().map(|now| now.len()).ok() != Some(source.size) {
         let reason = "changed its size while it was copied";
         return Err(ImageError::unsuitable(&source.path, reason));
     }

@@ -10,8 +10,9 @@ use serde::Serialize;
 
 use super::ImageError;
 use super::extents::Extents;
-use super::store::Store;
-use crate::block::{SECTOR, Size};
+use super::store::{Reading, Store};
+use crate::block::{Format, SECTOR, Size};
+use crate::engine::file::format;
 
 pub use super::store::Kind;
 
@@ -22,7 +23,9 @@ pub struct Info {
     pub path: PathBuf,
     /// Where it is kept.
     pub kind: Kind,
-    /// Capacity.
+    /// `raw`, or the format that it looks like.
+    pub format: String,
+    /// Capacity, if it is raw; bytes of the file or device in any case.
     pub size_bytes: u64,
     /// Whether the size is whole sectors of 512 bytes; what is over is not served.
     pub sector_aligned: bool,
@@ -35,6 +38,9 @@ pub struct Info {
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub layout: Option<Layout>,
 }
+
+/// [`Info::format`] of what looks like no other.
+const RAW: &str = "raw";
 
 /// How a file is laid out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -52,13 +58,14 @@ pub struct Layout {
 /// Looks at a file or a block device.
 ///
 /// # Errors
-/// Anything else at that path, or the system's refusal.
-pub fn info(path: &Path) -> Result<Info, ImageError> {
-    let store = Store::open(path)?;
+/// Anything else at that path, an image that somebody writes (without `force_share`), or the system's refusal.
+pub fn info(path: &Path, force_share: bool) -> Result<Info, ImageError> {
+    let store = Store::open_to_look(path, Reading { force_share, raw: true })?;
     let logical_block = store.logical_block().map_err(ImageError::system("find the block size of", path))?;
     Ok(Info {
         path: path.to_owned(),
         kind: store.kind,
+        format: format(&store.file).as_ref().map_or_else(|| RAW.to_owned(), Format::to_string),
         size_bytes: store.size,
         sector_aligned: store.size.is_multiple_of(SECTOR),
         aligned_4k: store.size.is_multiple_of(4096),
@@ -97,6 +104,10 @@ impl fmt::Display for Info {
             Kind::File => writeln!(f, "kind:       regular file")?,
             Kind::BlockDevice => writeln!(f, "kind:       block device")?,
         }
+        match &*self.format {
+            RAW => writeln!(f, "format:     raw")?,
+            other => writeln!(f, "format:     {other}, which is not served or copied without format=raw")?,
+        }
         writeln!(f, "size:       {}", bytes(self.size_bytes))?;
         if let Some(layout) = &self.layout {
             writeln!(f, "allocated:  {}", bytes(layout.allocated_bytes))?;
@@ -130,16 +141,27 @@ mod tests {
         file.set_len(8 << 20).unwrap();
         file.write_all_at(&[1; 1 << 20], 2 << 20).unwrap();
         file.sync_all().unwrap();
-        let found = info(&path).unwrap();
+        let found = info(&path, false).unwrap();
         let layout = found.layout.unwrap();
         assert_eq!((layout.data_extents, layout.holes), (1, 2));
         assert_eq!(layout.hole_bytes, 7 << 20);
         assert!(layout.allocated_bytes >= 1 << 20 && layout.allocated_bytes < 8 << 20);
         let json = serde_json::to_value(&found).unwrap();
         assert_eq!(json["kind"], "file");
+        assert_eq!(json["format"], "raw");
         assert_eq!(json["size_bytes"], 8 << 20);
         assert_eq!(json["holes"], 2);
         assert!(found.to_string().contains("8.00 MiB (8388608 bytes)"), "{found}");
+    }
+
+    #[test]
+    fn the_format_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.img");
+        std::fs::write(&path, b"vhdxfile\0").unwrap();
+        let found = info(&path, false).unwrap();
+        assert_eq!((&*found.format, found.size_bytes), ("vhdx", 9));
+        assert!(found.to_string().contains("format:     vhdx, "), "{found}");
     }
 
     #[test]
@@ -150,7 +172,7 @@ mod tests {
             [(0, true, true), (512, true, false), (8192, true, true), (700, false, false)]
         {
             File::create(&path).unwrap().set_len(size).unwrap();
-            let found = info(&path).unwrap();
+            let found = info(&path, false).unwrap();
             assert_eq!((found.sector_aligned, found.aligned_4k), (sector, block), "{size}");
         }
     }

@@ -1,16 +1,21 @@
 //! Offline jobs on raw images: make one, look at one, copy one. No service is needed and none is asked.
 //!
 //! What makes or copies runs on `tokio-uring`'s runtime, started here, so these functions block and must not be called
-//! from inside another runtime. A new image appears under its name complete or not at all: it is written beside its
-//! place and linked in at the end, and SIGINT, SIGTERM or SIGHUP end a job with everything half-done removed.
+//! from inside another runtime. A new image appears under its name complete or not at all: it is written out of sight and
+//! gets its name at the end, and SIGINT, SIGTERM or SIGHUP end a job with everything half-done removed.
+//!
+//! Jobs take the locks that volumes and QEMU take: an image that somebody writes is not read, and one that somebody uses
+//! is neither replaced nor overwritten.
 
 #![forbid(unsafe_code)]
 
+mod attributes;
 mod copy;
 mod create;
 mod extents;
 mod info;
 mod interrupt;
+mod scratch;
 mod store;
 mod target;
 
@@ -21,6 +26,9 @@ use std::path::{Path, PathBuf};
 pub use copy::{CopyOptions, CopySummary, Progress, copy};
 pub use create::create;
 pub use info::{Info, Kind, info};
+pub use store::Reading;
+
+use crate::block::Format;
 
 /// Why a job was not done.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +46,28 @@ pub enum ImageError {
     /// The destination is there and may not be replaced.
     #[error("{}: already exists", .0.display())]
     Exists(PathBuf),
+    /// Somebody has it.
+    #[error("{}: is in use by {by} ({way_out})", path.display())]
+    InUse {
+        /// The image or device.
+        path: PathBuf,
+        /// Who.
+        by: String,
+        /// What can be done.
+        way_out: &'static str,
+    },
+    /// It is no raw image, and was not said to be taken for one.
+    #[error(
+        "{}: is a {format} image, not a raw one: convert it (qemu-img convert -O raw), or have its bytes taken as they \
+         are with --format=raw",
+        path.display()
+    )]
+    Format {
+        /// The image or device.
+        path: PathBuf,
+        /// What it looks like.
+        format: Format,
+    },
     /// Source and destination are one.
     #[error("{} and {} are the same", source_path.display(), destination.display())]
     Same {
@@ -69,7 +99,18 @@ impl ImageError {
     /// For `map_err` on a system call about `path`.
     fn system(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ImageError {
         let path = path.to_owned();
-        move |source| ImageError::System { action, path, source }
+        move |source| {
+            let source = match source.raw_os_error() {
+                Some(libc::EFBIG) => io::Error::new(
+                    source.kind(),
+                    format!(
+                        "{source}: more than this process may write (ulimit -f), or the file system holds in a file"
+                    ),
+                ),
+                _ => source,
+            };
+            ImageError::System { action, path, source }
+        }
     }
 
     fn unsuitable(path: &Path, reason: impl Into<String>) -> ImageError {

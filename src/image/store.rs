@@ -2,12 +2,26 @@
 
 #![forbid(unsafe_code)]
 
-use std::fs::{self, File, Metadata, OpenOptions};
+use std::fs::{self, File, Metadata};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::ImageError;
+use crate::engine::file::{Access, Error, Opening};
+
+/// How long an image is waited for that somebody has: one who is just going. A person waits, so not for long.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How an image is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// Also while somebody writes it: what is read may be torn.
+    pub force_share: bool,
+    /// Its bytes as they are, even if they look like another format.
+    pub raw: bool,
+}
 
 /// Which of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -42,14 +56,40 @@ pub(super) struct Store {
 }
 
 impl Store {
-    /// Opens for reading.
+    /// Opens for reading, and keeps writers off meanwhile.
     ///
     /// # Errors
-    /// Anything but a regular file or a block device, or the system's refusal.
-    pub fn open(path: &Path) -> Result<Store, ImageError> {
+    /// Anything but a regular file or a block device, one in use, another format, or the system's refusal.
+    pub fn open(path: &Path, reading: Reading) -> Result<Store, ImageError> {
+        Store::read(path, reading, true)
+    }
+
+    /// As [`open`](Self::open), to look at it only: a block device may be mounted.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn open_to_look(path: &Path, reading: Reading) -> Result<Store, ImageError> {
+        Store::read(path, reading, false)
+    }
+
+    fn read(path: &Path, reading: Reading, claim: bool) -> Result<Store, ImageError> {
         look(path)?;
-        let file = File::open(path).map_err(ImageError::system("open", path))?;
-        Store::new(path, file)
+        let access = if reading.force_share { Access::ReadShared } else { Access::Read };
+        let opening = Opening { claim, raw: reading.raw, ..opening(path, access) };
+        Store::new(path, opening.open().map_err(refusal(path, "--force-share reads it all the same"))?)
+    }
+
+    /// Opens a regular file that is to be replaced, and keeps everybody off until this is dropped.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn to_replace(path: &Path) -> Result<Store, ImageError> {
+        let file = opening(path, Access::Write).open();
+        let store = Store::new(path, file.map_err(refusal(path, "an image in use is not replaced"))?)?;
+        match store.kind {
+            Kind::File => Ok(store),
+            Kind::BlockDevice => Err(ImageError::unsuitable(path, "is no longer a regular file")),
+        }
     }
 
     /// Opens a block device for writing, and for nobody else: the kernel refuses one that is mounted or in use.
@@ -58,15 +98,8 @@ impl Store {
     /// Anything but a block device, or the system's refusal.
     pub fn open_device(path: &Path) -> Result<Store, ImageError> {
         look(path)?;
-        let file =
-            OpenOptions::new().write(true).custom_flags(libc::O_EXCL).open(path).map_err(
-                |error| match error.kind() {
-                    io::ErrorKind::ResourceBusy => {
-                        ImageError::unsuitable(path, "is in use: mounted, or held by another program")
-                    }
-                    _ => ImageError::system("open for writing", path)(error),
-                },
-            )?;
+        let opening = Opening { write: true, ..opening(path, Access::Write) };
+        let file = opening.open().map_err(refusal(path, "a device in use is not overwritten"))?;
         let store = Store::new(path, file)?;
         match store.kind {
             Kind::BlockDevice => Ok(store),
@@ -103,6 +136,24 @@ impl Store {
     }
 }
 
+/// To read, whatever the format.
+fn opening(path: &Path, access: Access) -> Opening<'_> {
+    let lock = Some(access);
+    Opening { path, write: false, direct: false, lock, claim: true, raw: true, patience: PATIENCE }
+}
+
+/// What is told of a store that cannot be opened; `way_out` where it is in use.
+fn refusal(path: &Path, way_out: &'static str) -> impl FnOnce(Error) -> ImageError {
+    let path = path.to_owned();
+    move |error| match error {
+        Error::Io { source, .. } => ImageError::system("open", &path)(source),
+        Error::InUse(by) => ImageError::InUse { path, by, way_out },
+        Error::Format(format) => ImageError::Format { path, format },
+        Error::Kind => wrong_kind(&path),
+        other => ImageError::unsuitable(&path, other.to_string()),
+    }
+}
+
 /// Whether two files or two device nodes are one and the same store.
 pub(super) fn same_store(a: &Metadata, b: &Metadata) -> bool {
     match (Kind::of(a), Kind::of(b)) {
@@ -131,10 +182,10 @@ mod tests {
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         for path in [dir.path(), &fifo, Path::new("/dev/null")] {
-            let error = Store::open(path).unwrap_err();
+            let error = Store::open(path, Reading::default()).unwrap_err();
             assert!(matches!(error, ImageError::Unsuitable { .. }), "{error}");
         }
-        let error = Store::open(&dir.path().join("none")).unwrap_err();
+        let error = Store::open(&dir.path().join("none"), Reading::default()).unwrap_err();
         assert!(matches!(error, ImageError::System { .. }), "{error}");
     }
 

@@ -1,28 +1,26 @@
-//! Where a new image goes: beside its place first, under its name at the end.
+//! Where a new image goes: it is written out of sight, and has its name at the end.
 
 #![forbid(unsafe_code)]
 
-use std::fs::{self, File, OpenOptions, Permissions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::ImageError;
+use super::attributes;
+use super::scratch::Scratch;
+use super::store::Store;
 
 /// A regular file that is not yet under its name. Dropped before [`NewFile::publish`], it is gone.
 #[derive(Debug)]
 pub(super) struct NewFile {
-    file: File,
-    /// Where it is written.
-    temporary: PathBuf,
+    scratch: Scratch,
     /// Where it belongs.
     path: PathBuf,
-    /// Permissions of the file it is to replace; `None`: nothing is to be replaced.
-    replaces: Option<Permissions>,
+    /// What it is to replace, locked against every other use; `None`: nothing is to be replaced.
+    replaces: Option<Store>,
 }
-
-/// Names tried for the temporary file before giving up; others are leftovers of processes that were killed.
-const NAME_TRIES: u32 = 16;
 
 impl NewFile {
     /// A file of `size` zero bytes, with `mode` less the umask. `path` must not exist.
@@ -39,86 +37,67 @@ impl NewFile {
         }
     }
 
-    /// A file of `size` zero bytes to take the place and the permissions of the regular file at `path`. A symbolic link
-    /// stays, what it points to is replaced.
+    /// A file of `size` zero bytes to take the place of the regular file at `path`, with its owner, mode, access control
+    /// lists and labels. A symbolic link stays, what it points to is replaced.
     ///
     /// # Errors
-    /// The system's refusal.
+    /// An image in use, what of it cannot be kept, or the system's refusal.
     pub fn replace(path: &Path, size: u64) -> Result<NewFile, ImageError> {
         let real = path.canonicalize().map_err(ImageError::system("find", path))?;
-        let permissions = fs::metadata(&real).map_err(ImageError::system("look at", path))?.permissions();
-        NewFile::open(real, size, 0o600, Some(permissions))
+        let old = Store::to_replace(&real)?;
+        if old.metadata.nlink() > 1 {
+            log::warn!("{}: its other names (hard links) keep the old image", path.display());
+        }
+        NewFile::open(real, size, 0o600, Some(old))
     }
 
-    fn open(
-        path: PathBuf,
-        size: u64,
-        mode: u32,
-        replaces: Option<Permissions>,
-    ) -> Result<NewFile, ImageError> {
-        let (file, temporary) =
-            open_beside(&path, mode).map_err(ImageError::system("make a file in the directory of", &path))?;
-        // From here on the temporary file is removed on every way out.
-        let new = NewFile { file, temporary, path, replaces };
-        new.file.set_len(size).map_err(ImageError::system("set the size of", &new.path))?;
+    fn open(path: PathBuf, size: u64, mode: u32, replaces: Option<Store>) -> Result<NewFile, ImageError> {
+        let scratch = Scratch::new(directory(&path), mode)
+            .map_err(ImageError::system("make a file in the directory of", &path))?;
+        let new = NewFile { scratch, path, replaces };
+        if let Some(old) = &new.replaces {
+            attributes::keep_storage(&old.file, &new.scratch.file);
+            // Once now, so that a refusal comes before the work.
+            attributes::keep(&old.file, &new.scratch.file, &new.path)?;
+        }
+        let sized = new.scratch.file.set_len(size);
+        sized.map_err(ImageError::system("set the size of", &new.path))?;
         Ok(new)
     }
 
     /// A second handle for the runtime's I/O.
     pub fn handle(&self) -> Result<File, ImageError> {
-        self.file.try_clone().map_err(ImageError::system("open", &self.path))
+        self.scratch.file.try_clone().map_err(ImageError::system("open", &self.path))
     }
 
     /// Puts the file under its name. Its contents must be on disk already.
     ///
     /// # Errors
     /// [`ImageError::Exists`] if something has come to be there since, or the system's refusal.
-    pub fn publish(self) -> Result<(), ImageError> {
+    pub fn publish(mut self) -> Result<(), ImageError> {
         match &self.replaces {
-            Some(permissions) => {
-                self.file
-                    .set_permissions(permissions.clone())
-                    .map_err(ImageError::system("set the permissions of", &self.path))?;
-                fs::rename(&self.temporary, &self.path).map_err(ImageError::system("replace", &self.path))?;
+            Some(old) => {
+                // What is there now may be in use, and is not what is locked.
+                let now = fs::metadata(&self.path).map_err(ImageError::system("look at", &self.path))?;
+                if (now.dev(), now.ino()) != (old.metadata.dev(), old.metadata.ino()) {
+                    return Err(ImageError::unsuitable(&self.path, "was replaced by another file meanwhile"));
+                }
+                attributes::keep(&old.file, &self.scratch.file, &self.path)?;
+                self.scratch.publish_over(&self.path).map_err(ImageError::system("replace", &self.path))?;
             }
-            // A link, not a rename: it fails where a file has appeared meanwhile. Dropping removes the other name.
-            None => match fs::hard_link(&self.temporary, &self.path) {
+            None => match self.scratch.publish(&self.path) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                     return Err(ImageError::Exists(self.path.clone()));
                 }
-                linked => linked.map_err(ImageError::system("make", &self.path))?,
+                published => published.map_err(ImageError::system("make", &self.path))?,
             },
         }
         // The name is as durable as the contents.
-        File::open(directory(&self.path))
-            .and_then(|directory| directory.sync_all())
-            .map_err(ImageError::system("flush the directory of", &self.path))
-    }
-}
-
-impl Drop for NewFile {
-    fn drop(&mut self) {
-        match fs::remove_file(&self.temporary) {
-            Ok(()) => {}
-            // Renamed to its place.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => log::warn!("cannot remove {}: {error}", self.temporary.display()),
-        }
-    }
-}
-
-fn open_beside(path: &Path, mode: u32) -> io::Result<(File, PathBuf)> {
-    let mut attempt = 0;
-    loop {
-        let name = format!(".ringblk-{}-{attempt}.tmp", std::process::id());
-        let temporary = directory(path).join(name);
-        let opened = OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(&temporary);
-        match opened {
-            Ok(file) => return Ok((file, temporary)),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && attempt < NAME_TRIES => {
-                attempt += 1;
-            }
-            Err(error) => return Err(error),
+        let flushed = File::open(directory(&self.path)).and_then(|directory| directory.sync_all());
+        match flushed {
+            // A file system that does not flush directories.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            flushed => flushed.map_err(ImageError::system("flush the directory of", &self.path)),
         }
     }
 }
@@ -133,6 +112,7 @@ fn directory(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::Permissions;
     use std::os::unix::fs::PermissionsExt;
 
     fn names(dir: &Path) -> Vec<String> {
@@ -170,6 +150,22 @@ mod tests {
         assert!(matches!(error, ImageError::Exists(_)), "{error}");
     }
 
+    /// Another image under that name is not the one that was locked.
+    #[test]
+    fn what_was_replaced_meanwhile_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("a.img"), dir.path().join("b.img"));
+        fs::write(&path, "old").unwrap();
+        fs::write(&other, "other").unwrap();
+        let new = NewFile::replace(&path, 512).unwrap();
+        fs::rename(&other, &path).unwrap();
+        assert!(matches!(new.publish(), Err(ImageError::Unsuitable { .. })));
+        assert_eq!(
+            (fs::read(&path).unwrap(), names(dir.path())),
+            (b"other".to_vec(), vec!["a.img".to_owned()])
+        );
+    }
+
     #[test]
     fn replacing_keeps_links_and_permissions() {
         let dir = tempfile::tempdir().unwrap();
@@ -184,14 +180,5 @@ mod tests {
         assert_eq!((metadata.len(), metadata.permissions().mode() & 0o777), (512, 0o640));
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(names(dir.path()), ["a.img", "link"]);
-    }
-
-    #[test]
-    fn leftovers_of_the_dead_are_stepped_over() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.img");
-        let (_first, one) = open_beside(&path, 0o600).unwrap();
-        let (_second, two) = open_beside(&path, 0o600).unwrap();
-        assert_ne!(one, two);
     }
 }

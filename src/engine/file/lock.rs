@@ -70,7 +70,7 @@ pub(super) fn take(file: &File, access: Access, limit: Instant, path: &Path) -> 
 }
 
 /// As [`take`], at once. What was not taken whole is not kept.
-pub(crate) fn try_take(file: &File, access: Access) -> Result<bool, Errno> {
+pub fn try_take(file: &File, access: Access) -> Result<bool, Errno> {
     let (does, forbids) = access.bits();
     // First ours, then a look at the others': of two that come at once at least one sees the other.
     let own = does.iter().map(|bit| DOES + bit).chain(forbids.iter().map(|bit| FORBIDS + bit));

@@ -7,7 +7,7 @@ mod ops;
 mod probe;
 mod users;
 
-pub use lock::Access;
+pub use lock::{Access, try_take};
 pub use open::{Opening, format};
 pub(super) use ops::FileOps;
 

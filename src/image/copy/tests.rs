@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::*;
+use crate::engine::file::{Access, try_take};
 use proptest::prelude::*;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
@@ -46,7 +47,8 @@ fn plain(source: &Path, destination: &Path) -> Result<CopySummary, ImageError> {
     with(source, destination, CopyOptions::default())
 }
 
-const FORCE: CopyOptions = CopyOptions { depth: 4, force: true, detect_zeroes: false };
+const FORCE: CopyOptions = CopyOptions { depth: 4, force: true, detect_zeroes: false, reading: READING };
+const READING: Reading = Reading { force_share: false, raw: false };
 
 #[test]
 fn holes_and_content_are_kept() {
@@ -126,6 +128,67 @@ fn unsuitable_ends_are_refused_before_anything_is_made() {
         assert!(matches!(with(&source, &new, options), Err(ImageError::Setting(_))));
     }
     assert_eq!(place.names(), 2);
+}
+
+/// An image that somebody has: as a service or a virtual machine, or as a reader.
+fn used(path: &Path, access: Access) -> fs::File {
+    let file = fs::File::open(path).unwrap();
+    assert_eq!(try_take(&file, access), Ok(true));
+    file
+}
+
+#[test]
+fn an_image_in_use_is_neither_replaced_nor_copied_torn() {
+    let place = Place::new();
+    let source = place.image("a", 4096, &[(0, &[7; 4096])]);
+    let disk = place.image("b", 10, &[(0, b"precious!!")]);
+    for access in [Access::Read, Access::Write] {
+        let user = used(&disk, access);
+        let error = with(&source, &disk, FORCE).unwrap_err();
+        assert!(matches!(error, ImageError::InUse { .. }), "{access:?}: {error}");
+        drop(user);
+    }
+    assert_eq!(fs::read(&disk).unwrap(), b"precious!!");
+    let writer = used(&disk, Access::Write);
+    let error = plain(&disk, &place.path("c")).unwrap_err();
+    assert!(error.to_string().contains("--force-share"), "{error}");
+    assert_eq!(place.names(), 2);
+    let shared = CopyOptions { reading: Reading { force_share: true, raw: false }, ..FORCE };
+    with(&disk, &place.path("c"), shared).unwrap();
+    drop(writer);
+    // Readers do not mind each other.
+    let _reader = used(&disk, Access::Read);
+    plain(&disk, &place.path("d")).unwrap();
+}
+
+/// Others learn while it goes on.
+#[test]
+fn both_ends_are_locked_meanwhile() {
+    struct Look(PathBuf, PathBuf);
+    impl Progress for Look {
+        fn begin(&self, _: u64) {
+            let access = |path, access| try_take(&fs::File::open(path).unwrap(), access).unwrap();
+            assert!(access(&self.0, Access::Read) && !access(&self.0, Access::Write), "the source is read");
+            assert!(!access(&self.1, Access::Read), "the destination is to go");
+        }
+        fn advance(&self, _: u64) {}
+    }
+
+    let place = Place::new();
+    let (source, disk) = (place.image("a", 4096, &[]), place.image("b", 10, &[]));
+    copy(&source, &disk, &FORCE, Rc::new(Look(source.clone(), disk.clone()))).unwrap();
+}
+
+#[test]
+fn another_format_is_copied_only_if_it_is_said_to_be_raw() {
+    let place = Place::new();
+    let source = place.image("a", 4096, &[(0, b"QFI\xfb\0\0\0\x02")]);
+    let error = plain(&source, &place.path("b")).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("qcow2") && text.contains("--format=raw") && place.names() == 1, "{text}");
+    let raw = CopyOptions { reading: Reading { force_share: false, raw: true }, ..FORCE };
+    with(&source, &place.path("b"), raw).unwrap();
+    assert_eq!(fs::read(&source).unwrap(), fs::read(place.path("b")).unwrap());
 }
 
 #[test]
@@ -211,7 +274,7 @@ proptest! {
             let length = length.min(size.saturating_sub(offset) as usize);
             file.write_all_at(&vec![byte; length], offset).unwrap();
         }
-        let options = CopyOptions { depth, force: false, detect_zeroes };
+        let options = CopyOptions { depth, force: false, detect_zeroes, reading: READING };
         with(&source, &place.path("b"), options).unwrap();
         prop_assert!(fs::read(&source).unwrap() == fs::read(place.path("b")).unwrap());
     }
