@@ -22,7 +22,13 @@ const IO_ERROR: u8 = 1;
 fn main() -> ExitCode {
     let trials = vec![
         trial("qemu_nbd_agrees_with_the_model", "qemu-nbd", qemu_nbd),
+        trial("an_export_is_asked_for_by_the_name_in_its_uri", "qemu-nbd", names),
+        Trial::test("a_server_that_is_not_there_is_told_of_once", || {
+            nobody_there();
+            Ok(())
+        }),
         trial("nbdkit_agrees_with_the_model", "nbdkit", nbdkit),
+        trial("a_server_that_comes_back_larger_makes_the_volume_larger", "nbdkit", grown),
         trial("nbdkit_killed_and_restarted_fails_the_next_flush", "nbdkit", nbdkit_forgets),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
@@ -137,6 +143,65 @@ fn qemu_nbd() {
     exercise(&format!("nbd://127.0.0.1:{port}/a%20disk"), Some(&image));
 }
 
+/// The server refuses any other name than its own.
+fn names() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    File::create(&image).unwrap().set_len(BYTES).unwrap();
+    let name = image.to_str().unwrap();
+    for (number, (export, path)) in [
+        ("/dir//a/../b", "/dir//a/../b"),
+        ("/dir//a/../b", "%2fdir/%2Fa/%2e./b"),
+        ("../.", "../."),
+        ("a/", "a/"),
+        ("", ""),
+        ("a+b ?#%\\", "a+b%20%3f%23%25\\"),
+        ("\u{e4}\u{1f980}", "%c3%a4\u{1f980}"),
+    ]
+    .iter()
+    .enumerate()
+    {
+        let socket = dir.path().join(format!("{number}.sock"));
+        let common = ["-f", "raw", "-t", "-e", "4", "-x", export];
+        let unix = ["-k", socket.to_str().unwrap(), name];
+        let unix = Running::start("qemu-nbd", &[&common[..], &unix[..]].concat(), on_unix(&socket));
+        drop(serve(&format!("nbd+unix:///{path}?socket={}", socket.display()), ""));
+        drop(unix);
+        let port = free_port();
+        let decimal = port.to_string();
+        let tcp = ["-b", "127.0.0.1", "-p", &decimal, name];
+        let _tcp = Running::start("qemu-nbd", &[&common[..], &tcp[..]].concat(), on_tcp(port));
+        drop(serve(&format!("nbd://127.0.0.1:{port}/{path}"), ""));
+    }
+}
+
+fn nobody_there() {
+    let refused = |uri: &str| {
+        let setup = Setup::new().volume("far", &format!("nbd:{uri}")).door("far", "a", "");
+        let (status, said) = setup.refused();
+        assert_eq!(status, 1, "{said}");
+        said.lines().last().unwrap().to_owned()
+    };
+    let port = free_port();
+    let uri = format!("nbd://127.0.0.1:{port}/");
+    let expected = format!(
+        "ringblk: error: volume far: {uri}: cannot connect: nobody listens there: Connection refused (os error 111)"
+    );
+    assert_eq!(refused(&uri), expected);
+    let said = refused("nbd+unix:///?socket=/no/such/socket");
+    assert!(
+        said.ends_with("cannot connect: it is not there: No such file or directory (os error 2)"),
+        "{said}"
+    );
+    // One that hangs up on everybody.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("nbd://{}/", listener.local_addr().unwrap());
+    std::thread::spawn(move || while listener.accept().is_ok() {});
+    let said = refused(&uri);
+    assert!(said.contains("during the handshake: "), "{said}");
+    assert_eq!(said.matches("handshake").count(), 1, "{said}");
+}
+
 fn nbdkit() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("nbdkit.sock");
@@ -148,6 +213,32 @@ fn nbdkit() {
     let tcp = ["-f", "-i", "127.0.0.1", "-p", &number, "--no-sr", "memory", "4M"];
     let _tcp = Running::start("nbdkit", &tcp, on_tcp(port));
     exercise(&format!("nbd://localhost:{port}"), None);
+}
+
+fn grown() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, socket) = (dir.path().join("image"), dir.path().join("nbdkit.sock"));
+    File::create(&image).unwrap().set_len(BYTES).unwrap();
+    let args = ["-f", "-U", socket.to_str().unwrap(), "file", image.to_str().unwrap()];
+    let server = Running::start("nbdkit", &args, on_unix(&socket));
+    let service = serve(&format!("nbd+unix:///?socket={}", socket.display()), ",reconnect=60");
+    let (vmm, mut queue) = everyday(&service.path("a"));
+    assert_eq!(queue.write(0, &[9; 4096]), OK);
+    assert_eq!(queue.one(Op::Flush, &[]).0, OK);
+    let mut server = Some(server);
+    for bytes in [2 * BYTES, 3 * BYTES + 512] {
+        let last = bytes / 512 - 8;
+        assert_eq!(queue.write(last, &[7; 4096]), IO_ERROR, "past the end");
+        server.take();
+        let _ = fs::remove_file(&socket);
+        File::options().write(true).open(&image).unwrap().set_len(bytes).unwrap();
+        server = Some(Running::start("nbdkit", &args, on_unix(&socket)));
+        assert_eq!(queue.read(0, 8), (OK, vec![9; 4096]));
+        eventually("the volume grows", || service.status().volumes[0].size_bytes == bytes);
+        assert_eq!(queue.write(last, &[7; 4096]), OK);
+        assert_eq!(queue.one(Op::Flush, &[]).0, OK);
+    }
+    drop((queue, vmm, service, server));
 }
 
 /// Its memory goes with it, and with that a write that was not flushed: whoever flushes hears of it, once.

@@ -4,6 +4,7 @@
 
 mod capacity;
 mod data;
+mod causes;
 mod errno;
 mod format;
 mod geometry;
@@ -13,6 +14,7 @@ mod request;
 mod size;
 
 pub use capacity::Capacity;
+pub use causes::Causes;
 pub use data::{Data, Front, Window};
 pub use errno::Errno;
 pub use format::Format;

@@ -103,16 +103,10 @@ impl Failure {
     }
 }
 
-/// The error and its causes, in one line.
+/// The error and its causes, in one line, each said once.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.cause)?;
-        let mut cause = self.cause.source();
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
+        crate::block::Causes(&*self.cause).fmt(f)
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::de::{Deserialize, Deserializer, Error};
 
+use super::nbd::uri::Uri;
 use crate::block::{Geometry, Size};
 
 /// One volume: where its bytes are and how they are reached.
@@ -387,7 +388,11 @@ fn check_size(size: Size, block_size: Option<u32>) -> Result<(), (&'static str, 
 }
 
 fn check_nbd(nbd: &NbdConfig) -> Result<(), (&'static str, String)> {
-    check_nbd_uri(&nbd.uri).map_err(|reason| ("uri", format!("\"{}\": {reason}", nbd.uri)))?;
+    let refuse = |reason: String| ("uri", format!("\"{}\": {reason}", nbd.uri));
+    let uri = Uri::parse(&nbd.uri).map_err(refuse)?;
+    if uri.tls {
+        return Err(refuse("TLS is not supported".into()));
+    }
     if let Some(connections) = nbd.connections
         && !(1..=NbdConfig::MAX_CONNECTIONS).contains(&connections)
     {
@@ -399,25 +404,6 @@ fn check_nbd(nbd: &NbdConfig) -> Result<(), (&'static str, String)> {
         return Err(("reconnect", format!("must be at most {most} seconds, not {}", nbd.reconnect)));
     }
     Ok(())
-}
-
-/// The shape of the URI only; the export's name and the address are the client's to judge.
-fn check_nbd_uri(uri: &str) -> Result<(), String> {
-    let url = url::Url::parse(uri).map_err(|error| format!("not a URI: {error}"))?;
-    match url.scheme() {
-        "nbd" if url.host().is_none() => Err("no host: nbd://HOST[:PORT]/EXPORT".into()),
-        "nbd+unix" => {
-            let socket = url.query_pairs().find(|(key, _)| key == "socket");
-            match socket {
-                Some((_, path)) if path.starts_with('/') => Ok(()),
-                Some((_, path)) => Err(format!("socket \"{path}\" is not an absolute path")),
-                None => Err("no socket: nbd+unix:///EXPORT?socket=/PATH".into()),
-            }
-        }
-        "nbd" => Ok(()),
-        "nbds" | "nbds+unix" | "nbds+vsock" => Err("TLS is not supported".into()),
-        other => Err(format!("scheme {other} is not supported, use nbd or nbd+unix")),
-    }
 }
 
 #[cfg(test)]

@@ -11,8 +11,9 @@
 //!   or a request does not end in time, the capacity and the exports go back, and the store was never touched.
 
 use super::volume::{Store, Volume};
-use crate::block::{Geometry, GeometryError, SECTOR};
+use crate::block::{Causes, Geometry, GeometryError, SECTOR};
 use std::io;
+use std::sync::mpsc::Sender;
 use std::sync::{MutexGuard, TryLockError};
 
 /// Those who show a volume to others, as far as its size concerns them.
@@ -89,6 +90,17 @@ pub enum ResizeError {
     /// It cannot be cut yet. Nothing has changed.
     #[error("requests beyond the new end do not complete")]
     Busy,
+    /// A server offers more than the connections have that are in use. Nothing has changed.
+    #[error(
+        "its server offers {asked} bytes to new connections, and those in use have {offered}: \
+         restart either for the rest"
+    )]
+    Connections {
+        /// Bytes that a new connection has.
+        asked: u64,
+        /// Bytes that all the others have.
+        offered: u64,
+    },
     /// The store does not do it. Nothing has changed.
     #[error("{what}: {source}")]
     Store {
@@ -142,6 +154,27 @@ impl Volume {
         self.change(to, None, exports)
     }
 
+    /// Has `to` told the volume's name whenever its store has become larger by itself, which [`catch_up`](Self::catch_up)
+    /// is then to be called for.
+    pub fn tell_growth(&self, to: Sender<String>) {
+        if let Store::Nbd(nbd) = &self.store {
+            nbd.tell_growth(to, self.name());
+        }
+    }
+
+    /// Takes what its store has become larger by. To be called from a thread that may block.
+    ///
+    /// # Errors
+    /// As for [`resize`](Self::resize).
+    pub fn catch_up(&self, exports: &dyn Exports) -> Result<Resized, ResizeError> {
+        let _one_at_a_time = self.one_at_a_time()?;
+        let from = self.geometry().bytes();
+        let offered = self.store.offered().unwrap_or(from);
+        let to = Geometry::new(offered, self.geometry().logical_block)?.bytes();
+        // Gone again meanwhile.
+        if to <= from { Ok(Resized { from, to: from }) } else { self.change(to, None, exports) }
+    }
+
     /// Whoever comes second is sent away: what the first waits for may never come, and each that waits takes a thread.
     fn one_at_a_time(&self) -> Result<MutexGuard<'_, ()>, ResizeError> {
         match self.resizing.try_lock() {
@@ -182,8 +215,7 @@ impl Volume {
 }
 
 /// What the user of an NBD volume reads who wants it larger.
-const NBD: &str =
-    "an NBD export's size is agreed on when its connections are made: restart the service for another";
+const NBD: &str = "an NBD export has the size that its server gives it: change it there, then have it looked at with refresh";
 
 impl Store {
     /// Bytes there are now, for a volume of `capacity`.
@@ -193,7 +225,26 @@ impl Store {
                 file.size().map_err(|source| ResizeError::Store { what: "its size cannot be found", source })
             }
             Store::Memory(_) | Store::Null => Ok(capacity),
-            Store::Nbd(_) => Err(ResizeError::Fixed(NBD)),
+            Store::Nbd(nbd) => match (nbd.ask_size(), nbd.offered()) {
+                (Ok(asked), Some(offered)) if asked > offered => {
+                    Err(ResizeError::Connections { asked, offered })
+                }
+                (Ok(size), _) => Ok(size),
+                // One that takes no further connection has told those that it has.
+                (Err(_), Some(offered)) => Ok(offered),
+                (Err(error), None) => {
+                    let source = io::Error::other(Causes(&error).to_string());
+                    Err(ResizeError::Store { what: "its server cannot be asked", source })
+                }
+            },
+        }
+    }
+
+    /// Bytes that it offers by itself, where it tells of changes.
+    fn offered(&self) -> Option<u64> {
+        match self {
+            Store::Nbd(nbd) => nbd.offered(),
+            Store::File(_) | Store::Memory(_) | Store::Null => None,
         }
     }
 

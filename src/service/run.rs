@@ -20,6 +20,7 @@ use crate::worker::{Habits, Lent, Link, Worker};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -200,7 +201,10 @@ impl Service {
         };
         let service = Service { control, shared: Arc::new(shared) };
         match service.shared.add_exports(config, endpoints, &memory) {
-            Ok(()) => Ok(service),
+            Ok(()) => {
+                service.shared.follow_growth();
+                Ok(service)
+            }
             Err(error) => {
                 if let Err(left) = service.shared.take_down(Farewell::Withdraw) {
                     log::error!("{left}");
@@ -293,6 +297,17 @@ impl Shared {
             lock(&self.exports).push(Export::Ublk(Box::new(started)));
         }
         Ok(())
+    }
+
+    /// From now on volumes whose stores grow by themselves grow with them.
+    fn follow_growth(self: &Arc<Self>) {
+        let (tell, told) = channel();
+        self.volumes.values().for_each(|volume| volume.tell_growth(tell.clone()));
+        let shared = Arc::downgrade(self);
+        let follow = move || resize::follow_growth(&shared, &told);
+        if let Err(error) = thread::Builder::new().name("ringblk-growth".into()).spawn(follow) {
+            log::warn!("new sizes of NBD exports need a refresh: no thread to follow them: {error}");
+        }
     }
 
     /// Ways to the workers that may have requests to a volume, and to no others: those may be held up by theirs.

@@ -4,90 +4,17 @@
 
 use super::Error;
 use super::handshake::{self, Agreed};
+use super::uri::Address;
 use crate::block::Instance;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket, sockopt,
 };
 use nix::sys::time::TimeVal;
-use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
-use url::Url;
-
-/// The port that IANA gave to NBD.
-const PORT: u16 = 10809;
-
-/// Address of a server.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Address {
-    /// A socket in the file system.
-    Unix(PathBuf),
-    /// A name or a number, looked up at each attempt.
-    Tcp { host: String, port: u16 },
-}
-
-/// Splits `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH` into the server's address and the
-/// export's name.
-///
-/// # Errors
-/// [`Error::Uri`].
-pub fn parse(uri: &str) -> Result<(Address, String), Error> {
-    let refuse = |reason: &str| Error::Uri(reason.to_owned());
-    let url = Url::parse(uri).map_err(|error| Error::Uri(error.to_string()))?;
-    let path = url.path();
-    let name = String::from_utf8(percent_decode(path.strip_prefix('/').unwrap_or(path)))
-        .map_err(|_| refuse("the export's name is not UTF-8"))?;
-    let address = match url.scheme() {
-        "nbd" => {
-            let host = match url.host() {
-                Some(url::Host::Domain(name)) if !name.is_empty() => {
-                    String::from_utf8(percent_decode(name)).map_err(|_| refuse("the host is not UTF-8"))?
-                }
-                Some(url::Host::Ipv4(number)) => number.to_string(),
-                Some(url::Host::Ipv6(number)) => number.to_string(),
-                _ => return Err(refuse("there is no host in it")),
-            };
-            Address::Tcp { host, port: url.port().unwrap_or(PORT) }
-        }
-        "nbd+unix" => {
-            let query = url.query().unwrap_or_default();
-            let socket = query.split('&').find_map(|pair| pair.strip_prefix("socket="));
-            let path = percent_decode(socket.ok_or_else(|| refuse("there is no socket=PATH in it"))?);
-            if path.is_empty() || path.contains(&0) {
-                return Err(refuse("its socket is no path"));
-            }
-            Address::Unix(OsString::from_vec(path).into())
-        }
-        _ => return Err(refuse("only nbd:// and nbd+unix:// are supported")),
-    };
-    Ok((address, name))
-}
-
-/// `%41` is `A` (RFC 3986 section 2.1); what is no such triple stands for itself. A plus is a plus.
-fn percent_decode(text: &str) -> Vec<u8> {
-    let hex = |digit: u8| char::from(digit).to_digit(16);
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, after)) = rest.split_first() {
-        rest = after;
-        match (first, after) {
-            (b'%', [high, low, after @ ..]) => match (hex(*high), hex(*low)) {
-                (Some(high), Some(low)) => {
-                    bytes.push((high << 4 | low) as u8);
-                    rest = after;
-                }
-                _ => bytes.push(first),
-            },
-            _ => bytes.push(first),
-        }
-    }
-    bytes
-}
 
 /// A connection in the transmission phase: blocking, without time-outs.
 #[derive(Debug)]
@@ -118,13 +45,24 @@ fn instance(socket: &UnixStream) -> u64 {
     number().unwrap_or(Instance::UNKNOWN)
 }
 
+/// What became of an attempt to connect: who did what.
+pub fn failure(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => "cannot connect: nobody listens there",
+        io::ErrorKind::NotFound => "cannot connect: it is not there",
+        io::ErrorKind::PermissionDenied => "cannot connect: no permission",
+        io::ErrorKind::TimedOut => "cannot connect: no answer",
+        _ => "cannot connect",
+    }
+}
+
 impl Address {
     /// Connects and shakes hands within `limit`. Looking a name up is not counted: that has limits of its
     /// own (`resolv.conf(5)`).
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn connect(&self, name: &str, limit: Duration) -> Result<Connected, Error> {
+    pub fn connect(&self, name: &[u8], limit: Duration) -> Result<Connected, Error> {
         let (stream, deadline) = match self {
             Address::Unix(path) => {
                 let deadline = Instant::now() + limit;
@@ -138,7 +76,7 @@ impl Address {
         };
         let mut timed = Timed { stream, deadline };
         let agreed = handshake::shake(&mut timed, name)?;
-        timed.stream.limit(None)?;
+        timed.stream.limit(None).map_err(Error::Io)?;
         let (socket, instance) = match timed.stream {
             Stream::Unix(stream) => {
                 let instance = instance(&stream);
@@ -241,7 +179,7 @@ fn in_time(result: io::Result<usize>) -> io::Result<usize> {
 }
 
 fn late() -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, "the server does not answer in time")
+    io::ErrorKind::TimedOut.into()
 }
 
 /// Never zero: to a socket that means no limit.
@@ -259,30 +197,13 @@ mod tests {
     }
 
     #[test]
-    fn uris_name_a_server_and_an_export() {
-        for (uri, address, name) in [
-            ("nbd://host", tcp("host", 10809), ""),
-            ("nbd://host/", tcp("host", 10809), ""),
-            ("nbd://127.0.0.1:9/a%20disk", tcp("127.0.0.1", 9), "a disk"),
-            ("nbd://[::1]:9//x", tcp("::1", 9), "/x"),
-            ("nbd+unix:///e?socket=/run/a+b%3f%2", Address::Unix("/run/a+b?%2".into()), "e"),
-            ("nbd+unix:///?socket=/s", Address::Unix("/s".into()), ""),
-        ] {
-            assert_eq!(parse(uri).unwrap(), (address, name.into()), "{uri}");
-        }
-        for uri in ["", "nbd:///e", "nbds://h/", "nbd+unix:///e", "nbd+unix:///e?socket=", "nbd://h/%ff"] {
-            assert!(matches!(parse(uri), Err(Error::Uri(_))), "{uri}");
-        }
-    }
-
-    #[test]
     fn a_silent_server_is_given_up() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let started = Instant::now();
         let limit = Duration::from_millis(200);
-        let refused = Address::Unix(path).connect("", limit).unwrap_err();
+        let refused = Address::Unix(path).connect(b"", limit).unwrap_err();
         assert!(matches!(&refused, Error::Io(error) if error.kind() == io::ErrorKind::TimedOut), "{refused}");
         assert!(started.elapsed() >= limit && started.elapsed() < Duration::from_secs(5));
         drop(listener);
@@ -303,7 +224,7 @@ mod tests {
             drops
         });
         // Each byte comes well within the limit; all together do not.
-        let refused = Address::Unix(path).connect("", Duration::from_millis(200)).unwrap_err();
+        let refused = Address::Unix(path).connect(b"", Duration::from_millis(200)).unwrap_err();
         assert!(matches!(&refused, Error::Io(error) if error.kind() == io::ErrorKind::TimedOut), "{refused}");
         assert!(server.join().unwrap() < 1000);
     }
@@ -311,10 +232,11 @@ mod tests {
     #[test]
     fn nobody_there_is_told_at_once() {
         let dir = tempfile::tempdir().unwrap();
-        let refused = Address::Unix(dir.path().join("none")).connect("", Duration::from_secs(5)).unwrap_err();
+        let refused =
+            Address::Unix(dir.path().join("none")).connect(b"", Duration::from_secs(5)).unwrap_err();
         assert!(matches!(&refused, Error::Connect(error) if error.kind() == io::ErrorKind::NotFound));
         // Port 1 of the loopback: nobody listens there.
-        let refused = tcp("127.0.0.1", 1).connect("", Duration::from_secs(5)).unwrap_err();
+        let refused = tcp("127.0.0.1", 1).connect(b"", Duration::from_secs(5)).unwrap_err();
         assert!(
             matches!(&refused, Error::Connect(error) if error.kind() == io::ErrorKind::ConnectionRefused)
         );

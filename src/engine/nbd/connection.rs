@@ -17,8 +17,9 @@
 use super::Remote;
 use super::buffer::Buffer;
 use super::connect::Connected;
+use super::handshake::Agreed;
 use super::inflight::Inflight;
-use super::protocol::NBD_FLAG_CAN_MULTI_CONN;
+use super::protocol::*;
 use crate::block::Errno;
 use crate::ring::{Core, Io, Ring, Sqe, Target};
 use nix::sys::socket::{Shutdown, shutdown};
@@ -51,6 +52,8 @@ pub struct Connection<R: Ring> {
     pub(super) proven: Cell<bool>,
     /// See [`Ledger`](super::ledger::Ledger).
     era: Cell<u64>,
+    /// What its server agreed to.
+    terms: Cell<Terms>,
     pub(super) inflight: RefCell<Inflight>,
     pub(super) queue: RefCell<VecDeque<u64>>,
     /// The request whose slot has the stream out.
@@ -62,6 +65,17 @@ pub struct Connection<R: Ring> {
     pub(super) scratch: RefCell<Vec<Vec<libc::iovec>>>,
     pub(super) sender: Cell<Option<u32>>,
     pub(super) receiver: Cell<Option<u32>>,
+}
+
+/// What the server of a connection agreed to.
+#[derive(Clone, Copy, Debug, Default)]
+struct Terms {
+    /// Bytes.
+    size: u64,
+    /// `NBD_FLAG_*`.
+    flags: u16,
+    /// The most bytes in a read or write.
+    max_payload: u32,
 }
 
 struct Socket {
@@ -85,6 +99,7 @@ impl<R: Ring> Connection<R> {
             lost: Cell::new(None),
             proven: Cell::new(false),
             era: Cell::new(0),
+            terms: Cell::default(),
             inflight: RefCell::default(),
             queue: RefCell::default(),
             lent: Cell::new(None),
@@ -148,12 +163,43 @@ impl<R: Ring> Connection<R> {
     pub fn raise(&self, connected: Connected) {
         let target = self.core.ring().register(connected.socket.as_raw_fd());
         self.socket.replace(Some(Socket { fd: connected.socket, target }));
-        self.inflight.borrow_mut().set_structured(connected.agreed.structured);
+        let Agreed { export, structured } = connected.agreed;
+        self.inflight.borrow_mut().set_structured(structured);
+        let max_payload = self.remote.max_payload(&export.blocks);
+        self.terms.set(Terms { size: export.size, flags: export.flags, max_payload });
         self.buffer.clear();
         self.proven.set(false);
         self.era.set(self.remote.ledger.era());
         self.up.set(true);
+        self.remote.offer.add(export.size, &self.remote.promise);
         self.wake(&self.sender);
+    }
+
+    /// Whether its server has a transmission flag.
+    pub fn has(&self, flag: u16) -> bool {
+        self.terms.get().flags & flag != 0
+    }
+
+    /// As much of a request as its server takes at once, and in the form that it understands; `None` where it knows no such
+    /// thing. The second is whether a flush has to follow: what is to be on stable storage is not.
+    pub fn suit(&self, mut request: Request) -> Option<(Request, bool)> {
+        let writes = matches!(request.command, Command::NBD_CMD_WRITE | Command::NBD_CMD_WRITE_ZEROES);
+        match request.command {
+            Command::NBD_CMD_READ | Command::NBD_CMD_WRITE => {
+                request.length = request.length.min(self.terms.get().max_payload);
+            }
+            Command::NBD_CMD_WRITE_ZEROES if !self.has(NBD_FLAG_SEND_WRITE_ZEROES) => return None,
+            Command::NBD_CMD_TRIM if !self.has(NBD_FLAG_SEND_TRIM) => return None,
+            _ => {}
+        }
+        // Where the export had no volatile cache, the clients do not flush.
+        let hidden_cache =
+            writes && self.has(NBD_FLAG_SEND_FLUSH) && !self.remote.promise.has(NBD_FLAG_SEND_FLUSH);
+        let stable = hidden_cache || request.flags & NBD_CMD_FLAG_FUA != 0;
+        let native = stable && self.has(NBD_FLAG_SEND_FUA);
+        request.flags &= !NBD_CMD_FLAG_FUA;
+        request.flags |= if native { NBD_CMD_FLAG_FUA } else { 0 };
+        Some((request, stable && !native))
     }
 
     /// Says which task sends.
@@ -167,14 +213,15 @@ impl<R: Ring> Connection<R> {
             return;
         }
         if self.closing.get() {
-            log::debug!("{:?}: connection closed", self.remote.address);
+            log::debug!("{}: connection closed", self.remote.label);
         } else {
-            log::warn!("{:?}: connection lost: {why}", self.remote.address);
+            log::warn!("{}: connection lost: {why}", self.remote.label);
         }
         // A good-bye that others survive takes nothing away: the server is still there.
-        if !self.closing.get() || !self.remote.has(NBD_FLAG_CAN_MULTI_CONN) {
+        if !self.closing.get() || !self.remote.promise.has(NBD_FLAG_CAN_MULTI_CONN) {
             self.remote.ledger.lost_connection();
         }
+        self.remote.offer.remove(self.terms.get().size, &self.remote.promise);
         self.patient.set(!self.remote.reconnect.is_zero());
         self.lost.set(Some(Instant::now()));
         if let Some(socket) = &*self.socket.borrow() {

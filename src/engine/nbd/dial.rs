@@ -7,6 +7,7 @@
 
 use super::connect::Connected;
 use super::{CONNECT_TIME, Remote};
+use crate::block::Causes;
 use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -84,6 +85,7 @@ fn dial(
     let deadline = Instant::now() + patience;
     let mut patient = true;
     let mut failures = 0u64;
+    let mut last = String::new();
     loop {
         if stopped.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
             return;
@@ -92,14 +94,17 @@ fn dial(
         let limit = if left.is_zero() { CONNECT_TIME } else { left.clamp(LEAST_ATTEMPT, CONNECT_TIME) };
         match remote.connect(limit) {
             Ok(connected) => {
-                log::info!("{:?}: connected", remote.address);
+                log::info!("{}: connected", remote.label);
                 return tell(Event::Connected(connected));
             }
             Err(error) => {
                 failures += 1;
+                let why = Causes(&error).to_string();
                 // Often enough to be seen, seldom enough not to fill a disk.
-                let level = if failures.is_power_of_two() { log::Level::Warn } else { log::Level::Debug };
-                log::log!(level, "{:?}: attempt {failures}: {error}", remote.address);
+                let seen = failures.is_power_of_two() || why != last;
+                let level = if seen { log::Level::Warn } else { log::Level::Debug };
+                log::log!(level, "{}: attempt {failures}: {why}", remote.label);
+                last = why;
             }
         }
         pause = longer(pause);

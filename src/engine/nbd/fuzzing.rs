@@ -2,12 +2,14 @@
 
 #![forbid(unsafe_code)]
 
-use super::connect::{Address, Connected};
+use super::connect::Connected;
+use super::export::{Offer, Promise};
 use super::handshake::{self, Agreed, Blocks, Export};
 use super::ledger::Ledger;
 use super::protocol::*;
+use super::uri::Address;
 use super::{NbdOps, NbdVolume, Remote, geometry};
-use crate::block::{Data, Errno};
+use crate::block::{Capacity, Data, Errno};
 use crate::engine::backend::Backend;
 use crate::engine::losses::Losses;
 use crate::fuzzing::Input;
@@ -19,6 +21,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -50,7 +53,7 @@ impl Write for Script<'_> {
 
 /// It ends, and what it agrees on is a disk or refused.
 fn handshake(input: &mut Input) {
-    let agreed = handshake::shake(&mut Script(Input(input.0)), "a disk");
+    let agreed = handshake::shake(&mut Script(Input(input.0)), b"a disk");
     if let Ok(agreed) = agreed
         && let Ok(geometry) = geometry(&agreed.export)
     {
@@ -91,17 +94,19 @@ fn transmission(input: &mut Input) {
     let blocks = Blocks { maximum: 64 << 10, ..Blocks::default() };
     let export = Export { size: SIZE, flags, blocks };
     let remote = Remote {
+        label: "a server".into(),
         address: Address::Unix("/nobody/is/here".into()),
         name: "a disk".into(),
         reconnect: Duration::ZERO,
         connections: 1,
-        max_payload: 64 << 10,
+        promise: Promise { flags, logical_block: 512, read_only: false, capacity: Capacity::new(SIZE / 512) },
+        offer: Offer::default(),
+        pools: AtomicUsize::new(0),
         first: Mutex::new(Some(Connected {
             socket: ours.into(),
-            agreed: Agreed { export: export.clone(), structured },
+            agreed: Agreed { export, structured },
             instance: 0,
         })),
-        export,
         ledger: Ledger::default(),
         instance: Default::default(),
         losses: Losses::default(),

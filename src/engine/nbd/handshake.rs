@@ -7,7 +7,7 @@
 
 use super::Error;
 use super::protocol::*;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 
 /// What the server says of an export, for as long as it is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +47,18 @@ pub struct Agreed {
     pub structured: bool,
 }
 
+/// What the server did when the stream failed.
+pub fn failure(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the server hung up during the handshake",
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            "the server broke the connection off during the handshake"
+        }
+        io::ErrorKind::TimedOut => "the server is silent during the handshake",
+        _ => "the handshake failed",
+    }
+}
+
 /// Replies to one option that we listen to.
 const MAX_REPLIES: usize = 64;
 
@@ -54,10 +66,7 @@ const MAX_REPLIES: usize = 64;
 ///
 /// # Errors
 /// What the stream says, what the server refuses, and what it may not say.
-pub fn shake<S: Read + Write>(stream: &mut S, name: &str) -> Result<Agreed, Error> {
-    if name.len() > MAX_STRING {
-        return Err(Error::Uri(format!("an export name of {} bytes is too long", name.len())));
-    }
+pub fn shake<S: Read + Write>(stream: &mut S, name: &[u8]) -> Result<Agreed, Error> {
     let greeting: [u8; 16] = read(stream)?;
     match (be64(&greeting, 0), be64(&greeting, 8)) {
         (NBDMAGIC, IHAVEOPT) => {}
@@ -69,7 +78,8 @@ pub fn shake<S: Read + Write>(stream: &mut S, name: &str) -> Result<Agreed, Erro
         return Err(Error::Protocol("it does not know the fixed newstyle handshake"));
     }
     let no_zeroes = flags & NBD_FLAG_NO_ZEROES != 0;
-    stream.write_all(&u32::from(flags & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)).to_be_bytes())?;
+    let flags = u32::from(flags & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES));
+    stream.write_all(&flags.to_be_bytes()).map_err(Error::Io)?;
 
     let structured = match ask(stream, NBD_OPT_STRUCTURED_REPLY, &[])? {
         Answer::Acknowledged(_) => true,
@@ -89,18 +99,24 @@ pub fn shake<S: Read + Write>(stream: &mut S, name: &str) -> Result<Agreed, Erro
 }
 
 /// The data of `NBD_OPT_GO`: the name, and the kinds of information asked for.
-fn go(name: &str) -> Vec<u8> {
+fn go(name: &[u8]) -> Vec<u8> {
     let mut data = (name.len() as u32).to_be_bytes().to_vec();
-    data.extend(name.as_bytes());
+    data.extend(name);
     data.extend(1u16.to_be_bytes());
     data.extend(NBD_INFO_BLOCK_SIZE.to_be_bytes());
     data
 }
 
 /// The old way in, which tells no reason when it fails.
-fn export_name<S: Read + Write>(stream: &mut S, name: &str, no_zeroes: bool) -> Result<Export, Error> {
-    send(stream, NBD_OPT_EXPORT_NAME, name.as_bytes())?;
-    let bytes: [u8; 10] = read(stream)?;
+fn export_name<S: Read + Write>(stream: &mut S, name: &[u8], no_zeroes: bool) -> Result<Export, Error> {
+    send(stream, NBD_OPT_EXPORT_NAME, name)?;
+    let bytes: [u8; 10] = read(stream).map_err(|error| match error {
+        Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => Error::Refused {
+            reason: "it hung up, as old servers do for an unknown name",
+            text: String::new(),
+        },
+        other => other,
+    })?;
     if !no_zeroes {
         read::<124, _>(stream)?;
     }
@@ -157,7 +173,7 @@ fn send<S: Write>(stream: &mut S, option: u32, data: &[u8]) -> Result<(), Error>
     bytes.extend(option.to_be_bytes());
     bytes.extend((data.len() as u32).to_be_bytes());
     bytes.extend(data);
-    Ok(stream.write_all(&bytes)?)
+    stream.write_all(&bytes).map_err(Error::Io)
 }
 
 fn ask<S: Read + Write>(stream: &mut S, option: u32, data: &[u8]) -> Result<Answer, Error> {
@@ -176,7 +192,7 @@ fn ask<S: Read + Write>(stream: &mut S, option: u32, data: &[u8]) -> Result<Answ
             return Err(Error::Protocol("its answer to an option is longer than any may be"));
         }
         let mut data = vec![0; length];
-        stream.read_exact(&mut data)?;
+        stream.read_exact(&mut data).map_err(ended)?;
         match kind {
             NBD_REP_ACK if length == 0 => return Ok(Answer::Acknowledged(infos)),
             NBD_REP_ACK => return Err(Error::Protocol("its consent to an option carries data")),
@@ -208,9 +224,14 @@ fn reason(code: u32) -> &'static str {
     }
 }
 
+/// Without what `read_exact` makes of the end of a stream.
+fn ended(error: io::Error) -> Error {
+    Error::Io(if error.kind() == io::ErrorKind::UnexpectedEof { error.kind().into() } else { error })
+}
+
 fn read<const N: usize, S: Read>(stream: &mut S) -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
-    stream.read_exact(&mut bytes)?;
+    stream.read_exact(&mut bytes).map_err(ended)?;
     Ok(bytes)
 }
 
@@ -218,7 +239,6 @@ fn read<const N: usize, S: Read>(stream: &mut S) -> Result<[u8; N], Error> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::io;
 
     /// A server's words, all ready, and what we said.
     struct Script {
@@ -244,7 +264,7 @@ mod tests {
 
     fn run(parts: &[Vec<u8>]) -> (Result<Agreed, Error>, Vec<u8>) {
         let mut script = Script { says: io::Cursor::new(parts.concat()), heard: Vec::new() };
-        let result = shake(&mut script, "disk");
+        let result = shake(&mut script, b"disk");
         (result, script.heard)
     }
 
@@ -355,7 +375,7 @@ mod tests {
             bytes[at % len] ^= with;
             bytes.truncate(cut.max(1));
             let mut script = Script { says: io::Cursor::new(bytes), heard: Vec::new() };
-            if let Ok(agreed) = shake(&mut script, "disk") {
+            if let Ok(agreed) = shake(&mut script, b"disk") {
                 prop_assert!(check(&agreed.export.blocks).is_ok());
             }
         }

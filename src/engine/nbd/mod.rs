@@ -1,6 +1,6 @@
 //! A volume on an NBD server: any that speaks fixed newstyle, over a unix socket or TCP, without TLS.
 //!
-//! What is where: [`protocol`] reads and writes the bytes, [`handshake`] and [`connect`] make a connection
+//! What is where: [`uri`] says where the server is, [`protocol`] reads and writes the bytes, [`handshake`] and [`connect`] make a connection
 //! (blocking, on the service thread and on helper threads alone), [`dial`] is such a helper, [`inflight`]
 //! keeps the requests of a connection, [`ledger`] what is not flushed yet, [`connection`] moves bytes on the
 //! worker's ring ([`exchange`] for the requests, [`tasks`] for itself), [`pool`] keeps a worker's connections
@@ -20,6 +20,8 @@
 //!   clients that reconnect (the kernel's, QEMU's) live with the same.
 //! - A server that takes a request and stays silent is waited for, as a disk is. Over TCP the
 //!   kernel's keepalive notices one that is gone without a word, in the time that the system has set for it.
+//! - A server that comes back with a larger export, or one that can do more, is taken; one that lacks what clients were
+//!   promised is not, and is tried again: see [`export`].
 //! - A flush that succeeds covers all writes acknowledged before it, also those that went over connections
 //!   which are lost: see [`ledger`].
 
@@ -30,6 +32,7 @@ mod connect;
 mod connection;
 mod dial;
 mod exchange;
+mod export;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod handshake;
@@ -39,23 +42,28 @@ mod ops;
 mod pool;
 mod protocol;
 mod tasks;
+pub(super) mod uri;
 
 #[cfg(test)]
 mod tests;
 
-pub use connect::Address as Server;
 pub(super) use ops::NbdOps;
+pub use uri::Address as Server;
 
 use super::config::NbdConfig;
 use super::losses::Losses;
 use crate::block::{DiscardLimits, Geometry, GeometryError, Instance};
-use connect::{Address, Connected};
-use handshake::Export;
+use connect::Connected;
+use export::{Offer, Promise};
+use handshake::{Blocks, Export};
 use ledger::Ledger;
 use protocol::*;
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use uri::{Address, Uri};
 
 /// Why an export cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -64,11 +72,11 @@ pub enum Error {
     #[error("{0}")]
     Uri(String),
     /// Nobody there.
-    #[error("cannot connect: {0}")]
+    #[error("{}", connect::failure(.0))]
     Connect(#[source] io::Error),
     /// The connection failed during the handshake.
-    #[error("the handshake failed: {0}")]
-    Io(#[from] io::Error),
+    #[error("{}", handshake::failure(.0))]
+    Io(#[source] io::Error),
     /// Not a server of the kind we speak with.
     #[error("the server is not usable: {0}")]
     Protocol(&'static str),
@@ -93,7 +101,7 @@ pub enum Error {
         maximum: u32,
     },
     /// Another disk than before is behind the address.
-    #[error("the export is not the one it was: {0}")]
+    #[error("the export is not what it was: {0}")]
     Changed(String),
     /// See [`GeometryError`].
     #[error(transparent)]
@@ -105,11 +113,14 @@ pub enum Error {
 /// # Errors
 /// [`Error::Uri`].
 pub fn server(uri: &str) -> Result<Server, Error> {
-    connect::parse(uri).map(|(server, _)| server)
+    Uri::parse(uri).map(|uri| uri.address).map_err(Error::Uri)
 }
 
 /// How long a connection may take to be made.
 const CONNECT_TIME: Duration = Duration::from_secs(10);
+
+/// How long a server may take to tell an export's size: shorter than the control API's clients wait.
+const ASK_TIME: Duration = Duration::from_secs(3);
 
 /// Connections of each worker where the server allows several and the user does not say.
 const CONNECTIONS: u16 = 4;
@@ -130,16 +141,19 @@ pub struct NbdVolume {
 /// What is known of the server and owed to its users.
 #[derive(Debug)]
 struct Remote {
+    /// The URI, for people.
+    label: String,
     address: Address,
-    name: String,
-    /// As it was when the volume was opened; it never changes.
-    export: Export,
+    name: Vec<u8>,
+    promise: Promise,
+    /// What the connections offer that are up.
+    offer: Offer,
     /// How long requests outlive their connection.
     reconnect: Duration,
     /// Of each worker.
     connections: usize,
-    /// The most bytes in a read or write.
-    max_payload: u32,
+    /// Workers that have connections.
+    pools: AtomicUsize,
     ledger: Ledger,
     /// The server's run that the last connection was made to.
     instance: Instance,
@@ -154,7 +168,10 @@ impl NbdVolume {
     /// # Errors
     /// When the server cannot be reached, refuses, makes no sense, or has something that is no disk.
     pub fn open(config: &NbdConfig) -> Result<(NbdVolume, Geometry), Error> {
-        let (address, name) = connect::parse(&config.uri)?;
+        let Uri { address, name, tls } = Uri::parse(&config.uri).map_err(Error::Uri)?;
+        if tls {
+            return Err(Error::Uri("TLS is not supported".into()));
+        }
         let connected = address.connect(&name, CONNECT_TIME)?;
         let export = connected.agreed.export.clone();
         let mut geometry = geometry(&export)?;
@@ -176,13 +193,19 @@ impl NbdVolume {
             log::warn!("{}: the server allows one connection at a time, not {asked}", config.uri);
         }
         let remote = Remote {
+            label: config.uri.escape_debug().to_string(),
             address,
             name,
             reconnect: Duration::from_secs(config.reconnect.min(NbdConfig::MAX_RECONNECT)),
             connections: connections.into(),
-            // Whole blocks, of which at least one fits: `geometry` saw to it.
-            max_payload: export.blocks.maximum.min(MAX_PAYLOAD) & !(geometry.logical_block - 1),
-            export,
+            promise: Promise {
+                flags: export.flags,
+                logical_block: geometry.logical_block,
+                read_only: geometry.read_only,
+                capacity: geometry.capacity.clone(),
+            },
+            offer: Offer::default(),
+            pools: AtomicUsize::new(0),
             ledger: Ledger::default(),
             instance,
             losses: Losses::default(),
@@ -198,22 +221,43 @@ impl NbdVolume {
 
     /// Whether the server keeps several connections coherent, so that several workers may use it.
     pub fn multi_conn(&self) -> bool {
-        self.remote.has(NBD_FLAG_CAN_MULTI_CONN)
+        self.remote.promise.has(NBD_FLAG_CAN_MULTI_CONN)
+    }
+
+    /// Has `to` told the volume's name whenever its server offers more than is served.
+    pub(super) fn tell_growth(&self, to: Sender<String>, volume: &str) {
+        let Remote { offer, promise, .. } = &*self.remote;
+        offer.tell(to, volume, promise);
+    }
+
+    /// Bytes that every connection offers; `None` while there is none.
+    pub(super) fn offered(&self) -> Option<u64> {
+        self.remote.offer.size()
+    }
+
+    /// Asks the server for the export's size, over a connection of its own.
+    ///
+    /// # Errors
+    /// When it cannot be reached or has another export by now. It may be smaller, which is the caller's to judge.
+    pub(super) fn ask_size(&self) -> Result<u64, Error> {
+        let Remote { address, name, .. } = &*self.remote;
+        Ok(address.connect(name, ASK_TIME)?.agreed.export.size)
     }
 }
 
 impl Remote {
-    /// Whether the export has a transmission flag.
-    fn has(&self, flag: u16) -> bool {
-        self.export.flags & flag != 0
+    /// The most bytes in a read or write: whole blocks, of which at least one fits, since the export was looked at.
+    fn max_payload(&self, blocks: &Blocks) -> u32 {
+        blocks.maximum.min(MAX_PAYLOAD) & !(self.promise.logical_block - 1)
     }
 
     /// A new connection to the same export, within `limit`.
     fn connect(&self, limit: Duration) -> Result<Connected, Error> {
         let connected = self.address.connect(&self.name, limit)?;
-        let (was, is) = (&self.export, &connected.agreed.export);
-        if was != is {
-            return Err(Error::Changed(format!("it was {was:?} and is {is:?}")));
+        let several = self.connections > 1 || self.pools.load(Ordering::Relaxed) > 1;
+        let differs = self.promise.differs(&connected.agreed.export, several);
+        if !differs.is_empty() {
+            return Err(Error::Changed(differs.join("; ")));
         }
         self.instance.set(connected.instance);
         Ok(connected)
@@ -227,7 +271,7 @@ impl Remote {
 
 /// The disk that an export makes.
 fn geometry(export: &Export) -> Result<Geometry, Error> {
-    let handshake::Blocks { minimum, preferred, maximum } = export.blocks;
+    let Blocks { minimum, preferred, maximum } = export.blocks;
     let logical = minimum.max(512);
     if logical > 4096 || maximum < logical {
         return Err(Error::Blocks { minimum, preferred, maximum });

@@ -5,7 +5,7 @@
 use super::inflight::Failure;
 use super::pool::Pool;
 use super::protocol::*;
-use super::{MAX_RANGE, NbdVolume, Remote};
+use super::{MAX_PAYLOAD, MAX_RANGE, NbdVolume, Remote};
 use crate::block::{Data, Errno, Iovec};
 use crate::engine::backend::Backend;
 use crate::engine::losses::Losses;
@@ -17,6 +17,14 @@ use std::sync::Arc;
 pub struct NbdOps<R: Ring> {
     remote: Arc<Remote>,
     pub(super) pool: Rc<Pool<R>>,
+}
+
+/// What a server has done of a request.
+struct Done {
+    /// Bytes, from its beginning.
+    length: u32,
+    /// It is to be on stable storage, and needs a flush for that.
+    flush: bool,
 }
 
 impl<R: Ring> NbdOps<R> {
@@ -42,19 +50,30 @@ impl<R: Ring> NbdOps<R> {
         self.pool.hang_up();
     }
 
-    /// Has one request carried out, over as many connections as it takes.
-    async fn perform(&self, io: &Io<R>, request: &Request, data: &[Iovec], skip: usize) -> Result<(), Errno> {
+    /// Has the server carry out as much of a request as it takes at once, over as many connections as that needs.
+    async fn perform(
+        &self,
+        io: &Io<R>,
+        request: &Request,
+        data: &[Iovec],
+        skip: usize,
+    ) -> Result<Done, Errno> {
         let mut lost = None;
         loop {
             let connection = self.pool.any(io).await?;
+            let Some((request, flush)) = connection.suit(*request) else { return Err(Errno::EOPNOTSUPP) };
             let era = self.remote.ledger.era();
             // The server answers a durable write as its own `fsync(2)` ended, which may tell of other writes.
             let durable = request.flags & NBD_CMD_FLAG_FUA != 0;
             let _sync = durable.then(|| self.losses().begin());
-            match connection.transact(io, request, data, skip).await {
+            // The connection may be another one by the time of the answer.
+            let flushes = connection.has(NBD_FLAG_SEND_FLUSH);
+            match connection.transact(io, &request, data, skip).await {
                 Ok(()) => {
-                    self.book(request, era);
-                    return Ok(());
+                    if flushes {
+                        self.book(&request, era);
+                    }
+                    return Ok(Done { length: request.length, flush });
                 }
                 Err(Failure::Server(errno)) => {
                     if durable {
@@ -71,12 +90,12 @@ impl<R: Ring> NbdOps<R> {
     /// Remembers what a flush has to cover.
     fn book(&self, request: &Request, era: u64) {
         let writes = matches!(request.command, Command::NBD_CMD_WRITE | Command::NBD_CMD_WRITE_ZEROES);
-        if writes && request.flags & NBD_CMD_FLAG_FUA == 0 && self.remote.has(NBD_FLAG_SEND_FLUSH) {
+        if writes && request.flags & NBD_CMD_FLAG_FUA == 0 {
             self.remote.ledger.acknowledge(era);
         }
     }
 
-    /// A read or write, in pieces that the server takes.
+    /// A read or write, in pieces that the server takes. Whether a flush has to follow.
     async fn transfer(
         &self,
         io: &Io<R>,
@@ -85,20 +104,21 @@ impl<R: Ring> NbdOps<R> {
         data: Data<'_>,
         len: u64,
         offset: u64,
-    ) -> Result<(), Errno> {
+    ) -> Result<bool, Errno> {
         let Data::Iovecs(window) = data else { return Err(Errno::EINVAL) };
         let (iovecs, skip) = window.as_raw();
-        let mut done = 0;
+        let (mut done, mut flush) = (0, false);
         while done < len {
-            let length = (len - done).min(self.remote.max_payload.into()) as u32;
+            let length = (len - done).min(MAX_PAYLOAD.into()) as u32;
             let request = Request { flags, command, offset: offset + done, length };
-            self.perform(io, &request, iovecs, skip + done as usize).await?;
-            done += u64::from(length);
+            let part = self.perform(io, &request, iovecs, skip + done as usize).await?;
+            done += u64::from(part.length);
+            flush |= part.flush;
         }
-        Ok(())
+        Ok(flush)
     }
 
-    /// A request over a range without payload, in pieces whose length fits.
+    /// A request over a range without payload, in pieces whose length fits. Whether a flush has to follow.
     async fn range(
         &self,
         io: &Io<R>,
@@ -106,36 +126,37 @@ impl<R: Ring> NbdOps<R> {
         flags: u16,
         offset: u64,
         len: u64,
-    ) -> Result<(), Errno> {
-        let mut done = 0;
+    ) -> Result<bool, Errno> {
+        let (mut done, mut flush) = (0, false);
         while done < len {
             let length = (len - done).min(MAX_RANGE.into()) as u32;
-            self.perform(io, &Request { flags, command, offset: offset + done, length }, &[], 0).await?;
-            done += u64::from(length);
+            let request = Request { flags, command, offset: offset + done, length };
+            let part = self.perform(io, &request, &[], 0).await?;
+            done += u64::from(part.length);
+            flush |= part.flush;
         }
-        Ok(())
+        Ok(flush)
     }
 }
 
 impl<R: Ring> Backend<R> for NbdOps<R> {
     async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
-        self.transfer(io, Command::NBD_CMD_READ, 0, data, len, offset).await
+        self.transfer(io, Command::NBD_CMD_READ, 0, data, len, offset).await.map(drop)
     }
 
     async fn write(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64, fua: bool) -> Result<(), Errno> {
-        let native = fua && self.remote.has(NBD_FLAG_SEND_FUA);
-        let flags = if native { NBD_CMD_FLAG_FUA } else { 0 };
-        self.transfer(io, Command::NBD_CMD_WRITE, flags, data, len, offset).await?;
-        if fua && !native { self.flush(io).await } else { Ok(()) }
+        let flags = if fua { NBD_CMD_FLAG_FUA } else { 0 };
+        let flush = self.transfer(io, Command::NBD_CMD_WRITE, flags, data, len, offset).await?;
+        if flush { self.flush(io).await } else { Ok(()) }
     }
 
     /// Goes over a connection that can vouch for every write that is not flushed yet; see
     /// [`ledger`](super::ledger). A server without flush has nothing to flush.
     async fn flush(&self, io: &Io<R>) -> Result<(), Errno> {
-        if !self.remote.has(NBD_FLAG_SEND_FLUSH) {
+        let ledger = &self.remote.ledger;
+        if !self.remote.promise.has(NBD_FLAG_SEND_FLUSH) && ledger.debt().oldest.is_none() {
             return Ok(());
         }
-        let ledger = &self.remote.ledger;
         let request = Request { flags: 0, command: Command::NBD_CMD_FLUSH, offset: 0, length: 0 };
         let mut lost = None;
         loop {
@@ -144,14 +165,17 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
             let debt = ledger.debt();
             let Some(connection) = self.pool.pick(|connection| debt.covered_by(connection.era())) else {
                 log::error!(
-                    "{:?}: writes that were not flushed may be lost with their connection",
-                    self.remote.address
+                    "{}: writes that were not flushed may be lost with their connection",
+                    self.remote.label
                 );
                 // In this order: a flush that finds the books closed finds the loss, too.
                 self.losses().report();
                 ledger.flushed(debt);
                 return Err(Errno::EIO);
             };
+            if !connection.has(NBD_FLAG_SEND_FLUSH) {
+                return Ok(());
+            }
             let _sync = self.losses().begin();
             match connection.transact(io, &request, &[], 0).await {
                 Ok(()) => {
@@ -169,15 +193,13 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
     }
 
     async fn discard(&self, io: &Io<R>, offset: u64, len: u64) -> Result<(), Errno> {
-        self.range(io, Command::NBD_CMD_TRIM, 0, offset, len).await
+        self.range(io, Command::NBD_CMD_TRIM, 0, offset, len).await.map(drop)
     }
 
     async fn write_zeroes(&self, io: &Io<R>, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
-        if !self.remote.has(NBD_FLAG_SEND_WRITE_ZEROES) {
-            return Err(Errno::EOPNOTSUPP);
-        }
         let flags = if unmap { 0 } else { NBD_CMD_FLAG_NO_HOLE };
-        self.range(io, Command::NBD_CMD_WRITE_ZEROES, flags, offset, len).await
+        let flush = self.range(io, Command::NBD_CMD_WRITE_ZEROES, flags, offset, len).await?;
+        if flush { self.flush(io).await } else { Ok(()) }
     }
 }
 

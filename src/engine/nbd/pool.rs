@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -58,12 +59,13 @@ impl<R: Ring> Pool<R> {
             pool.users.set(pool.users.get() + 1);
             return pool;
         }
+        remote.pools.fetch_add(1, Ordering::Relaxed);
         let mut connections = Vec::new();
         for index in 0..remote.connections {
             match Self::place(core, remote, index == 0) {
                 Ok(place) => connections.push(place),
                 // With fewer, or none: then requests fail, and the log says why.
-                Err(error) => log::error!("{:?}: connection {index}: {error}", remote.address),
+                Err(error) => log::error!("{}: connection {index}: {error}", remote.label),
             }
         }
         let pool = Rc::new(Pool {
@@ -234,7 +236,7 @@ impl<R: Ring> Pool<R> {
             match Dial::start(self.remote.clone(), bell.clone(), pause, patience) {
                 Ok(dial) => break dial,
                 Err(error) => {
-                    log::error!("{:?}: no thread to connect: {error}", self.remote.address);
+                    log::error!("{}: no thread to connect: {error}", self.remote.label);
                     self.give_up_waiting(connection);
                     let timespec = Timespec::from(NO_THREAD_PAUSE);
                     io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;

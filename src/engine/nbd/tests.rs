@@ -122,7 +122,7 @@ fn the_geometry_is_what_the_server_says() {
     assert_eq!((geometry.bytes(), geometry.logical_block, geometry.physical_block), (9216, 1024, 4096));
     assert_eq!(geometry.io_min, 65536);
     assert!(geometry.read_only && !geometry.volatile_cache && geometry.discard.is_none());
-    assert_eq!(volume.remote.max_payload, 9216);
+    assert_eq!(volume.remote.max_payload(&blocks), 9216);
     let server_says = |change: &dyn Fn(&mut Manners)| {
         change(&mut server.shared.manners.lock().unwrap());
         NbdVolume::open(&config(&server.uri(), 0)).map(|(_, geometry)| geometry)
@@ -492,6 +492,116 @@ fn another_export_behind_the_address_is_refused() {
     server.listen();
     bench.until_back(&ops);
     bench.finish(ops);
+}
+
+struct Nobody;
+
+impl crate::engine::Exports for Nobody {
+    fn can_resize(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn resize(&self, _: u64) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn drain(&self) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_server_that_comes_back_with_more_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server =
+        Server::start(dir.path(), Manners { flags: ALL_FLAGS & !NBD_FLAG_SEND_FUA, ..manners() });
+    let volume = Volume::open("far", &VolumeConfig::Nbd(config(&server.uri(), 60))).unwrap();
+    let (to, told) = std::sync::mpsc::channel();
+    volume.tell_growth(to);
+    let crate::engine::volume::Store::Nbd(nbd) = &volume.store else { panic!("another store") };
+    let mut bench = Bench::new();
+    let ops = bench.attach(nbd);
+    bench.write(&ops, 0, &[1; 512], true).unwrap();
+    assert!(matches!(volume.refresh(false, &Nobody), Ok(same) if same.from == same.to));
+    assert!(matches!(volume.resize(8 << 20, true, &Nobody), Err(crate::engine::ResizeError::Fixed(_))));
+    server.crash();
+    server.grow(8 << 20);
+    {
+        let mut manners = server.shared.manners.lock().unwrap();
+        manners.flags = ALL_FLAGS | 0x4000;
+        manners.blocks = Blocks { minimum: 1, preferred: 65536, maximum: 4 << 20 };
+    }
+    server.listen();
+    assert_eq!(bench.read(&ops, 0, 512).unwrap(), [1; 512]);
+    assert_eq!(told.recv_timeout(LONG).as_deref(), Ok("far"));
+    assert_eq!(volume.geometry().bytes(), 4 << 20);
+    assert_eq!(volume.catch_up(&Nobody).unwrap().to, 8 << 20);
+    assert_eq!(volume.geometry().bytes(), 8 << 20);
+    bench.write(&ops, (8 << 20) - 512, &[2; 512], true).unwrap();
+    // What was taken is served from then on.
+    server.crash();
+    server.shared.manners.lock().unwrap().size = 4 << 20;
+    server.listen();
+    assert!(matches!(nbd.remote.connect(LONG), Err(Error::Changed(_))));
+    let refused = volume.refresh(false, &Nobody);
+    assert!(matches!(refused, Err(crate::engine::ResizeError::Shrinks { .. })), "{refused:?}");
+    assert_eq!(volume.refresh(true, &Nobody).unwrap().to, 4 << 20);
+    assert_eq!(bench.read(&ops, 0, 512).unwrap(), [1; 512]);
+    bench.finish(ops);
+}
+
+#[test]
+fn what_only_we_relied_on_may_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let ops = bench.attach(&opened(&server, 60).0);
+    bench.write(&ops, 0, &[1; 512], true).unwrap();
+    server.crash();
+    {
+        let mut manners = server.shared.manners.lock().unwrap();
+        manners.flags = ALL_FLAGS & !NBD_FLAG_SEND_FUA & !NBD_FLAG_SEND_WRITE_ZEROES;
+        manners.blocks.maximum = 70_000;
+        manners.structured = false;
+    }
+    server.listen();
+    let flushes = server.shared.flushes.load(SeqCst);
+    bench.write(&ops, 0, &[4; 1 << 20], true).unwrap();
+    assert_eq!(server.shared.flushes.load(SeqCst), flushes + 1, "FUA by one flush");
+    assert!(server.shared.stable.lock().unwrap()[..1 << 20] == [4; 1 << 20]);
+    assert!(server.shared.longest.load(SeqCst) <= 70_000);
+    assert!(bench.read(&ops, 0, 1 << 20).unwrap() == [4; 1 << 20]);
+    let user = ops.clone();
+    let answer = bench.run(|io| async move { user.write_zeroes(&io, 0, 512, true).await });
+    assert_eq!(answer, Err(Errno::EOPNOTSUPP), "the engine writes them");
+    bench.finish(ops);
+}
+
+/// Nobody was told of a cache, so nobody flushes it.
+#[test]
+fn a_cache_that_was_not_there_is_written_through() {
+    for fua in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let flags = ALL_FLAGS & !NBD_FLAG_SEND_FLUSH & !NBD_FLAG_SEND_FUA;
+        let mut server = Server::start(dir.path(), Manners { flags, ..manners() });
+        let (volume, geometry) = opened(&server, 60);
+        assert!(!geometry.volatile_cache);
+        let mut bench = Bench::new();
+        let ops = bench.attach(&volume);
+        bench.write(&ops, 0, &[1; 512], true).unwrap();
+        assert_eq!((bench.flush(&ops), server.shared.flushes.load(SeqCst)), (Ok(()), 0));
+        server.crash();
+        let flags = if fua { ALL_FLAGS } else { ALL_FLAGS & !NBD_FLAG_SEND_FUA };
+        server.shared.manners.lock().unwrap().flags = flags;
+        server.listen();
+        bench.write(&ops, 0, &[5; 512], false).unwrap();
+        assert_eq!(server.shared.stable.lock().unwrap()[..512], [5; 512]);
+        let user = ops.clone();
+        bench.run(|io| async move { user.write_zeroes(&io, 0, 512, true).await }).unwrap();
+        assert_eq!(server.shared.stable.lock().unwrap()[..512], [0; 512]);
+        assert_eq!(bench.flush(&ops), Ok(()));
+        bench.finish(ops);
+    }
 }
 
 #[test]

@@ -5,9 +5,9 @@ use crate::engine::{self, ResizeError, Volume};
 use crate::service::control::Refusal;
 use crate::service::exports::Export;
 use crate::service::status::Resized;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// The longest that a shrinking volume waits for requests which were admitted before. Shorter than the control API's
@@ -32,6 +32,34 @@ impl Shared {
         let resized =
             how(volume, &exports).map_err(|error| Refusal::Impossible(format!("volume {name}: {error}")))?;
         Ok(Resized { volume: name.into(), from_bytes: resized.from, size_bytes: resized.to })
+    }
+}
+
+/// How often a size that another change holds up is tried, a second apart.
+const CATCH_UP_TRIES: u32 = 60;
+
+/// Takes new sizes that stores tell of by themselves, for as long as there is a volume that may. `told` hears volumes' names.
+pub(super) fn follow_growth(shared: &Weak<Shared>, told: &Receiver<String>) {
+    while let Ok(name) = told.recv() {
+        for tries in 1.. {
+            let Some(shared) = shared.upgrade() else { return };
+            let mut under_way = false;
+            let result = shared.change_size(&name, |volume, exports| {
+                let result = volume.catch_up(exports);
+                under_way = matches!(result, Err(ResizeError::UnderWay));
+                result
+            });
+            drop(shared);
+            match result {
+                Err(_) if under_way && tries < CATCH_UP_TRIES => std::thread::sleep(SLACK),
+                // It has its own name in it.
+                Err(Refusal::Impossible(reason)) => {
+                    log::warn!("its store has grown, and its clients do not see it: {reason}");
+                    break;
+                }
+                _ => break,
+            }
+        }
     }
 }
 

@@ -145,6 +145,13 @@ impl Server {
         *self.shared.disk.lock().unwrap() = stable;
     }
 
+    /// Has a larger disk from now on.
+    pub fn grow(&self, size: usize) {
+        self.shared.disk.lock().unwrap().resize(size, 0);
+        self.shared.stable.lock().unwrap().resize(size, 0);
+        self.shared.manners.lock().unwrap().size = size as u64;
+    }
+
     /// Ends all connections that there are.
     pub fn hang_up(&self) {
         for stream in self.shared.open.lock().unwrap().drain(..) {
