@@ -19,6 +19,7 @@ mod scratch;
 mod store;
 mod target;
 
+use crate::ring;
 use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -120,7 +121,5 @@ impl ImageError {
 
 /// Runs one job on `tokio-uring`'s runtime, `path` being what it is about.
 fn run<T>(path: &Path, job: impl Future<Output = Result<T, ImageError>>) -> Result<T, ImageError> {
-    tokio_uring::Runtime::new(&tokio_uring::builder())
-        .map_err(ImageError::system("start io_uring for", path))?
-        .block_on(job)
+    ring::runtime().map_err(ImageError::system("work on", path))?.block_on(job)
 }

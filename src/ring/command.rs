@@ -2,6 +2,7 @@
 //!
 //! Not for data: a worker's ring has 64-byte entries, which hold 16 bytes of command.
 
+use super::refused::{explain, locked};
 use io_uring::{IoUring, opcode, squeue, types};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -9,6 +10,9 @@ use std::time::Duration;
 
 /// How often a caller that waits is asked whether it still wants to.
 const TICK: Duration = Duration::from_millis(100);
+
+/// One command at a time.
+const ENTRIES: u32 = 4;
 
 /// An io_uring with 128-byte entries (`IORING_SETUP_SQE128`). Dropping it cancels what it still has in flight.
 pub struct CommandRing {
@@ -23,7 +27,9 @@ impl CommandRing {
     /// # Errors
     /// The kernel's, as for [`Uring::new`](super::Uring::new).
     pub fn new() -> io::Result<CommandRing> {
-        Ok(CommandRing { ring: IoUring::builder().dontfork().build(4)?, count: 0 })
+        let made = IoUring::builder().dontfork().build(ENTRIES);
+        let ring = made.map_err(|error| explain(&error, 2 * locked(ENTRIES, 2 * ENTRIES)))?;
+        Ok(CommandRing { ring, count: 0 })
     }
 
     /// Gives `file` the command `op` with the 80 bytes that `command` makes from the address of `payload`,

@@ -21,6 +21,8 @@ mod fair;
 mod file_size;
 mod flusher;
 mod pool;
+mod refused;
+mod runtime;
 mod signal;
 mod sqe;
 mod task;
@@ -34,6 +36,7 @@ pub use flusher::set_io_flusher;
 /// A time for [`Sqe::Timeout`].
 pub use io_uring::types::Timespec;
 pub use pool::{Buffer, Pool};
+pub use runtime::runtime;
 pub use signal::EventSignal;
 pub use sqe::{Cqe, Kind, Sqe, Target, UserData};
 pub use task::Tasks;

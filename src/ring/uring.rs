@@ -1,5 +1,7 @@
 //! The kernel's ring.
 
+use super::refused::{explain, locked};
+use super::runtime::usable;
 use super::{Cqe, Ring, Sqe, Target, UserData};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::cell::{Cell, RefCell};
@@ -43,9 +45,13 @@ impl Uring {
     /// Makes a ring for the calling thread.
     ///
     /// # Errors
-    /// The kernel's: `ENOSYS` or `EPERM` where io_uring is missing or forbidden, `EINVAL` before Linux 6.1,
-    /// `ENOMEM` where the locked-memory limit is too low.
+    /// The kernel's, with the cause and the way out: io_uring is missing or forbidden, the kernel is older than 6.1, the
+    /// limit on locked memory or on open files is too low.
     pub fn new(setup: Setup) -> io::Result<Uring> {
+        Uring::made(setup).map_err(|error| explain(&error, locked(setup.entries, setup.completions)))
+    }
+
+    fn made(setup: Setup) -> io::Result<Uring> {
         // DEFER_TASKRUN delivers completions in batches on our own enter; with it the kernel says through
         // TASKRUN_FLAG when an enter that does not wait would still bring some.
         let ring = IoUring::builder()
@@ -56,6 +62,7 @@ impl Uring {
             .setup_cqsize(setup.completions)
             .dontfork()
             .build(setup.entries)?;
+        usable(&ring)?;
         if setup.files > 0 {
             ring.submitter().register_files_sparse(setup.files)?;
         }

@@ -93,12 +93,7 @@ fn io_uring(kernel: &str, ring: Result<(), String>) -> Group {
             reason: (!available).then(|| format!("came with Linux {}.{}", since.0, since.1)),
         }
     }));
-    let reason = ring.err().map(|error| {
-        format!(
-            "no ring for a worker: {error}. Linux 6.1 or later is needed, a limit on locked memory that is \
-             not tiny (ulimit -l), and 0 in /proc/sys/kernel/io_uring_disabled"
-        )
-    });
+    let reason = ring.err().map(|error| format!("no ring for a worker: {error}"));
     Group { available: working, reason, features }
 }
 

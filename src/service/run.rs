@@ -3,6 +3,7 @@
 
 mod managed;
 mod resize;
+mod signals;
 
 use super::config::{Config, ConfigError};
 use super::control;
@@ -16,7 +17,10 @@ use crate::block::Errno;
 use crate::engine::{OpenError, Volume};
 use crate::frontend::ublk::StableName;
 use crate::frontend::vhost_user::budget::MemoryBudget;
+use crate::ring;
 use crate::worker::{Habits, Lent, Link, Worker};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signals::Signals;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,7 +28,6 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Notify, oneshot};
 
 /// Why a service did not start, or did not end as it should.
@@ -77,13 +80,15 @@ pub enum Error {
     },
 }
 
-/// Serves `config` until told to stop: by SIGTERM, SIGINT or the control API.
+/// Serves `config` until told to stop: by SIGTERM, SIGINT or the control API. Further requests change nothing, but for a
+/// second signal after a moment: it gives up on what is in flight.
 ///
 /// # Errors
 /// When it cannot be served whole, in which case nothing is left behind; or when it could not be stopped
 /// cleanly.
 pub fn run(config: Config) -> Result<(), Error> {
-    let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).map_err(Error::Control)?;
+    raise_open_files();
+    let runtime = ring::runtime().map_err(Error::Control)?;
     // Signals first: from here on one asks for a clean end, whatever is being made.
     let signals = runtime.block_on(async { Signals::new() }).map_err(Error::Control)?;
     let service = Service::start(&config)?;
@@ -93,25 +98,13 @@ pub fn run(config: Config) -> Result<(), Error> {
     result
 }
 
-/// What ends a service from outside.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Signals> {
-        Ok(Signals {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
+/// Each export and each of its queues takes descriptors, and so do the regions of its VMM's memory: as many as we may have.
+fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+    {
+        log::warn!("the limit on open files (ulimit -n) stays at {:?}: {error}", limit.current);
     }
 }
 
@@ -132,6 +125,10 @@ struct Shared {
     lent: Vec<Lent>,
     volume_status: Vec<VolumeStatus>,
     workers: Mutex<Vec<Worker>>,
+    /// Ways to them.
+    links: Vec<Link>,
+    /// The last flushes are under way.
+    flushing: AtomicBool,
     placement: Placement,
     sandbox: SandboxStatus,
     stopping: AtomicBool,
@@ -192,6 +189,8 @@ impl Service {
                 .collect(),
             lent: volumes.values().map(|volume| Lent::new(volume.clone(), 1)).collect(),
             volumes,
+            links: workers.iter().map(|worker| worker.link().clone()).collect(),
+            flushing: AtomicBool::new(false),
             workers: Mutex::new(workers),
             placement,
             sandbox,
@@ -222,10 +221,10 @@ impl Service {
             // An error is the sender's being dropped, which says the same.
             let _ = all_gone.await;
         }));
-        tokio::select! {
-            () = signals.next() => {}
-            () = shared.stop.notified() => {}
-        }
+        let mut signalled = tokio::select! {
+            () = signals.next() => true,
+            () = shared.stop.notified() => false,
+        };
         shared.stopping.store(true, Ordering::Relaxed);
         let farewell = *lock(&shared.farewell).get_or_insert(Farewell::Stop);
         log::info!("stopping: waiting for requests in flight");
@@ -243,17 +242,29 @@ impl Service {
                 tokio::time::sleep(HELD_UP_EVERY).await;
             }
         };
-        let result = tokio::select! {
-            () = held_up => unreachable!("it goes on for ever"),
-            result = &mut finished => result.unwrap_or(Ok(())),
-            () = signals.next() => {
-                let left = shared.left();
-                log::warn!("giving up on what is in flight: {left}");
-                lock(&shared.workers).iter().for_each(|worker| worker.link().abandon());
-                // A ublk device keeps the process until its requests are answered, if only with an error.
-                let _ = tokio::time::timeout(ABANDON_LIMIT, finished).await;
-                Err(Error::Abandoned(left))
+        tokio::pin!(held_up);
+        let result = loop {
+            tokio::select! {
+                () = &mut held_up => unreachable!("it goes on for ever"),
+                result = &mut finished => break result.unwrap_or(Ok(())),
+                () = signals.next() => {}
             }
+            // systemd sends its own when the command that asked for a hand-over has taken too long.
+            if !std::mem::replace(&mut signalled, true) {
+                log::info!("stopping already: one more signal gives up on what is in flight");
+                continue;
+            }
+            let asked = shared.clone();
+            let left = tokio::task::spawn_blocking(move || asked.in_flight()).await.unwrap_or_default();
+            let Some(left) = left else {
+                log::info!("stopping already, and nothing is in flight that could be given up");
+                continue;
+            };
+            log::warn!("giving up on what is in flight: {left}");
+            shared.links.iter().for_each(Link::abandon);
+            // A ublk device keeps the process until its requests are answered, if only with an error.
+            let _ = tokio::time::timeout(ABANDON_LIMIT, finished).await;
+            break Err(Error::Abandoned(left));
         };
         drop(gone);
         match answering.await {
@@ -276,8 +287,7 @@ impl Shared {
         endpoints: Vec<Endpoint>,
         memory: &Arc<MemoryBudget>,
     ) -> Result<(), Error> {
-        let links: Vec<Link> = lock(&self.workers).iter().map(|worker| worker.link().clone()).collect();
-        let links = |on: &[usize]| on.iter().map(|worker| links[*worker].clone()).collect::<Vec<_>>();
+        let links = |on: &[usize]| on.iter().map(|worker| self.links[*worker].clone()).collect::<Vec<_>>();
         for ((export, endpoint), (queues, on)) in
             config.vhost_user.iter().zip(endpoints).zip(&self.placement.vhost_user)
         {
@@ -312,9 +322,8 @@ impl Shared {
 
     /// Ways to the workers that may have requests to a volume, and to no others: those may be held up by theirs.
     fn links_of(&self, volume: &Volume) -> Vec<Link> {
-        let workers = lock(&self.workers);
         let serving = self.placement.serving(volume.name());
-        serving.filter_map(|number| workers.get(number)).map(|worker| worker.link().clone()).collect()
+        serving.filter_map(|number| self.links.get(number)).cloned().collect()
     }
 
     /// Ends every export, flushes every volume, ends the workers.
@@ -331,6 +340,7 @@ impl Shared {
                 left.push(format!("{name}: {abandoned}"));
             }
         }
+        *lock(&self.leaving) = None;
         let mut result = Ok(());
         let deadline = deadline.max(Instant::now() + FLUSH_LEAST);
         let written = |of: &Volume| !of.geometry().read_only && of.geometry().volatile_cache;
@@ -339,6 +349,7 @@ impl Shared {
             let link = self.links_of(&lent.volume).into_iter().next()?;
             Some((lent.volume.name(), link.flush(lent.clone(), STORE_LIMIT)))
         });
+        self.flushing.store(true, Ordering::Relaxed);
         // All at once: one that hangs takes no time from the others.
         for (name, answer) in flushes.collect::<Vec<_>>() {
             // A flush without an answer is a flush that failed: what was acknowledged may not be on stable storage.
@@ -348,6 +359,7 @@ impl Shared {
                 result = Err(Error::Flush { name: name.into(), source });
             }
         }
+        self.flushing.store(false, Ordering::Relaxed);
         if !left.is_empty() {
             return Err(Error::Abandoned(left.join("; ")));
         }
@@ -362,15 +374,33 @@ impl Shared {
         result
     }
 
-    /// What a stop still waits for.
-    fn left(&self) -> String {
+    /// What a stop waits for that could be given up: requests, or the last flushes. `None` where it is only a matter of
+    /// time. Waits a moment for the workers, one that does not answer being in a call that a store holds up.
+    fn in_flight(&self) -> Option<String> {
+        if self.flushing.load(Ordering::Relaxed) {
+            return Some("the last flush".into());
+        }
+        // Taken out in a statement of its own: no lock is held while we wait.
+        let leaving = lock(&self.leaving).clone();
         let waiting = lock(&self.exports).iter().map(|export| export.status().name()).collect::<Vec<_>>();
-        lock(&self.leaving).iter().cloned().chain(waiting).collect::<Vec<_>>().join(", ")
+        let names = leaving.into_iter().chain(waiting).collect::<Vec<_>>();
+        if names.is_empty() {
+            return None;
+        }
+        let answers: Vec<_> = self.links.iter().map(Link::busy).collect();
+        let deadline = Instant::now() + BUSY_LIMIT;
+        let busy = answers.into_iter().map(|answer| {
+            answer.recv_timeout(deadline.saturating_duration_since(Instant::now())).unwrap_or(1)
+        });
+        (busy.sum::<usize>() > 0).then(|| names.join(", "))
     }
 }
 
 /// Between two lines about requests that a stop waits for because the store failed.
 const HELD_UP_EVERY: Duration = Duration::from_secs(5);
+
+/// For a worker to say how many requests it has.
+const BUSY_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long requests that were given up may take to fail.
 const ABANDON_LIMIT: Duration = Duration::from_secs(5);

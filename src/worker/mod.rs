@@ -71,6 +71,7 @@ enum Command {
     CallVring { id: VringId, call: Option<vhost_user::CallFd>, reply: Reply<()> },
     Flush { lent: Lent, limit: Duration, reply: Reply<Result<(), Errno>> },
     Drain { volume: Arc<Volume>, limit: Duration, reply: Reply<bool> },
+    Busy { reply: Reply<usize> },
     Abandon,
     Quit,
 }
@@ -212,6 +213,13 @@ impl Link {
     pub fn drain(&self, volume: Arc<Volume>, limit: Duration) -> Receiver<bool> {
         let (reply, answer) = Reply::pair();
         self.mailbox.post(Command::Drain { volume, limit, reply });
+        answer
+    }
+
+    /// What it returns hears how many requests are in flight there.
+    pub fn busy(&self) -> Receiver<usize> {
+        let (reply, answer) = Reply::pair();
+        self.mailbox.post(Command::Busy { reply });
         answer
     }
 

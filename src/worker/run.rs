@@ -254,6 +254,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                 }
                 Command::Flush { lent, limit, reply } => self.flush(lent, limit, reply),
                 Command::Drain { volume, limit, reply } => self.drain(&volume, limit, reply),
+                Command::Busy { reply } => reply.send(self.watchdog.busy()),
                 Command::Abandon => {
                     self.attached.iter().for_each(|(_, attached)| attached.abandon());
                 }

@@ -57,6 +57,11 @@ impl Watchdog {
         Rc::new(Watch { busy: self.busy.clone(), ..Watch::default() })
     }
 
+    /// Requests under way.
+    pub fn busy(&self) -> usize {
+        self.busy.get()
+    }
+
     /// Sets the timer if there is something to watch. Before each `enter`; costs a comparison when there is not.
     pub fn arm<R: Ring>(&self, ring: &R) {
         if self.busy.get() == 0 || self.armed.get() || self.limit.is_zero() {
