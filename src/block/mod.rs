@@ -10,6 +10,7 @@ mod format;
 mod geometry;
 mod instance;
 mod iovec;
+mod limit;
 mod request;
 mod size;
 
@@ -21,6 +22,7 @@ pub use format::Format;
 pub use geometry::{DiscardLimits, Geometry, GeometryError};
 pub use instance::Instance;
 pub use iovec::Iovec;
+pub use limit::limit_behind;
 pub use request::{Flags, Op, Outline, Request};
 pub use size::{ParseSizeError, Size};
 

@@ -20,16 +20,23 @@ pub enum Op {
     WriteZeroes,
 }
 
-/// For messages.
-impl fmt::Display for Op {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Op {
+    /// For messages.
+    pub const fn name(self) -> &'static str {
+        match self {
             Op::Read => "read",
             Op::Write => "write",
             Op::Flush => "flush",
             Op::Discard => "discard",
             Op::WriteZeroes => "write-zeroes",
-        })
+        }
+    }
+}
+
+/// For messages.
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -39,6 +46,13 @@ pub struct Outline {
     op: Op,
     sector: u64,
     sectors: u32,
+}
+
+impl Outline {
+    /// What it does, in a word.
+    pub const fn name(&self) -> &'static str {
+        self.op.name()
+    }
 }
 
 impl fmt::Display for Outline {

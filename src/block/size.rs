@@ -19,7 +19,9 @@ pub struct Size(pub u64);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseSizeError {
     /// Nothing, a sign, a fraction or an unknown suffix.
-    #[error("\"{0}\" is not a size: write a whole number of bytes, with K, M, G or T for binary multiples")]
+    #[error(
+        "\"{0}\" is not a size: write a whole number of bytes, with K, M, G, T, P or E for binary multiples"
+    )]
     Syntax(String),
     /// The number does not fit in 64 bits.
     #[error("\"{0}\" is more bytes than 64 bits can count")]
@@ -27,7 +29,7 @@ pub enum ParseSizeError {
 }
 
 /// Suffix and power of two, largest first.
-const UNITS: [(char, u32); 4] = [('T', 40), ('G', 30), ('M', 20), ('K', 10)];
+const UNITS: [(char, u32); 6] = [('E', 60), ('P', 50), ('T', 40), ('G', 30), ('M', 20), ('K', 10)];
 
 impl Size {
     /// The number of bytes.
@@ -54,7 +56,7 @@ impl Size {
 impl FromStr for Size {
     type Err = ParseSizeError;
 
-    /// Reads `NUMBER[K|M|G|T][iB]`, letters in either case.
+    /// Reads `NUMBER[K|M|G|T|P|E][iB]`, letters in either case.
     fn from_str(text: &str) -> Result<Size, ParseSizeError> {
         let syntax = || ParseSizeError::Syntax(text.to_owned());
         let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();

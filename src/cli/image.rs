@@ -25,7 +25,7 @@ pub(super) enum Command {
 pub(super) struct CreateArgs {
     /// The new image; must not exist
     file: PathBuf,
-    /// Its size, a multiple of 512 bytes; takes K, M, G and T
+    /// Its size, a multiple of 512 bytes; takes K, M, G, T, P and E
     size: Size,
     /// Reserve all the space on disk now
     #[arg(long)]

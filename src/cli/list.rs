@@ -10,7 +10,7 @@ use crate::block::Size;
 use crate::service::client::{Client, ClientError};
 use crate::service::config::DEFAULT_CONTROL;
 use crate::service::leftovers::{self, Fate, Leftover};
-use crate::service::status::{ExportStatus, Status};
+use crate::service::status::{ExportStatus, Status, VolumeStatus};
 
 /// List the volumes and exports of a running service.
 ///
@@ -26,7 +26,7 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     /// The control socket of the service
-    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL)]
+    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL, value_parser = super::control_socket)]
     control: PathBuf,
 }
 
@@ -53,7 +53,8 @@ struct LeftBehind<'a> {
 }
 
 fn render(status: &Status) -> String {
-    let mut volumes = vec![["VOLUME", "DRIVER", "SIZE", "BLOCK", "MODE", "TARGET"].map(String::from)];
+    let mut volumes =
+        vec![["VOLUME", "DRIVER", "SIZE", "BLOCK", "MODE", "TARGET", "STATE"].map(String::from)];
     for volume in &status.volumes {
         volumes.push([
             volume.name.clone(),
@@ -62,6 +63,7 @@ fn render(status: &Status) -> String {
             volume.block_size.to_string(),
             mode(volume.read_only),
             volume.target.clone(),
+            state(volume),
         ]);
     }
     let mut exports = vec![["EXPORT", "VOLUME", "QUEUES", "WORKERS", "MODE", "STATE"].map(String::from)];
@@ -74,9 +76,10 @@ fn render(status: &Status) -> String {
                 (format!("{} x {}", ublk.queues, ublk.depth), ublk.read_only, ublk.workers, state)
             }
             ExportStatus::VhostUser(vhost_user) => {
-                let state = match vhost_user.connected {
-                    true => "connected",
-                    false => "waiting for a VMM",
+                let state = match (vhost_user.connected, vhost_user.vmm_waiting) {
+                    (true, true) => "connected, and another VMM waits",
+                    (true, false) => "connected",
+                    (false, _) => "waiting for a VMM",
                 };
                 let queues = format!("{} x {}", vhost_user.queues, vhost_user.queue_size);
                 (queues, vhost_user.read_only, vhost_user.workers, state.to_owned())
@@ -92,6 +95,20 @@ fn render(status: &Status) -> String {
         table(&volumes),
         table(&exports)
     )
+}
+
+/// What a volume's requests are at.
+fn state(volume: &VolumeStatus) -> String {
+    let VolumeStatus { name, paused, waiting, .. } = volume;
+    let requests = match waiting {
+        1 => "1 request".to_owned(),
+        count => format!("{count} requests"),
+    };
+    match (paused, waiting) {
+        (true, _) => format!("its store failed: {requests} until `ringblk resume {name}`"),
+        (false, 0) => "ok".into(),
+        (false, _) => format!("its store fails: {requests} tried again"),
+    }
 }
 
 fn mode(read_only: bool) -> String {
@@ -134,14 +151,32 @@ mod tests {
         let expected = "\
 ringblk 0.1.0, pid 42, workers 2
 
-VOLUME  DRIVER  SIZE      BLOCK  MODE  TARGET
-root    file    1.00 GiB  512    rw    /srv/root.img
+VOLUME  DRIVER  SIZE      BLOCK  MODE  TARGET         STATE
+root    file    1.00 GiB  512    rw    /srv/root.img  its store failed: 3 requests until `ringblk resume root`
 
 EXPORT                             VOLUME  QUEUES   WORKERS  MODE  STATE
 ublk:root                          root    2 x 128  shared   rw    /dev/ringblk/root -> /dev/ublkb0, zero copy
 vhost-user:/run/ringblk/root.sock  root    2 x 256  1 own    ro    waiting for a VMM
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn what_waits_is_told() {
+        let mut status = sample();
+        let mut states = |paused, waiting, connected, vmm_waiting| {
+            let volume = &mut status.volumes[0];
+            (volume.paused, volume.waiting) = (paused, waiting);
+            if let ExportStatus::VhostUser(export) = &mut status.exports[1] {
+                (export.connected, export.vmm_waiting) = (connected, vmm_waiting);
+            }
+            render(&status)
+        };
+        let text = states(false, 0, true, false);
+        assert!(text.contains("root.img  ok\n") && text.contains("ro    connected\n"), "{text}");
+        let text = states(false, 1, true, true);
+        assert!(text.contains("its store fails: 1 request tried again"), "{text}");
+        assert!(text.contains("connected, and another VMM waits"), "{text}");
     }
 
     #[test]

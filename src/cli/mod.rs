@@ -15,8 +15,11 @@ mod stop;
 
 use std::error::Error;
 use std::fmt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
+use crate::block::{Errno, limit_behind};
+use crate::frontend::vhost_user::options::VhostUserConfig;
 use clap::{ArgAction, Parser, Subcommand};
 
 /// A block device service: one storage engine behind ublk disks and vhost-user-blk sockets.
@@ -79,6 +82,13 @@ impl Cli {
     }
 }
 
+/// Where a service is asked: the path of a socket.
+fn control_socket(text: &str) -> Result<PathBuf, String> {
+    // The rules of a vhost-user socket's path are those of any socket's.
+    VhostUserConfig::new("", text).check().map_err(|(_, reason)| reason)?;
+    Ok(text.into())
+}
+
 /// Why a command did not succeed.
 #[derive(Debug)]
 pub struct Failure {
@@ -103,10 +113,20 @@ impl Failure {
     }
 }
 
-/// The error and its causes, in one line, each said once.
+/// The number of the first error of the system among an error and its causes.
+fn number(error: &(dyn Error + 'static)) -> Option<Errno> {
+    let errors = std::iter::successors(Some(error), |error| error.source());
+    errors.filter_map(|error| error.downcast_ref::<std::io::Error>()?.raw_os_error()).map(Errno::new).next()
+}
+
+/// The error and its causes, in one line, each said once, with the limit that is behind them.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        crate::block::Causes(&*self.cause).fmt(f)
+        crate::block::Causes(&*self.cause).fmt(f)?;
+        match number(&*self.cause).and_then(limit_behind) {
+            Some(limit) => write!(f, ": {limit}"),
+            None => Ok(()),
+        }
     }
 }
 

@@ -20,6 +20,8 @@ pub(super) struct Args {
     /// Names of volumes, or paths of their disks
     #[arg(value_name = "NAME|DEVICE", required_unless_present = "all_dead")]
     disks: Vec<String>,
+    #[arg(long, hide = true, value_name = "SOCKET")]
+    control: Option<String>,
     /// Every disk of ringblk's that nobody serves
     #[arg(long, conflicts_with = "disks")]
     all_dead: bool,
@@ -39,6 +41,12 @@ impl Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
+    if args.control.is_some() {
+        return Err(Failure::usage(
+            "remove asks no service, and takes no --control: it gives up disks of this host whose service is dead. \
+             `ringblk stop --control` ends one that runs, with its disks",
+        ));
+    }
     for which in args.which() {
         for gone in leftovers::remove(&which).map_err(Failure::failed)? {
             output::print(&format!("removed {}\n", gone.display()))?;
@@ -68,5 +76,12 @@ mod tests {
         assert_eq!(which(&["--all-dead"]), Some(vec![Which::AllDead]));
         assert_eq!(which(&["--all-dead", "root"]), None);
         assert_eq!(which(&[]), None);
+    }
+
+    #[test]
+    fn there_is_no_service_to_be_asked() {
+        let line = Line::try_parse_from(["remove", "root", "--control", "/run/x"]).unwrap();
+        let failure = run(&line.args).unwrap_err();
+        assert!(failure.status == 2 && failure.to_string().contains("takes no --control"), "{failure}");
     }
 }

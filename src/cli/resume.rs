@@ -26,7 +26,7 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     /// The control socket of the service
-    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL)]
+    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL, value_parser = super::control_socket)]
     control: PathBuf,
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use super::{Failure, output};
 use crate::service;
 use crate::service::config::{Config, ConfigError, DEFAULT_CONTROL, Loader};
+use crate::service::preflight;
 use crate::service::sandbox::Mode;
 
 const HELP: &str = "\
@@ -40,7 +41,7 @@ Options of --vhost-user:
 Each export shares the service's workers, or has workers=N of its own, which
 serve no other export: what its store or its guest holds up, others do not notice.
 
-Sizes take K, M, G and T (binary). A comma inside a value is written \",,\".
+Sizes take K, M, G, T, P and E (binary). A comma inside a value is written \",,\".
 
 Examples:
   ringblk serve --volume root=file:/srv/root.img --ublk root
@@ -89,7 +90,8 @@ pub(super) struct Args {
     /// refused are only logged by the kernel [default: on]
     #[arg(long, value_name = "on|off|log")]
     sandbox: Option<Mode>,
-    /// Check the configuration, print what would be served, and create nothing
+    /// Check the configuration, print what would be served, and look whether images, directories, users and addresses are
+    /// there; create nothing
     #[arg(long)]
     check: bool,
 }
@@ -97,7 +99,14 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let config = load(args).map_err(Failure::usage)?;
     if args.check {
-        return output::print(&config.to_string());
+        output::print(&config.to_string())?;
+        preflight::warnings(&config).iter().for_each(|warning| log::warn!("{warning}"));
+        let problems = preflight::problems(&config);
+        return if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Failure::failed(problems.join("\nringblk: error: ")))
+        };
     }
     service::run(config).map_err(Failure::failed)
 }
@@ -183,6 +192,16 @@ mod tests {
 
     #[test]
     fn a_check_of_a_good_one_succeeds() {
-        run(&args("serve --volume a=null:1G --ublk a --check")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let good = format!("serve --volume a=null:1G --ublk a --check --control {}/c", dir.path().display());
+        run(&args(&good)).unwrap();
+    }
+
+    #[test]
+    fn a_check_fails_where_something_is_missing() {
+        let line = "serve --volume a=file:/no/such/image --vhost-user a=/no/such/a.sock --check --control /no/such/c";
+        let failure = run(&args(line)).unwrap_err();
+        let text = failure.to_string();
+        assert_eq!((failure.status, text.matches("/no/such").count()), (1, 3), "{text}");
     }
 }

@@ -23,7 +23,7 @@ pub(super) struct Args {
     #[arg(long)]
     hand_over: bool,
     /// The control socket of the service
-    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL)]
+    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL, value_parser = super::control_socket)]
     control: PathBuf,
     /// The longest time to wait; 0 does not wait
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]

@@ -9,6 +9,7 @@ use super::nbd::NbdOps;
 use super::null::Null;
 use super::policy::Policy;
 use crate::block::{Data, Errno, Geometry};
+use crate::log_limit::LogLimit;
 use crate::ring::{Io, Ring};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +33,11 @@ pub(super) enum Ops<R: Ring> {
 impl<R: Ring> Attached<R> {
     pub(super) fn new(geometry: Geometry, ops: Ops<R>, policy: Arc<Policy>) -> Attached<R> {
         Attached { geometry, ops, grace: Grace::default(), policy }
+    }
+
+    /// For lines that its clients bring about.
+    pub fn log(&self) -> &LogLimit {
+        self.policy.log()
     }
 
     /// Name of the volume.

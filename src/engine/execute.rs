@@ -40,17 +40,30 @@ pub async fn execute<R: Ring>(
     };
     match result {
         Err(errno) if policy.covers(errno) => Box::pin(change_again(volume, io, request, errno)).await?,
-        other => other?,
+        other => reported(volume, io, request, other)?,
     }
     if syncs(volume, request) {
         match flush(volume, io, flusher, request).await {
             Err(errno) if policy.covers(errno) && volume.may_flush_again(errno) => {
                 Box::pin(flush_again(volume, io, flusher, request, errno)).await?;
             }
-            other => other?,
+            other => reported(volume, io, request, other)?,
         }
     }
-    if request.flags.fua { volume.vouch(io, lost_before).await } else { Ok(()) }
+    if !request.flags.fua {
+        return Ok(());
+    }
+    reported(volume, io, request, volume.vouch(io, lost_before).await)
+}
+
+/// Leaves a line in the log where the store failed.
+fn reported<R: Ring>(
+    volume: &Attached<R>,
+    io: &Io<R>,
+    request: &Request<'_>,
+    result: Result<(), Errno>,
+) -> Result<(), Errno> {
+    result.inspect_err(|errno| volume.policy().report(What::of(request, io), *errno))
 }
 
 /// The flush that a request ends with.
@@ -122,7 +135,7 @@ async fn change_again<R: Ring>(
         admit(volume, request)?;
         match change(volume, io, request).await {
             Err(again) if policy.covers(again) => errno = again,
-            other => return other,
+            other => return reported(volume, io, request, other),
         }
     }
 }
@@ -140,7 +153,7 @@ async fn flush_again<R: Ring>(
         policy.failed(io, what, errno, &mut attempts).await?;
         match flush(volume, io, flusher, request).await {
             Err(again) if policy.covers(again) && volume.may_flush_again(again) => errno = again,
-            other => return other,
+            other => return reported(volume, io, request, other),
         }
     }
 }

@@ -22,10 +22,10 @@ mod gate;
 mod what;
 
 use super::config::{OnError, PolicyConfig};
-use crate::block::Errno;
+use crate::block::{Errno, limit_behind};
+use crate::log_limit::LogLimit;
 use crate::ring::{Io, Ring};
 use gate::{Gate, Verdict};
-use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
@@ -38,9 +38,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause: well below what a service that gives up waits for its requests.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// Between two lines about attempts that fail, of one volume.
-const QUIET: Duration = Duration::from_secs(5);
-
 /// What becomes of the requests of one volume that fail.
 pub(super) struct Policy {
     volume: String,
@@ -51,6 +48,8 @@ pub(super) struct Policy {
     /// Nothing waits any more.
     abandoned: AtomicBool,
     state: Mutex<State>,
+    /// For lines about requests: their clients bring them about.
+    log: LogLimit,
 }
 
 #[derive(Default)]
@@ -59,7 +58,6 @@ struct State {
     gate: Option<Arc<Gate>>,
     /// Every request that waits, for either reason.
     waiting: Vec<Waiting>,
-    told: Option<Instant>,
 }
 
 struct Waiting {
@@ -106,6 +104,22 @@ impl Policy {
             stopped: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
             state: Mutex::default(),
+            log: LogLimit::new(format!("volume {volume}")),
+        }
+    }
+
+    /// For lines about requests to the volume.
+    pub fn log(&self) -> &LogLimit {
+        &self.log
+    }
+
+    /// An error of the store that its client is told of leaves a line, whatever the policy. Not those that are no doing of
+    /// the store's: memory that the client does not have, a queue that stops.
+    #[cold]
+    pub fn report(&self, what: What, errno: Errno) {
+        if !matches!(errno, Errno::EFAULT | Errno::ERESTART) {
+            let limit = limit_behind(errno).map_or(String::new(), |limit| format!(" ({limit})"));
+            self.log.warn(what.name(), format_args!("{what}: {errno}{limit}"));
         }
     }
 
@@ -179,11 +193,13 @@ impl Policy {
         // The clock may stand still where it is a test's; the pauses do not.
         let left = self.patience.saturating_sub(attempts.begun.elapsed().max(attempts.paused));
         if left.is_zero() {
-            self.tell(format_args!("{what}: {errno}: given up after {} attempts", attempts.count));
+            let count = attempts.count;
+            self.log.warn("given up", format_args!("{what}: {errno}: given up after {count} attempts"));
             return Err(errno);
         }
         let pause = attempts.pause.min(left);
-        self.tell(format_args!("{what}: {errno}: it is tried again for {} s", left.as_secs_f32().ceil()));
+        let seconds = left.as_secs_f32().ceil();
+        self.log.warn("again", format_args!("{what}: {errno}: it is tried again for {seconds} s"));
         {
             let _waits = self.enlist(&mut self.lock(), io, what, errno, false);
             io.rest_for(pause).await;
@@ -283,15 +299,6 @@ impl Policy {
         let (thread, slot) = (thread::current().id(), io.slot());
         state.waiting.push(Waiting { thread, slot, what, for_resume, errno });
         Waits { policy: self, thread, slot }
-    }
-
-    /// A line about attempts, unless there was one just now.
-    fn tell(&self, message: fmt::Arguments<'_>) {
-        let mut state = self.lock();
-        if state.told.is_none_or(|told| told.elapsed() >= QUIET) {
-            state.told = Some(Instant::now());
-            log::warn!("volume {}: {message}", self.volume);
-        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+use super::config::DEFAULT_CONTROL;
 use super::socket::is_served;
 use super::status::{ApiError, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, Stopping};
 
@@ -32,8 +33,11 @@ const STOP_REST: Duration = Duration::from_millis(50);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens on the control socket.
-    #[error("no ringblk is serving at {}", .0.display())]
+    #[error("no ringblk is serving at {}{}", .0.display(), elsewhere(.0))]
     NotRunning(PathBuf),
+    /// The control socket is somebody else's.
+    #[error("you may not ask the service at {}: only root and the user who runs it may", .0.display())]
+    Denied(PathBuf),
     /// The socket could not be used.
     #[error("cannot reach the service at {}", path.display())]
     Connect {
@@ -162,6 +166,7 @@ impl Client {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
                 ClientError::NotRunning(self.path.clone())
             }
+            io::ErrorKind::PermissionDenied => ClientError::Denied(self.path.clone()),
             _ => ClientError::Connect { path: self.path.clone(), source },
         })?;
         let (status, body) =
@@ -200,6 +205,11 @@ impl Client {
     fn protocol(&self, source: Box<dyn Error + Send + Sync>) -> ClientError {
         ClientError::Protocol { path: self.path.clone(), source }
     }
+}
+
+/// For whoever did not say where.
+fn elsewhere(path: &Path) -> &'static str {
+    if path == Path::new(DEFAULT_CONTROL) { " (--control SOCKET asks one elsewhere)" } else { "" }
 }
 
 /// Where a volume is asked for `what`. A name that would need escapes in a path is no volume's.

@@ -26,6 +26,7 @@ use tokio::time::{sleep, timeout};
 
 use super::socket::SocketFile;
 use super::status::{Refresh, Resize, Resized, Resume, Resumed, Status, Stop};
+use crate::log_limit::LogLimit;
 
 /// Clients served at the same time.
 pub const MAX_CONNECTIONS: u32 = 16;
@@ -105,35 +106,48 @@ pub async fn serve(
 }
 
 async fn accept(listener: UnixListener, managed: Arc<dyn Managed>, connections: Arc<Semaphore>) {
+    let log = Arc::new(LogLimit::new("control"));
     // The semaphore is never closed, so the loop runs until the task is aborted.
     while let Ok(permit) = Arc::clone(&connections).acquire_owned().await {
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::task::spawn_local(connection(stream, Arc::clone(&managed), permit));
+                tokio::task::spawn_local(connection(stream, Arc::clone(&managed), Arc::clone(&log), permit));
             }
             Err(error) => {
-                log::warn!("control: cannot accept a connection: {error}");
+                log.warn("accept", format_args!("cannot accept a connection: {error}"));
                 sleep(ACCEPT_REST).await;
             }
         }
     }
 }
 
-async fn connection(stream: UnixStream, managed: Arc<dyn Managed>, _permit: OwnedSemaphorePermit) {
+async fn connection(
+    stream: UnixStream,
+    managed: Arc<dyn Managed>,
+    log: Arc<LogLimit>,
+    _permit: OwnedSemaphorePermit,
+) {
+    let mut welcome = true;
     match stream.peer_cred() {
         Ok(peer) if may_control(peer.uid(), Uid::effective()) => {}
         Ok(peer) => {
-            log::warn!("control: turned away a client of user {}", peer.uid());
-            return;
+            log.warn("turned away", format_args!("turned away a client of user {}", peer.uid()));
+            welcome = false;
         }
         Err(error) => {
-            log::warn!("control: cannot tell who is asking: {error}");
-            return;
+            log.warn("unknown", format_args!("cannot tell who is asking: {error}"));
+            welcome = false;
         }
     }
     let service = service_fn(|request| {
-        let answer = routes::answer(Arc::clone(&managed), request);
-        async { Ok::<_, Infallible>(answer.await) }
+        let managed = Arc::clone(&managed);
+        async move {
+            Ok::<_, Infallible>(if welcome {
+                routes::answer(managed, request).await
+            } else {
+                routes::turned_away()
+            })
+        }
     });
     let serving = http1::Builder::new()
         .keep_alive(false)

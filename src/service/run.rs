@@ -5,7 +5,7 @@ mod managed;
 mod resize;
 mod signals;
 
-use super::config::{Config, ConfigError};
+use super::config::{Config, ConfigError, DEFAULT_CONTROL};
 use super::control;
 use super::exports::ublk::UblkExport;
 use super::exports::vhost_user::{Endpoint, VhostUserExport, passed_sockets};
@@ -19,10 +19,12 @@ use crate::frontend::ublk::StableName;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::ring;
 use crate::worker::{Habits, Lent, Link, Worker};
+use nix::unistd::Uid;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signals::Signals;
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -67,6 +69,9 @@ pub enum Error {
     /// The control API.
     #[error("the control API cannot be served")]
     Control(#[source] io::Error),
+    /// The control socket where nobody said where it is to be.
+    #[error("only root may make the control socket there: give --control SOCKET, in a directory of your own")]
+    NotRoot(#[source] SocketError),
     /// A clean stop that was given up.
     #[error("abandoned with requests in flight: {0}")]
     Abandoned(String),
@@ -152,7 +157,14 @@ impl Service {
             volumes.insert(name.clone(), Arc::new(volume));
         }
         let mut passed = passed_sockets();
-        let control = SocketFile::bind(&config.control, Access::PRIVATE)?;
+        let control = SocketFile::bind(&config.control, Access::PRIVATE).map_err(|error| match error {
+            SocketError::System { .. }
+                if config.control == Path::new(DEFAULT_CONTROL) && !Uid::effective().is_root() =>
+            {
+                Error::NotRoot(error)
+            }
+            other => other.into(),
+        })?;
         let mut endpoints = Vec::new();
         for export in &config.vhost_user {
             endpoints.push(Endpoint::open(export, &mut passed)?);

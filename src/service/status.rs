@@ -127,6 +127,9 @@ pub struct VhostUserStatus {
     pub queue_size: u16,
     /// Whether a VMM is connected now.
     pub connected: bool,
+    /// Whether another one waits for that one to go.
+    #[serde(default)]
+    pub vmm_waiting: bool,
     /// Writes are refused.
     pub read_only: bool,
     /// Workers of its own; `None`: it shares those of the service.
@@ -268,6 +271,7 @@ pub(crate) fn sample() -> Status {
                 queues: 2,
                 queue_size: 256,
                 connected: false,
+                vmm_waiting: false,
                 read_only: true,
                 workers: Some(1),
             }),

@@ -183,12 +183,10 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         });
         for ((place, tag), doing, age) in self.watchdog.look(all) {
             let waits_for = place.volume.waits_for(place.slots[tag]);
-            log::warn!(
-                "volume {}: {}: tag {tag}: {doing}: not done after {} s: it waits for {waits_for}",
-                place.volume.name(),
-                place.queue.label(),
-                age.as_secs()
-            );
+            let (queue, seconds) = (place.queue.label(), age.as_secs());
+            let doing = format_args!("{queue}: tag {tag}: {doing}");
+            let log = place.volume.log();
+            log.warn("slow", format_args!("{doing}: not done after {seconds} s: it waits for {waits_for}"));
         }
     }
 
@@ -345,15 +343,16 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
 
     fn start_vring(&mut self, setup: vhost_user::VringSetup, lent: Lent) -> io::Result<VringId> {
         let attached = self.attach(&lent.volume, setup.read_only);
-        let client = Client { flushers: lent.flushers, queue: setup.index };
+        let (log, client) = (attached.clone(), Client { flushers: lent.flushers, queue: setup.index });
         self.kicks = self.kicks.wrapping_add(1);
         let vring = Rc::new(vhost_user::Vring::new(setup)?);
         let (at_beginning, doubtful) = (vring.next_avail() == 0, vring.is_doubtful());
         if client.flushers.start(&lent.volume, client.queue, at_beginning, doubtful) {
-            log::warn!(
-                "{}: writes that were not flushed before this service began may be lost with their server: the next flush fails",
-                vring.label()
+            let vring = vring.label();
+            let message = format_args!(
+                "{vring}: writes that were not flushed before this service began may be lost with their server: the next flush fails"
             );
+            log.log().warn("doubtful", message);
         }
         let place = self.place(Queue::Vring(vring.clone()), attached, client, None);
         vring.arm_kick(self.core.ring(), UserData::new(Kind::Kick, self.kicks, place));

@@ -19,6 +19,13 @@ impl What {
     }
 }
 
+impl What {
+    /// What it does, in a word.
+    pub fn name(&self) -> &'static str {
+        self.outline.name()
+    }
+}
+
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.outline.fmt(f)?;

@@ -113,6 +113,16 @@ impl VhostUserConfig {
             let most = Self::MAX_SOCKET_PATH;
             return Err(("socket", format!("must be a path of 1 to {most} bytes without NUL")));
         }
+        if let Some(name) = path.strip_prefix(b"@") {
+            let name = String::from_utf8_lossy(name);
+            return Err((
+                "socket",
+                format!(
+                    "an abstract socket has no owner and no mode, so anybody could connect: give it a path (./@{name} for a \
+                 file of this name)"
+                ),
+            ));
+        }
         if let Some(queues) = self.queues
             && !(1..=Self::MAX_QUEUES).contains(&queues)
         {

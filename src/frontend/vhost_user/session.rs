@@ -169,7 +169,8 @@ impl Session {
             match self.shared.host.flush() {
                 Ok(()) => inflight.set_flushed(),
                 Err(error) => {
-                    log::warn!("{}: its last writes are not flushed: {error}", self.shared.device.name())
+                    let message = format_args!("its last writes are not flushed: {error}");
+                    self.shared.device.log().warn("unflushed", message);
                 }
             }
         }

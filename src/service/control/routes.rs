@@ -8,6 +8,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Bytes};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
+use nix::unistd::Uid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
@@ -115,6 +116,16 @@ where
         // Panics abort the release build; in a test's build one must not be taken for silence.
         Err(error) => refused(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
     }
+}
+
+/// The answer to somebody who may ask nothing.
+pub(super) fn turned_away() -> Answer {
+    let own = Uid::effective();
+    let reason = match own.is_root() {
+        true => "only root may ask this service".to_owned(),
+        false => format!("only root and user {own}, who runs it, may ask this service"),
+    };
+    refused(StatusCode::FORBIDDEN, reason)
 }
 
 /// The endpoint for a path, and what stands there for `NAME`.

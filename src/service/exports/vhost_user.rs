@@ -71,6 +71,8 @@ pub struct VhostUserExport {
 struct Shared {
     stopping: AtomicBool,
     connected: AtomicBool,
+    /// Another VMM waits for that one to go.
+    waiting: AtomicBool,
     /// Readable once the export is to stop.
     stop: EventFd,
     channel: BackendChannel,
@@ -96,12 +98,14 @@ impl VhostUserExport {
             queues,
             queue_size: config.queue_size,
             connected: false,
+            vmm_waiting: false,
             read_only: config.read_only || volume.geometry().read_only,
             workers: config.workers.is_some().then_some(links.len()),
         };
         let shared = Arc::new(Shared {
             stopping: AtomicBool::new(false),
             connected: AtomicBool::new(false),
+            waiting: AtomicBool::new(false),
             stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
             channel: BackendChannel::default(),
         });
@@ -130,7 +134,9 @@ impl VhostUserExport {
 
     /// As it is now.
     pub fn status(&self) -> VhostUserStatus {
-        VhostUserStatus { connected: self.shared.connected.load(Ordering::Relaxed), ..self.status.clone() }
+        let read = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
+        let (connected, vmm_waiting) = (read(&self.shared.connected), read(&self.shared.waiting));
+        VhostUserStatus { connected, vmm_waiting, ..self.status.clone() }
     }
 
     /// Tells the VMM, if there is one, that the volume's size has changed: it reads the new one itself.

@@ -205,8 +205,9 @@ impl<'a, 'w> Gate<'a, 'w> {
         let Shape { queues: most_queues, queue_size: most_size } = self.session.shape();
         if !(1..=most_queues).contains(&region.queues) || !(1..=most_size).contains(&region.queue_size) {
             let InflightRegion { queues, queue_size, .. } = region;
-            let cause =
-                format!("{queues} queues of {queue_size}, of a device with {most_queues} of {most_size}");
+            let cause = format!(
+                "it wants {queues} queues of {queue_size}, and the export has {most_queues} of {most_size}: see its queues= and queue-size="
+            );
             return Err(content(message, cause).into());
         }
         let (file, bytes) = Inflight::create(region.queues, region.queue_size)

@@ -34,8 +34,13 @@ pub fn check(message: &mut Message, shape: Shape, regions: &Regions) -> Result<(
         SET_VRING_NUM => {
             let num = state(message, shape)?;
             let most = shape.queue_size.into();
-            if !num.is_power_of_two() || num > most {
-                return Err(format!("a size of {num} is no power of two up to {most}"));
+            if !num.is_power_of_two() {
+                return Err(format!("a size of {num} is no power of two"));
+            }
+            if num > most {
+                return Err(format!(
+                    "it wants a queue of {num}: give the export queue-size={num}, or the VMM {most}"
+                ));
             }
         }
         SET_VRING_BASE => {
@@ -64,7 +69,10 @@ pub fn check(message: &mut Message, shape: Shape, regions: &Regions) -> Result<(
 fn vring(index: u64, shape: Shape) -> Result<(), String> {
     match index < shape.queues.into() {
         true => Ok(()),
-        false => Err(format!("vring {index}, of {}", shape.queues)),
+        false => {
+            let (wanted, queues) = (index + 1, shape.queues);
+            Err(format!("it wants {wanted} queues: give the export queues={wanted}, or the VMM {queues}"))
+        }
     }
 }
 

@@ -87,6 +87,7 @@ impl Door {
     fn accept(&self) -> io::Result<Option<(UnixStream, String)>> {
         loop {
             if let Some(vmm) = self.next.take() {
+                self.shared.waiting.store(false, Ordering::Relaxed);
                 return Ok(Some(vmm));
             }
             if let Event::Stop = self.sleep(&[(self.listener.as_fd(), PollFlags::POLLIN)], None)? {
@@ -146,26 +147,39 @@ enum Event {
 }
 
 impl Watch for Door {
-    /// Meanwhile takes one more VMM off the listen queue, to say in the log that it has to wait.
+    /// Meanwhile takes one more VMM off the listen queue, to say that it has to wait, until it loses patience.
     fn wait(&self, fd: BorrowedFd<'_>, interest: Interest, deadline: Option<Instant>) -> io::Result<Wake> {
         let interest = match interest {
             Interest::Read => PollFlags::POLLIN,
             Interest::Write => PollFlags::POLLOUT,
         };
-        let mut listen = self.next.borrow().is_none();
+        let mut listen = true;
         loop {
-            let fds = [(fd, interest), (self.listener.as_fd(), PollFlags::POLLIN)];
-            match self.sleep(&fds[..1 + usize::from(listen)], deadline)? {
+            let event = {
+                let next = self.next.borrow();
+                // Of one that waits, its end alone is of interest, which needs no asking for.
+                let other = match &*next {
+                    Some((stream, _)) => Some((stream.as_fd(), PollFlags::empty())),
+                    None => listen.then(|| (self.listener.as_fd(), PollFlags::POLLIN)),
+                };
+                let fds = [Some((fd, interest)), other];
+                self.sleep(&fds.into_iter().flatten().collect::<Vec<_>>(), deadline)?
+            };
+            match event {
                 Event::Stop => return Ok(Wake::Stop),
                 Event::Late => return Ok(Wake::Late),
                 Event::Ready(0) => return Ok(Wake::Ready),
+                Event::Ready(_) if self.next.take().is_some() => {
+                    self.shared.waiting.store(false, Ordering::Relaxed);
+                    self.device.log().info("wait", format_args!("the VMM that waits leaves"));
+                }
                 Event::Ready(_) => match self.queued() {
                     Ok(None) => {}
                     Ok(Some(vmm)) => {
                         let who = &vmm.1;
                         self.device.log().info("wait", format_args!("another VMM connects and waits: {who}"));
                         *self.next.borrow_mut() = Some(vmm);
-                        listen = false;
+                        self.shared.waiting.store(true, Ordering::Relaxed);
                     }
                     // It stays in the queue, for when this one is gone.
                     Err(error) => {
