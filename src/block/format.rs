@@ -1,5 +1,7 @@
 //! Images in other formats than raw, told by what their makers begin them with.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 
 /// A format for the disk of a virtual machine that wraps its contents. Its bytes are no disk.

@@ -115,7 +115,7 @@ impl Failure {
 
 /// The number of the first error of the system among an error and its causes.
 fn number(error: &(dyn Error + 'static)) -> Option<Errno> {
-    let errors = std::iter::successors(Some(error), |error| error.source());
+    let errors = std::iter::successors(Some(error), |error| (*error).source());
     errors.filter_map(|error| error.downcast_ref::<std::io::Error>()?.raw_os_error()).map(Errno::new).next()
 }
 

@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_ring_that_cannot_be_made_takes_all_with_it() {
-        let group = io_uring("6.12.1", Err("Operation not permitted".into()));
+        let group = io_uring("6.12.1", Err("forbidden by kernel.io_uring_disabled".into()));
         assert!(!group.available && group.features.iter().all(|feature| !feature.available));
         assert!(group.reason.unwrap().contains("io_uring_disabled"));
 
