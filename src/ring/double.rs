@@ -59,6 +59,8 @@ pub struct Faults {
     pub no_discard: bool,
     /// `EBUSY` for a block device's discard: a page of it is in use.
     pub busy_discard: bool,
+    /// The same for holes and zero ranges.
+    pub busy_fallocate: bool,
     /// `EOPNOTSUPP` for a write that must not wait.
     pub no_nowait: bool,
     /// As a file opened with O_DIRECT: what addresses, and what lengths and offsets must be multiples of,
@@ -369,6 +371,7 @@ impl State {
                 file.cache.write_back(&mut file.stable, |at| complete(at) || random.percent(50));
                 if told { Err(EIO) } else { Ok(0) }
             }
+            Sqe::Fallocate { .. } if self.faults.busy_fallocate => Err(libc::EBUSY),
             Sqe::Fallocate { file, mode, offset, len } => {
                 let unsupported = match mode & !FALLOC_FL_KEEP_SIZE {
                     FALLOC_FL_PUNCH_HOLE => self.faults.no_punch || mode & FALLOC_FL_KEEP_SIZE == 0,

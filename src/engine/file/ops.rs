@@ -193,31 +193,38 @@ impl<R: Ring> Backend<R> for FileOps<R> {
     }
 
     async fn discard(&self, io: &Io<R>, offset: u64, len: u64) -> Result<(), Errno> {
-        match self.volume.kind {
-            Kind::Regular => self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await,
-            Kind::BlockDevice => {
-                match self.once(io, Sqe::BlockDiscard { file: self.target, offset, len }).await {
-                    // Before Linux 6.12 there is no such command. A hole in a block device is zeroes without
-                    // allocation: stronger than a discard, and refused where the device cannot.
-                    Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
-                        self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await
-                    }
-                    // A page at the edge is in use by a neighbour's request. A discard may do nothing.
-                    Err(Errno::EBUSY) => Ok(()),
-                    other => other,
-                }
+        if self.volume.kind == Kind::Regular {
+            return self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await;
+        }
+        let done = match self.once(io, Sqe::BlockDiscard { file: self.target, offset, len }).await {
+            // Before Linux 6.12 there is no such command. A hole in a block device is zeroes without allocation: stronger
+            // than a discard, and refused where the device cannot.
+            Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await
             }
+            other => other,
+        };
+        match done {
+            // A page at the edge is in use by a neighbour's request, though the device is ours. A discard may do nothing.
+            Err(Errno::EBUSY) => Ok(()),
+            other => other,
         }
     }
 
     async fn write_zeroes(&self, io: &Io<R>, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
+        let mut done = Err(Errno::EOPNOTSUPP);
         if unmap {
-            match self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await {
-                Err(Errno::EOPNOTSUPP) => {}
-                other => return other,
-            }
+            done = self.fallocate(io, FALLOC_FL_PUNCH_HOLE, offset, len).await;
         }
-        self.fallocate(io, FALLOC_FL_ZERO_RANGE, offset, len).await
+        if done == Err(Errno::EOPNOTSUPP) {
+            done = self.fallocate(io, FALLOC_FL_ZERO_RANGE, offset, len).await;
+        }
+        match done {
+            // Without a claim (lock=off) on a device that somebody else has claimed, the kernel will not drop its cached
+            // pages. They can be written.
+            Err(Errno::EBUSY) if self.volume.kind == Kind::BlockDevice => Err(Errno::EOPNOTSUPP),
+            other => other,
+        }
     }
 }
 
@@ -235,10 +242,20 @@ mod tests {
     use crate::ring::double::{Double, Faults};
     use std::cell::Cell;
     use std::os::unix::fs::FileExt;
+    use std::pin::Pin;
     use std::sync::Arc;
 
     /// A discard of the second page of three of a device, and what the device holds then.
     fn discard(faults: Faults) -> (Result<(), Errno>, Vec<u8>, usize) {
+        on_device(faults, |ops, io| Box::pin(async move { ops.discard(&io, 4096, 4096).await }))
+    }
+
+    type Done = Pin<Box<dyn Future<Output = Result<(), Errno>>>>;
+
+    fn on_device(
+        faults: Faults,
+        run: impl FnOnce(Rc<FileOps<Double>>, Io<Double>) -> Done,
+    ) -> (Result<(), Errno>, Vec<u8>, usize) {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[7; 3 * 4096], 0).unwrap();
         let volume = FileVolume {
@@ -254,7 +271,7 @@ mod tests {
         let (mut tasks, result) = (Tasks::new(core.clone()), Rc::new(Cell::new(None)));
         tasks.add(|io| {
             let result = result.clone();
-            async move { result.set(Some(ops.discard(&io, 4096, 4096).await)) }
+            async move { result.set(Some(run(ops, io).await)) }
         });
         settle(&core, &mut tasks);
         let punched = core.ring().count(|sqe| matches!(sqe, Sqe::Fallocate { .. }));
@@ -279,12 +296,26 @@ mod tests {
         assert_eq!(discard(faults).0, Err(Errno::EOPNOTSUPP));
     }
 
+    /// What cannot be dropped can be written: the engine does that.
+    #[test]
+    fn zeroes_that_are_in_the_way_are_written() {
+        for unmap in [false, true] {
+            let faults = Faults { busy_fallocate: true, ..Faults::default() };
+            let zeroes = |ops: Rc<FileOps<Double>>, io: Io<Double>| -> Done {
+                Box::pin(async move { ops.write_zeroes(&io, 4096, 4096, unmap).await })
+            };
+            assert_eq!(on_device(faults, zeroes).0, Err(Errno::EOPNOTSUPP));
+        }
+    }
+
     /// A neighbour's request has a page of it: it is not done, which a discard may be, and no error to a file system.
     #[test]
     fn a_discard_that_is_in_the_way_is_not_done_and_no_error() {
         let (result, bytes, punched) = discard(Faults { busy_discard: true, ..Faults::default() });
         assert_eq!((result, punched), (Ok(()), 0));
         assert_eq!(bytes, [7; 3 * 4096]);
+        let old = discard(Faults { no_discard: true, busy_fallocate: true, ..Faults::default() });
+        assert_eq!(old.0, Ok(()), "by an old kernel");
         assert_eq!(
             discard(Faults { io_error: 100, ..Faults::default() }).0,
             Err(Errno::EIO),

@@ -21,6 +21,7 @@ const NONE: Faults = Faults {
     no_zero_range: false,
     no_discard: false,
     busy_discard: false,
+    busy_fallocate: false,
     no_nowait: false,
     direct: None,
 };

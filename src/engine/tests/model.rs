@@ -83,6 +83,7 @@ pub fn faults() -> impl Strategy<Value = Faults> {
                 no_zero_range,
                 no_discard: false,
                 busy_discard: false,
+                busy_fallocate: false,
                 no_nowait,
                 direct: None,
             }
