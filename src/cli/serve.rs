@@ -20,7 +20,10 @@ Drivers (NAME=DRIVER:TARGET):
   memory:SIZE  lost when the service ends; block-size=512|4096
   null:SIZE    stores nothing, for measuring; block-size=512|4096
   nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
-               connections=1..16, reconnect=SECONDS, read-only=on|off
+               connections=1..16, read-only=on|off
+               reconnect=SECONDS  how long requests wait for a lost server (0)
+               timeout=SECONDS    how long it may be silent that has some (60; 0:
+                                  for ever), until the connection counts as lost
   Each also takes on-error=report|retry|stop and, with retry, retry-for=SECONDS:
   what becomes of a request that the store fails. It is reported to the client,
   or tried again for a time, or waits for `ringblk resume NAME`.

@@ -88,6 +88,9 @@ pub struct NbdConfig {
     pub uri: String,
     /// Connections to open, 1 to [`NbdConfig::MAX_CONNECTIONS`]; `None`: 4 where the server allows more than one.
     pub connections: Option<u16>,
+    /// Seconds that a server may be silent that has requests, before the connection is given up; 0: for ever.
+    #[serde(default = "NbdConfig::default_timeout")]
+    pub timeout: u64,
     /// Seconds to go on trying to reach a lost server before requests fail; 0: fail at once.
     #[serde(default)]
     pub reconnect: u64,
@@ -101,6 +104,14 @@ impl NbdConfig {
     pub const MAX_CONNECTIONS: u16 = 16;
     /// The longest reconnect time in seconds: one day.
     pub const MAX_RECONNECT: u64 = 24 * 60 * 60;
+    /// Longer than a healthy server takes for anything, its flushes included, in seconds.
+    pub const DEFAULT_TIMEOUT: u64 = 60;
+    /// The longest time-out in seconds: one day.
+    pub const MAX_TIMEOUT: u64 = 24 * 60 * 60;
+
+    fn default_timeout() -> u64 {
+        NbdConfig::DEFAULT_TIMEOUT
+    }
 }
 
 /// What becomes of a request that the store fails. Of any volume, whatever its driver; see `policy` in `engine`.
@@ -340,6 +351,10 @@ impl fmt::Display for VolumeConfig {
                 if nbd.reconnect > 0 {
                     write!(f, ", reconnect {} s", nbd.reconnect)?;
                 }
+                match nbd.timeout {
+                    0 => f.write_str(", no time-out")?,
+                    seconds => write!(f, ", time-out {seconds} s")?,
+                }
             }
         }
         if let Some(bytes) = self.block_size() {
@@ -399,6 +414,10 @@ fn check_nbd(nbd: &NbdConfig) -> Result<(), (&'static str, String)> {
         let most = NbdConfig::MAX_CONNECTIONS;
         return Err(("connections", format!("must be from 1 to {most}, not {connections}")));
     }
+    if nbd.timeout > NbdConfig::MAX_TIMEOUT {
+        let most = NbdConfig::MAX_TIMEOUT;
+        return Err(("timeout", format!("must be at most {most} seconds, not {}", nbd.timeout)));
+    }
     if nbd.reconnect > NbdConfig::MAX_RECONNECT {
         let most = NbdConfig::MAX_RECONNECT;
         return Err(("reconnect", format!("must be at most {most} seconds, not {}", nbd.reconnect)));
@@ -439,6 +458,7 @@ mod tests {
             VolumeConfig::Nbd(NbdConfig {
                 uri: "nbd://h/e".into(),
                 connections: None,
+                timeout: 60,
                 reconnect: 0,
                 read_only: false,
             })
@@ -503,7 +523,9 @@ mod tests {
         for uri in ["nbd://h", "nbd://[::1]:10809/e", "nbd+unix:///?socket=/run/nbd.sock"] {
             read("nbd", &format!(r#"{{"uri": "{uri}"}}"#)).unwrap().check().unwrap();
         }
-        for (key, value) in [("connections", 0), ("connections", 17), ("reconnect", 86_401)] {
+        for (key, value) in
+            [("connections", 0), ("connections", 17), ("reconnect", 86_401), ("timeout", 86_401)]
+        {
             let json = format!(r#"{{"uri": "nbd://h", "{key}": {value}}}"#);
             assert_eq!(refusal("nbd", &json).0, key);
         }

@@ -396,7 +396,7 @@ workers = 1
         for line in [
             "workers: 2",
             "volume scratch: memory:1G, physical block 4096",
-            "volume far: nbd:nbd://server/disk, connections 2, reconnect 30 s, on error retry for 60 s",
+            "volume far: nbd:nbd://server/disk, connections 2, reconnect 30 s, time-out 60 s, on error retry for 60 s",
             "ublk root: queues 2, depth 128, zero copy on, workers 2, /dev/ublkb7",
             "vhost-user root: /run/x/root.sock, up to 4 queues of 512, serial disk-1, workers 1, mode 0660, \
              owner root:0, read-only",

@@ -20,6 +20,7 @@ use super::connect::Connected;
 use super::handshake::Agreed;
 use super::inflight::Inflight;
 use super::protocol::*;
+use super::watch::{TICKS, Watch};
 use crate::block::Errno;
 use crate::ring::{Core, Io, Ring, Sqe, Target};
 use nix::sys::socket::{Shutdown, shutdown};
@@ -52,6 +53,11 @@ pub struct Connection<R: Ring> {
     pub(super) proven: Cell<bool>,
     /// See [`Ledger`](super::ledger::Ledger).
     era: Cell<u64>,
+    /// The ticks in which a byte last came in, and went out.
+    heard: Cell<u64>,
+    moved: Cell<u64>,
+    /// Who looks for requests that wait too long.
+    pub(super) watch: Rc<Watch>,
     /// What its server agreed to.
     terms: Cell<Terms>,
     pub(super) inflight: RefCell<Inflight>,
@@ -88,7 +94,12 @@ impl<R: Ring> Connection<R> {
     ///
     /// # Errors
     /// When there is no memory for its buffer.
-    pub fn new(core: &Rc<Core<R>>, remote: &Arc<Remote>, patient: bool) -> io::Result<Connection<R>> {
+    pub fn new(
+        core: &Rc<Core<R>>,
+        remote: &Arc<Remote>,
+        watch: &Rc<Watch>,
+        patient: bool,
+    ) -> io::Result<Connection<R>> {
         Ok(Connection {
             core: core.clone(),
             remote: remote.clone(),
@@ -99,6 +110,9 @@ impl<R: Ring> Connection<R> {
             lost: Cell::new(None),
             proven: Cell::new(false),
             era: Cell::new(0),
+            heard: Cell::new(0),
+            moved: Cell::new(0),
+            watch: watch.clone(),
             terms: Cell::default(),
             inflight: RefCell::default(),
             queue: RefCell::default(),
@@ -168,11 +182,28 @@ impl<R: Ring> Connection<R> {
         let max_payload = self.remote.max_payload(&export.blocks);
         self.terms.set(Terms { size: export.size, flags: export.flags, max_payload });
         self.buffer.clear();
+        self.hear();
         self.proven.set(false);
         self.era.set(self.remote.ledger.era());
         self.up.set(true);
         self.remote.offer.add(export.size, &self.remote.promise);
         self.wake(&self.sender);
+    }
+
+    /// No request waits for an answer.
+    pub fn is_idle(&self) -> bool {
+        self.inflight.borrow().len() == 0
+    }
+
+    /// Another tick of the watch's clock. Whether a request waits for too long.
+    pub fn tick(&self) -> bool {
+        let late = self.inflight.borrow_mut().tick(TICKS, self.heard.get(), self.moved.get());
+        late && self.up.get()
+    }
+
+    /// Something came from the server.
+    pub(super) fn hear(&self) {
+        self.heard.set(self.inflight.borrow().now());
     }
 
     /// Whether its server has a transmission flag.
@@ -254,7 +285,9 @@ impl<R: Ring> Connection<R> {
         // WAITALL has the kernel finish a short send by itself where it can.
         let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
         let message = message(list);
-        self.some(io, |file| Sqe::Sendmsg { file, message: &raw const message, flags }).await
+        let sent = self.some(io, |file| Sqe::Sendmsg { file, message: &raw const message, flags }).await;
+        self.moved.set(self.inflight.borrow().now());
+        sent
     }
 
     /// Fills the ranges: with at least one byte.
@@ -262,7 +295,9 @@ impl<R: Ring> Connection<R> {
         let flags = libc::MSG_WAITALL as u32;
         let mut message = message(list);
         let pointer = &raw mut message;
-        self.some(io, |file| Sqe::Recvmsg { file, message: pointer, flags }).await
+        let received = self.some(io, |file| Sqe::Recvmsg { file, message: pointer, flags }).await;
+        self.hear();
+        received
     }
 
     /// Submits until something moves. The end of the stream is an error.

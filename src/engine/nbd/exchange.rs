@@ -28,6 +28,7 @@ impl<R: Ring> Connection<R> {
             return Err(Failure::Lost);
         }
         let cookie = self.inflight.borrow_mut().insert(io.slot(), *request);
+        self.watch.wake(&self.core);
         self.queue.borrow_mut().push_back(cookie);
         self.wake(&self.sender);
         let mut ticket = Ticket { connection: self, cookie, using: false };

@@ -98,6 +98,7 @@ fn transmission(input: &mut Input) {
         address: Address::Unix("/nobody/is/here".into()),
         name: "a disk".into(),
         reconnect: Duration::ZERO,
+        timeout: Duration::ZERO,
         connections: 1,
         promise: Promise { flags, logical_block: 512, read_only: false, capacity: Capacity::new(SIZE / 512) },
         offer: Offer::default(),

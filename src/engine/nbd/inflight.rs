@@ -76,6 +76,8 @@ enum Inward {
 
 #[derive(Debug)]
 struct Entry {
+    /// The tick in which it was taken in, or sent.
+    since: u64,
     /// Counts the requests that had this place, so that a cookie is not used again soon.
     generation: u32,
     /// `None` for a free place.
@@ -97,18 +99,50 @@ pub struct Inflight {
     entries: Vec<Entry>,
     free: Vec<u32>,
     structured: bool,
+    /// Ticks of the clock so far: see [`watch`](super::watch).
+    now: u64,
+    /// The last tick in which a request was sent that was answered since.
+    answered: u64,
 }
 
 impl Inflight {
     /// Says which kind of replies the server now at the other end negotiated.
     pub fn set_structured(&mut self, structured: bool) {
         self.structured = structured;
+        self.answered = 0;
+    }
+
+    /// Requests that have a place.
+    pub fn len(&self) -> usize {
+        self.entries.len() - self.free.len()
+    }
+
+    /// The clock's present tick.
+    pub fn now(&self) -> u64 {
+        self.now
+    }
+
+    /// Another tick of the clock. Whether a request has waited for more than `limit` of them, of a server that was last
+    /// `heard` in that tick and last took or gave a byte in the tick `moved`.
+    pub fn tick(&mut self, limit: u64, heard: u64, moved: u64) -> bool {
+        self.now += 1;
+        let old = |tick: u64| self.now.saturating_sub(tick) > limit;
+        self.entries.iter().any(|entry| {
+            let waits = entry.slot.is_some() && !matches!(entry.inward, Inward::Ended(_));
+            waits
+                && old(entry.since)
+                && match entry.outward {
+                    Outward::Sent => old(heard) || entry.since + limit < self.answered,
+                    Outward::Queued | Outward::Turn | Outward::Sending => old(heard.max(moved)),
+                }
+        })
     }
 
     /// Takes a request of `slot` in and gives it a cookie.
     pub fn insert(&mut self, slot: u32, request: Request) -> u64 {
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(Entry {
+                since: 0,
                 generation: 0,
                 slot: None,
                 request,
@@ -120,7 +154,9 @@ impl Inflight {
             });
             self.entries.len() as u32 - 1
         });
+        let now = self.now;
         let entry = &mut self.entries[index as usize];
+        entry.since = now;
         entry.generation = entry.generation.wrapping_add(1);
         entry.slot = Some(slot);
         entry.request = request;
@@ -133,8 +169,7 @@ impl Inflight {
     }
 
     fn entry(&mut self, cookie: u64) -> Option<&mut Entry> {
-        let entry = self.entries.get_mut(usize::try_from(cookie & 0xffff_ffff).ok()?)?;
-        (entry.slot.is_some() && u64::from(entry.generation) == cookie >> 32).then_some(entry)
+        find(&mut self.entries, cookie)
     }
 
     /// A request that is still to be sent; `None` when it has ended while it waited.
@@ -146,7 +181,9 @@ impl Inflight {
     /// It is the request's turn to go out. One without a payload counts as sent, one with a payload is its
     /// slot's to send. Gives the slot, or `None` when it has ended while it waited.
     pub fn turn(&mut self, cookie: u64) -> Option<u32> {
+        let now = self.now;
         let entry = self.entry(cookie).filter(|entry| entry.inward == Inward::Waiting)?;
+        entry.since = now;
         entry.outward = if entry.request.payload() > 0 { Outward::Turn } else { Outward::Sent };
         entry.slot
     }
@@ -154,7 +191,9 @@ impl Inflight {
     /// The slot has given the stream out back, after all of the request or only a part. What was not sent was
     /// not done, whatever the server says of it.
     pub fn sent(&mut self, cookie: u64, whole: bool) {
+        let now = self.now;
         if let Some(entry) = self.entry(cookie) {
+            entry.since = now;
             entry.outward = Outward::Sent;
             if !whole {
                 entry.inward = Inward::Ended(Err(Failure::Lost));
@@ -216,12 +255,6 @@ impl Inflight {
         self.entries.iter().any(|entry| waits(entry) && entry.slot.is_some_and(&such))
     }
 
-    /// Requests that have a place.
-    #[cfg(test)]
-    pub fn len(&self) -> usize {
-        self.entries.len() - self.free.len()
-    }
-
     /// Applies a frame to the request it names.
     ///
     /// # Errors
@@ -229,7 +262,7 @@ impl Inflight {
     pub fn accept(&mut self, frame: &Frame) -> Result<Event, Violation> {
         let structured = self.structured;
         let cookie = frame.cookie;
-        let entry = self.entry(cookie).ok_or(Violation::Cookie(cookie))?;
+        let entry = find(&mut self.entries, cookie).ok_or(Violation::Cookie(cookie))?;
         let (Some(slot), Inward::Waiting) = (entry.slot, entry.inward) else {
             return Err(Violation::Cookie(cookie));
         };
@@ -240,6 +273,9 @@ impl Inflight {
             return Err(Violation::Unasked);
         }
         entry.done = frame.done;
+        if frame.done {
+            self.answered = self.answered.max(entry.since);
+        }
         let read = entry.request.command == Command::NBD_CMD_READ;
         match frame.body {
             Body::Simple { error: NBD_ESHUTDOWN } | Body::Error { error: NBD_ESHUTDOWN, .. } => {
@@ -267,6 +303,11 @@ impl Inflight {
         entry.inward = Inward::Ended(entry.outcome());
         Ok(Event::Ended { slot })
     }
+}
+
+fn find(entries: &mut [Entry], cookie: u64) -> Option<&mut Entry> {
+    let entry = entries.get_mut(usize::try_from(cookie & 0xffff_ffff).ok()?)?;
+    (entry.slot.is_some() && u64::from(entry.generation) == cookie >> 32).then_some(entry)
 }
 
 impl Entry {
@@ -371,6 +412,44 @@ mod tests {
 
     fn data(cookie: u64, done: bool, offset: u64, length: u32) -> Frame {
         Frame { cookie, done, body: Body::Data { offset, length } }
+    }
+
+    #[test]
+    fn only_silence_and_a_lost_answer_are_too_long() {
+        let ticks = |inflight: &mut Inflight, count: u64, heard: u64, moved: u64| {
+            (0..count).map(|_| inflight.tick(8, heard, moved)).collect::<Vec<_>>()
+        };
+        let silent = [[false; 8].as_slice(), &[true]].concat();
+        // Sent: what we send does not count.
+        let (mut inflight, _) = with(true, READ);
+        assert_eq!(ticks(&mut inflight, 9, 0, 8), silent);
+        assert_eq!(inflight.tick(8, 9, 0), false, "it says something");
+        // Not sent: what moves counts.
+        let mut inflight = Inflight::default();
+        let cookie = inflight.insert(3, READ);
+        assert_eq!(ticks(&mut inflight, 8, 0, 0), [false; 8]);
+        assert_eq!(
+            [inflight.tick(8, 0, 8), inflight.tick(8, 8, 0), inflight.tick(8, 0, 0)],
+            [false, false, true]
+        );
+        inflight.turn(cookie).unwrap();
+        assert_eq!(inflight.tick(8, 0, 0), false, "it is just sent");
+        // A later one is answered, and this one is not.
+        let (mut inflight, _) = with(true, READ);
+        assert_eq!(ticks(&mut inflight, 8, 8, 8), [false; 8]);
+        for expected in [false, true] {
+            let later = inflight.insert(4, READ);
+            inflight.turn(later).unwrap();
+            inflight.accept(&data(later, true, 4096, 4096)).unwrap();
+            inflight.taken(later);
+            assert_eq!(inflight.step(later), Step::Ended(Ok(())));
+            let now = inflight.now();
+            assert_eq!(inflight.tick(8, now, now), expected, "{now}");
+        }
+        // One that has ended waits for nobody.
+        let (mut inflight, cookie) = with(true, FLUSH);
+        inflight.accept(&Frame { cookie, done: true, body: Body::None }).unwrap();
+        assert_eq!(ticks(&mut inflight, 20, 0, 0), [false; 20]);
     }
 
     #[test]

@@ -18,8 +18,8 @@
 //! - A request is sent again only when no reply came. The server may carry it out twice, and a server that
 //!   outlives its connection may carry out the first copy late. Nobody can tell that from outside; the other
 //!   clients that reconnect (the kernel's, QEMU's) live with the same.
-//! - A server that takes a request and stays silent is waited for, as a disk is. Over TCP the
-//!   kernel's keepalive notices one that is gone without a word, in the time that the system has set for it.
+//! - A server that takes requests and stays silent loses the connection after `timeout` seconds: see [`watch`]. Over
+//!   TCP the kernel's keepalive notices one that is gone without a word, if that takes longer than the kernel needs.
 //! - A server that comes back with a larger export, or one that can do more, is taken; one that lacks what clients were
 //!   promised is not, and is tried again: see [`export`].
 //! - A flush that succeeds covers all writes acknowledged before it, also those that went over connections
@@ -43,6 +43,7 @@ mod pool;
 mod protocol;
 mod tasks;
 pub(super) mod uri;
+mod watch;
 
 #[cfg(test)]
 mod tests;
@@ -150,6 +151,8 @@ struct Remote {
     offer: Offer,
     /// How long requests outlive their connection.
     reconnect: Duration,
+    /// How long a server may be silent that has requests; zero for ever.
+    timeout: Duration,
     /// Of each worker.
     connections: usize,
     /// Workers that have connections.
@@ -172,7 +175,9 @@ impl NbdVolume {
         if tls {
             return Err(Error::Uri("TLS is not supported".into()));
         }
-        let connected = address.connect(&name, CONNECT_TIME)?;
+        let timeout = Duration::from_secs(config.timeout.min(NbdConfig::MAX_TIMEOUT));
+        let limit = if timeout.is_zero() { CONNECT_TIME } else { CONNECT_TIME.min(timeout) };
+        let connected = address.connect(&name, limit)?;
         let export = connected.agreed.export.clone();
         let mut geometry = geometry(&export)?;
         geometry.read_only |= config.read_only;
@@ -197,6 +202,7 @@ impl NbdVolume {
             address,
             name,
             reconnect: Duration::from_secs(config.reconnect.min(NbdConfig::MAX_RECONNECT)),
+            timeout,
             connections: connections.into(),
             promise: Promise {
                 flags: export.flags,
@@ -253,6 +259,7 @@ impl Remote {
 
     /// A new connection to the same export, within `limit`.
     fn connect(&self, limit: Duration) -> Result<Connected, Error> {
+        let limit = if self.timeout.is_zero() { limit } else { limit.min(self.timeout) };
         let connected = self.address.connect(&self.name, limit)?;
         let several = self.connections > 1 || self.pools.load(Ordering::Relaxed) > 1;
         let differs = self.promise.differs(&connected.agreed.export, several);

@@ -10,6 +10,7 @@ use super::Remote;
 use super::connect::Connected;
 use super::connection::Connection;
 use super::dial::{self, Dial, Event};
+use super::watch::{self, Watch};
 use crate::block::Errno;
 use crate::ring::{Core, Io, Ring, Sqe, Target, Timespec};
 use std::any::Any;
@@ -36,6 +37,7 @@ pub struct Pool<R: Ring> {
     core: Rc<Core<R>>,
     remote: Arc<Remote>,
     connections: Vec<Place<R>>,
+    pub(super) watch: Rc<Watch>,
     /// The next to get a request.
     next: Cell<usize>,
     /// There was a connection at some time.
@@ -60,9 +62,10 @@ impl<R: Ring> Pool<R> {
             return pool;
         }
         remote.pools.fetch_add(1, Ordering::Relaxed);
+        let watch = Rc::new(Watch::default());
         let mut connections = Vec::new();
         for index in 0..remote.connections {
-            match Self::place(core, remote, index == 0) {
+            match Self::place(core, remote, &watch, index == 0) {
                 Ok(place) => connections.push(place),
                 // With fewer, or none: then requests fail, and the log says why.
                 Err(error) => log::error!("{}: connection {index}: {error}", remote.label),
@@ -72,6 +75,7 @@ impl<R: Ring> Pool<R> {
             core: core.clone(),
             remote: remote.clone(),
             connections,
+            watch,
             next: Cell::new(0),
             came_up: Cell::new(false),
             closing: Cell::new(false),
@@ -80,6 +84,12 @@ impl<R: Ring> Pool<R> {
         });
         for index in 0..pool.connections.len() {
             pool.start(index);
+        }
+        if !remote.timeout.is_zero() {
+            core.spawn(|io| {
+                pool.watch.set_slot(io.slot());
+                watch::watch(pool.clone(), io)
+            });
         }
         if remote.connections == 1 {
             let any: Rc<dyn Any> = pool.clone();
@@ -99,9 +109,14 @@ impl<R: Ring> Pool<R> {
         })
     }
 
-    fn place(core: &Rc<Core<R>>, remote: &Arc<Remote>, first: bool) -> io::Result<Place<R>> {
+    fn place(
+        core: &Rc<Core<R>>,
+        remote: &Arc<Remote>,
+        watch: &Rc<Watch>,
+        first: bool,
+    ) -> io::Result<Place<R>> {
         Ok(Place {
-            connection: Rc::new(Connection::new(core, remote, first)?),
+            connection: Rc::new(Connection::new(core, remote, watch, first)?),
             bell: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
     }
@@ -126,6 +141,7 @@ impl<R: Ring> Pool<R> {
             return;
         }
         self.closing.set(true);
+        self.watch.end(&self.core);
         for place in &self.connections {
             place.connection.close();
             // A keeper that waits for its dialling thread waits for this.
@@ -137,12 +153,28 @@ impl<R: Ring> Pool<R> {
     /// Ends the connections under their requests, which fail.
     pub fn abandon(&self) {
         self.closing.set(true);
+        self.watch.end(&self.core);
         for place in &self.connections {
             place.connection.close();
             place.connection.lose("given up");
             let _ = place.bell.write(1);
         }
         self.wake_waiting();
+    }
+
+    /// The export.
+    pub fn remote(&self) -> &Remote {
+        &self.remote
+    }
+
+    /// There is no user left, or none that is waited for.
+    pub fn is_closing(&self) -> bool {
+        self.closing.get()
+    }
+
+    /// Those that are up and those that are not.
+    pub fn connections(&self) -> impl Iterator<Item = &Connection<R>> {
+        self.connections.iter().map(|place| &*place.connection)
     }
 
     /// Ends the connections on which a request waits for its answer whose slot is interrupted. Other requests there are

@@ -134,6 +134,7 @@ impl<R: Ring> Connection<R> {
         match self.some(io, |file| Sqe::Recv { file, addr, len, flags: 0 }).await {
             Ok(count) => {
                 self.buffer.filled(count);
+                self.hear();
                 Ok(())
             }
             Err(Errno::ENOTCONN) => Err("the server closed it".into()),

@@ -647,6 +647,99 @@ fn giving_up_fails_what_a_silent_server_has() {
     bench.finish(ops);
 }
 
+/// It has a request, and says nothing.
+#[test]
+fn a_silent_server_is_hung_up_on() {
+    for structured in [true, false] {
+        for connections in [1, 4] {
+            let dir = tempfile::tempdir().unwrap();
+            let server = Server::start(dir.path(), Manners { structured, ..manners() });
+            let asked =
+                NbdConfig { timeout: 1, connections: Some(connections), ..config(&server.uri(), 120) };
+            let mut bench = Bench::new();
+            let ops = bench.attach(&NbdVolume::open(&asked).unwrap().0);
+            bench.write(&ops, 0, &[1; 8192], true).unwrap();
+            // The answer to what is asked again must not be the old one's.
+            for fault in [Fault::Hang, Fault::Late(Duration::from_millis(2500)), Fault::Hang] {
+                let before = server.shared.accepted.load(SeqCst);
+                server.fault(fault);
+                let begun = Instant::now();
+                assert!(bench.read(&ops, 0, 8192).unwrap() == [1; 8192]);
+                let took = begun.elapsed();
+                assert!(took >= Duration::from_secs(1), "{took:?}");
+                let shared = server.shared.clone();
+                bench.until("another connection", || shared.accepted.load(SeqCst) > before);
+                assert_eq!(bench.write(&ops, 512, &[1; 512], true), Ok(()));
+            }
+            bench.finish(ops);
+        }
+    }
+}
+
+#[test]
+fn without_reconnect_a_silent_server_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Server::start(dir.path(), manners());
+    let mut bench = Bench::new();
+    let asked = NbdConfig { timeout: 1, ..config(&server.uri(), 0) };
+    let ops = bench.attach(&NbdVolume::open(&asked).unwrap().0);
+    bench.read(&ops, 0, 512).unwrap();
+    server.fault(Fault::Hang);
+    assert_eq!(bench.read(&ops, 0, 512), Err(Errno::EIO));
+    bench.until_back(&ops);
+    assert_eq!(bench.read(&ops, 0, 512).unwrap(), [0; 512]);
+    bench.finish(ops);
+}
+
+/// A lost answer is noticed although others come; and answers that are slow, but come, are no reason to hang up.
+#[test]
+fn one_answer_that_is_lost_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ALL_FLAGS & !NBD_FLAG_CAN_MULTI_CONN;
+    let server = Server::start(dir.path(), Manners { flags, ..manners() });
+    let mut bench = Bench::new();
+    let asked = NbdConfig { timeout: 2, ..config(&server.uri(), 120) };
+    let ops = bench.attach(&NbdVolume::open(&asked).unwrap().0);
+    // Each takes less than the limit, all together more.
+    let slow = Rc::new(Cell::new(0));
+    for _ in 0..12 {
+        server.fault(Fault::Late(Duration::from_millis(300)));
+        let (user, slow) = (ops.clone(), slow.clone());
+        bench.start(|io| async move {
+            read(&user, &io, 0, 512, 1).await.unwrap();
+            slow.set(slow.get() + 1);
+        });
+    }
+    bench.until("slow answers", || slow.get() == 12);
+    assert_eq!(server.shared.accepted.load(SeqCst), 1);
+    server.fault(Fault::Hang);
+    let (user, ended) = (ops.clone(), Rc::new(Cell::new(false)));
+    let end = ended.clone();
+    bench.start(|io| async move {
+        read(&user, &io, 0, 512, 1).await.unwrap();
+        end.set(true);
+    });
+    let deadline = Instant::now() + LONG;
+    while !ended.get() {
+        assert!(Instant::now() < deadline, "it is waited for without end");
+        bench.read(&ops, 0, 512).unwrap();
+    }
+    assert_eq!(server.shared.accepted.load(SeqCst), 2);
+    bench.finish(ops);
+}
+
+#[test]
+fn silence_in_the_handshake_is_bounded_by_the_time_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("silent");
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let uri = format!("nbd+unix:///?socket={}", path.display());
+    let begun = Instant::now();
+    let refused = NbdVolume::open(&NbdConfig { timeout: 1, ..config(&uri, 60) }).unwrap_err();
+    assert!(matches!(refused, Error::Io(_)), "{refused}");
+    assert!(begun.elapsed() < Duration::from_secs(8));
+}
+
 /// A request that waits for a connection is not to wait any more when its slot is interrupted. One that the server has
 /// is waited for until the server is hung up on.
 #[test]

@@ -55,6 +55,8 @@ pub enum Fault {
     Vanish,
     /// Never answered, while the connection stays.
     Hang,
+    /// Answered well, after so long. Meanwhile nothing else is.
+    Late(Duration),
 }
 
 /// Manners. They hold for requests to come.
@@ -356,6 +358,9 @@ impl<'a> Session<'a> {
         }
         if let Fault::Hang = fault {
             return Ok(());
+        }
+        if let Fault::Late(after) = fault {
+            thread::sleep(after);
         }
         let mut reply = self.carry_out(request);
         match fault {
