@@ -208,8 +208,11 @@ const LIST: &[u8] = b"\x02\0\0\0\
     \x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\x07\0\0\0\x04\0\x04\0\xff\xff\xff\xff\
     \x10\0\x04\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
 
+/// An attribute's name and its value.
+type Attribute = (&'static str, &'static [u8]);
+
 /// A place and the attributes that files can have there.
-fn attributes() -> Result<(TempDir, Vec<(&'static str, &'static [u8])>), String> {
+fn attributes() -> Result<(TempDir, Vec<Attribute>), String> {
     let dir = place();
     let probe = File::create(dir.path().join("disk")).map_err(|error| error.to_string())?;
     let mut can = vec![("user.comment", &b"mine"[..]), ("system.posix_acl_access", LIST)];

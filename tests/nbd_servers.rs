@@ -9,7 +9,11 @@ use common::model::{Model, Op, Queue};
 use common::service::{Service, Setup};
 use common::vmm::everyday;
 use libtest_mimic::{Arguments, Failed, Trial};
+use nix::sys::signal::Signal;
+use ringblk::service::client::Client as ControlClient;
+use ringblk::service::status::ExportStatus;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -29,6 +33,11 @@ fn main() -> ExitCode {
         }),
         trial("nbdkit_agrees_with_the_model", "nbdkit", nbdkit),
         trial("a_server_that_comes_back_larger_makes_the_volume_larger", "nbdkit", grown),
+        trial("a_server_that_is_down_keeps_no_other_volume_down", "nbdkit", down),
+        Trial::test("what_is_not_there_is_waited_for_or_refused_as_it_is_asked", || {
+            required();
+            Ok(())
+        }),
         trial("nbdkit_killed_and_restarted_fails_the_next_flush", "nbdkit", nbdkit_forgets),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
@@ -239,6 +248,113 @@ fn grown() {
         assert_eq!(queue.one(Op::Flush, &[]).0, OK);
     }
     drop((queue, vmm, service, server));
+}
+
+fn why(service: &Service, name: &str) -> Option<String> {
+    service.status().volumes.into_iter().find(|volume| volume.name == name).unwrap().unavailable
+}
+
+fn waits(service: &Service) -> Vec<bool> {
+    let waits = |export: &ExportStatus| match export {
+        ExportStatus::VhostUser(export) => export.waiting,
+        ExportStatus::Ublk(export) => export.waiting,
+    };
+    service.status().exports.iter().map(waits).collect()
+}
+
+fn works(service: &Service, socket: &str) {
+    let (_vmm, mut queue) = everyday(&service.path(socket));
+    assert_eq!(queue.write(8, &[3; 4096]), OK);
+    assert_eq!(queue.one(Op::Flush, &[]).0, OK);
+    assert_eq!(queue.read(8, 8), (OK, vec![3; 4096]));
+}
+
+fn down() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("nbdkit.sock");
+    let args = ["-f", "-U", socket.to_str().unwrap(), "memory", "4M"];
+    let uri = format!("nbd:nbd+unix:///?socket={}", socket.display());
+    let setup = Setup::new()
+        .volume("near", "memory:4M")
+        .door("near", "near", "")
+        .volume("far", &format!("{uri},reconnect=60,on-error=stop"))
+        .door("far", "far", "queues=2")
+        .door("far", "far2", "mode=0660")
+        // Without a policy of its own, next to one that can be served.
+        .volume("other", &uri)
+        .door("other", "other", "");
+    let mut service = setup.start();
+    for signal in [None, Some(Signal::SIGKILL), Some(Signal::SIGTERM)] {
+        if let Some(signal) = signal {
+            service.restart(signal);
+        }
+        works(&service, "near");
+        assert!(why(&service, "near").is_none());
+        for name in ["far", "other"] {
+            let cause = why(&service, name).unwrap();
+            assert!(cause.contains(name) && cause.contains("it is not there: No such file"), "{cause}");
+            let refused = UnixStream::connect(service.path(name)).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+        }
+        assert_eq!(waits(&service), [false, true, true, true]);
+        let control = ControlClient::new(service.control());
+        let refused = control.resize("far", 8 << 20, false).unwrap_err().to_string();
+        assert!(refused.contains("not there yet"), "{refused}");
+        let server = Running::start("nbdkit", &args, on_unix(&socket));
+        for name in ["far", "other"] {
+            eventually("the volume is there", || why(&service, name).is_none());
+        }
+        eventually("its exports are served", || !waits(&service).contains(&true));
+        for name in ["far", "far2", "other"] {
+            works(&service, name);
+        }
+        assert_eq!(service.status().volumes.iter().map(|of| of.size_bytes).collect::<Vec<_>>(), [BYTES; 3]);
+        works(&service, "near");
+        service.signal(Signal::SIGKILL);
+        service.wait();
+        drop(server);
+        let _ = fs::remove_file(&socket);
+        service.restart_dead();
+    }
+    // Its end is clean: the sockets go, although nobody ever listened on them.
+    assert_eq!(waits(&service).iter().filter(|waits| **waits).count(), 3);
+    service.stop();
+}
+
+fn required() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, deep) = (dir.path().join("later.img"), dir.path().join("not/yet/there.img"));
+    let file = |path: &Path, options: &str| format!("file:{}{options}", path.display());
+    let near = || Setup::new().volume("near", "memory:4M").door("near", "near", "");
+    // A file that is not there is a mistake, unless somebody says that it is not.
+    for options in ["", ",required=yes"] {
+        let (status, said) = near().volume("far", &file(&image, options)).door("far", "far", "").refused();
+        assert!(status == 1 && said.contains("later.img"), "{said}");
+    }
+    let lost = "nbd:nbd+unix:///?socket=/no/such/socket,reconnect=60";
+    let refused = near().volume("far", &format!("{lost},required=yes")).door("far", "far", "");
+    assert_eq!(refused.refused().0, 1);
+    // On its own, if it is to be waited for; and a file that anybody may write by then.
+    let service = Setup::new()
+        .volume("a", &file(&image, ",required=no"))
+        .door("a", "a", "")
+        .volume("b", &file(&deep, ",required=no,direct=on"))
+        .door("b", "b", "")
+        .volume("c", lost)
+        .door("c", "c", "")
+        .start();
+    assert_eq!(waits(&service), [true; 3]);
+    fs::create_dir_all(deep.parent().unwrap()).unwrap();
+    for path in [&image, &deep] {
+        File::create(path).unwrap().set_len(BYTES).unwrap();
+    }
+    eventually("the images are served", || waits(&service) == [false, false, true]);
+    works(&service, "a");
+    works(&service, "b");
+    assert_eq!(fs::read(&image).unwrap()[4096..8192], [3; 4096]);
+    let (status, said) =
+        Setup::new().volume("far", &file(&image, ",read-only=off")).door("far", "far", "").refused();
+    assert!(status == 1 && said.contains("in use"), "it is locked: {said}");
 }
 
 /// Its memory goes with it, and with that a write that was not flushed: whoever flushes hears of it, once.

@@ -56,11 +56,12 @@ fn render(status: &Status) -> String {
     let mut volumes =
         vec![["VOLUME", "DRIVER", "SIZE", "BLOCK", "MODE", "TARGET", "STATE"].map(String::from)];
     for volume in &status.volumes {
+        let there = |text: String| if volume.unavailable.is_some() { "-".to_owned() } else { text };
         volumes.push([
             volume.name.clone(),
             volume.driver.clone(),
-            Size(volume.size_bytes).approx(),
-            volume.block_size.to_string(),
+            there(Size(volume.size_bytes).approx()),
+            there(volume.block_size.to_string()),
             mode(volume.read_only),
             volume.target.clone(),
             state(volume),
@@ -69,6 +70,10 @@ fn render(status: &Status) -> String {
     let mut exports = vec![["EXPORT", "VOLUME", "QUEUES", "WORKERS", "MODE", "STATE"].map(String::from)];
     for export in &status.exports {
         let (queues, read_only, workers, state) = match export {
+            ExportStatus::Ublk(ublk) if ublk.waiting => {
+                let queues = format!("{} x {}", ublk.queues, ublk.depth);
+                (queues, ublk.read_only, ublk.workers, "waiting for its volume".to_owned())
+            }
             ExportStatus::Ublk(ublk) => {
                 let copy = if ublk.zero_copy { "zero copy" } else { "copy" };
                 let (device, link) = (ublk.device.display(), ublk.link.display());
@@ -76,10 +81,11 @@ fn render(status: &Status) -> String {
                 (format!("{} x {}", ublk.queues, ublk.depth), ublk.read_only, ublk.workers, state)
             }
             ExportStatus::VhostUser(vhost_user) => {
-                let state = match (vhost_user.connected, vhost_user.vmm_waiting) {
-                    (true, true) => "connected, and another VMM waits",
-                    (true, false) => "connected",
-                    (false, _) => "waiting for a VMM",
+                let state = match vhost_user {
+                    of if of.waiting => "waiting for its volume, refuses VMMs",
+                    of if of.connected && of.vmm_waiting => "connected, and another VMM waits",
+                    of if of.connected => "connected",
+                    _ => "waiting for a VMM",
                 };
                 let queues = format!("{} x {}", vhost_user.queues, vhost_user.queue_size);
                 (queues, vhost_user.read_only, vhost_user.workers, state.to_owned())
@@ -90,16 +96,26 @@ fn render(status: &Status) -> String {
     }
     let (version, pid, workers) = (&status.version, status.pid, status.workers);
     let stopping = if status.stopping { ", stopping" } else { "" };
-    format!(
+    let mut text = format!(
         "ringblk {version}, pid {pid}, workers {workers}{stopping}\n\n{}\n{}",
         table(&volumes),
         table(&exports)
-    )
+    );
+    let causes: Vec<&str> =
+        status.volumes.iter().filter_map(|volume| volume.unavailable.as_deref()).collect();
+    if !causes.is_empty() {
+        text += "\nNot there yet, and tried again every few seconds:\n";
+        causes.iter().for_each(|cause| text += &format!("  {cause}\n"));
+    }
+    text
 }
 
 /// What a volume's requests are at.
 fn state(volume: &VolumeStatus) -> String {
-    let VolumeStatus { name, paused, waiting, .. } = volume;
+    let VolumeStatus { name, paused, waiting, unavailable, .. } = volume;
+    if unavailable.is_some() {
+        return "not there yet".into();
+    }
     let requests = match waiting {
         1 => "1 request".to_owned(),
         count => format!("{count} requests"),
@@ -177,6 +193,23 @@ vhost-user:/run/ringblk/root.sock  root    2 x 256  1 own    ro    waiting for a
         let text = states(false, 1, true, true);
         assert!(text.contains("its store fails: 1 request tried again"), "{text}");
         assert!(text.contains("connected, and another VMM waits"), "{text}");
+    }
+
+    #[test]
+    fn a_volume_that_is_not_there_yet_is_listed_with_its_cause() {
+        let mut status = sample();
+        status.volumes[0].unavailable = Some("volume root: nbd://h/: cannot connect".into());
+        for export in &mut status.exports {
+            match export {
+                ExportStatus::Ublk(ublk) => ublk.waiting = true,
+                ExportStatus::VhostUser(vhost_user) => vhost_user.waiting = true,
+            }
+        }
+        let text = render(&status);
+        let volume = text.lines().nth(3).unwrap();
+        assert!(volume.starts_with("root") && volume.ends_with("not there yet"), "{volume}");
+        assert_eq!(text.matches("waiting for its volume").count(), 2, "{text}");
+        assert!(text.ends_with("every few seconds:\n  volume root: nbd://h/: cannot connect\n"), "{text}");
     }
 
     #[test]

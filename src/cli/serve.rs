@@ -27,6 +27,10 @@ Drivers (NAME=DRIVER:TARGET):
   Each also takes on-error=report|retry|stop and, with retry, retry-for=SECONDS:
   what becomes of a request that the store fails. It is reported to the client,
   or tried again for a time, or waits for `ringblk resume NAME`.
+  And required=yes|no: whether the service does not begin, or begins without it
+  and tries again, when the volume cannot be opened. By default it waits for a
+  server that cannot be reached, if it is to (reconnect=, on-error=) or if there
+  are other volumes to be served.
   And physical-block=512..65536: shown in place of the store's; equal to the
   logical block, no preferred sizes are shown (some guests misread them).
 

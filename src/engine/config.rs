@@ -124,6 +124,9 @@ pub struct PolicyConfig {
     /// Seconds to go on trying, 1 to [`PolicyConfig::MAX_RETRY_FOR`], for [`OnError::Retry`] alone; `None`:
     /// [`PolicyConfig::DEFAULT_RETRY_FOR`].
     pub retry_for: Option<u64>,
+    /// Whether a service may begin without this volume, which then is tried until it is there; `None`: only where its server
+    /// cannot be reached, and it is to be waited for or others can be served meanwhile.
+    pub required: Option<bool>,
 }
 
 /// `on-error`.
@@ -152,7 +155,7 @@ impl OnError {
 
 impl PolicyConfig {
     /// Its keys, which stand among the driver's.
-    pub const KEYS: [&'static str; 2] = ["on-error", "retry-for"];
+    pub const KEYS: [&'static str; 3] = ["on-error", "retry-for", "required"];
     /// What a server needs to start again, in seconds.
     pub const DEFAULT_RETRY_FOR: u64 = 30;
     /// The longest time to go on trying in seconds: one day.
@@ -185,9 +188,14 @@ impl PolicyConfig {
 impl fmt::Display for PolicyConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.on_error {
-            OnError::Report => Ok(()),
-            OnError::Retry => write!(f, ", on error retry for {} s", self.patience().as_secs()),
-            OnError::Stop => f.write_str(", on error stop"),
+            OnError::Report => {}
+            OnError::Retry => write!(f, ", on error retry for {} s", self.patience().as_secs())?,
+            OnError::Stop => f.write_str(", on error stop")?,
+        }
+        match self.required {
+            None => Ok(()),
+            Some(true) => f.write_str(", required"),
+            Some(false) => f.write_str(", not required"),
         }
     }
 }
@@ -282,6 +290,11 @@ impl VolumeConfig {
             VolumeConfig::Null(_) => "null",
             VolumeConfig::Nbd(_) => "nbd",
         }
+    }
+
+    /// Whether its store is waited for when it is lost, for a time.
+    pub fn reconnects(&self) -> bool {
+        matches!(self, VolumeConfig::Nbd(nbd) if nbd.reconnect > 0)
     }
 
     /// What the driver was pointed at, as the user spells it.
@@ -559,7 +572,10 @@ mod tests {
     fn error_policies_are_checked() {
         let policy =
             |json: &str| serde_json::from_str::<PolicyConfig>(json).map_err(|error| error.to_string());
-        assert_eq!(policy("{}").unwrap(), PolicyConfig { on_error: OnError::Report, retry_for: None });
+        assert_eq!(
+            policy("{}").unwrap(),
+            PolicyConfig { on_error: OnError::Report, retry_for: None, required: None }
+        );
         for (json, seconds) in
             [(r#"{"on-error": "retry"}"#, 30), (r#"{"on-error": "retry", "retry-for": 1}"#, 1)]
         {

@@ -31,4 +31,4 @@ pub use execute::execute;
 pub use losses::{Flusher, Flushers};
 pub use policy::PolicyState;
 pub use resize::{Exports, ResizeError, Resized};
-pub use volume::{OpenError, Volume};
+pub use volume::{OpenError, Opener, Volume};

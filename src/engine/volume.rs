@@ -1,7 +1,7 @@
 //! Opening volumes, and lending them to workers.
 
 use super::attached::{Attached, Ops};
-use super::config::{PolicyConfig, TopologyConfig, VolumeConfig};
+use super::config::{OnError, PolicyConfig, TopologyConfig, VolumeConfig};
 use super::file::{self, FileOps, FileVolume};
 use super::losses::Losses;
 use super::memory::{self, Memory};
@@ -29,6 +29,45 @@ pub(super) enum Store {
     Memory(Memory),
     Null,
     Nbd(NbdVolume),
+}
+
+/// How a volume is opened, as often as it takes: all that its configuration says.
+pub struct Opener {
+    name: String,
+    config: VolumeConfig,
+    policy: PolicyConfig,
+    topology: TopologyConfig,
+}
+
+impl Opener {
+    /// For a volume of this name.
+    pub fn new(name: &str, config: &VolumeConfig, policy: PolicyConfig, topology: TopologyConfig) -> Opener {
+        Opener { name: name.into(), config: config.clone(), policy, topology }
+    }
+
+    /// What becomes of it when its store fails.
+    pub fn policy(&self) -> &PolicyConfig {
+        &self.policy
+    }
+
+    /// Opens the volume. Nothing is changed in the store.
+    ///
+    /// # Errors
+    /// See [`Volume::open`] and [`Volume::with_topology`].
+    pub fn open(&self) -> Result<Volume, OpenError> {
+        let volume = Volume::open(&self.name, &self.config)?.with_topology(self.topology)?;
+        Ok(volume.with_policy(self.policy))
+    }
+
+    /// Whether a service may begin without the volume, which cannot be opened because of `error`. `others`: other volumes
+    /// can be served.
+    pub fn may_wait(&self, error: &OpenError, others: bool) -> bool {
+        let waited_for = self.config.reconnects() || self.policy.on_error != OnError::Report;
+        match self.policy.required {
+            Some(required) => !required,
+            None => error.is_unreachable() && (waited_for || others),
+        }
+    }
 }
 
 /// Logical block where neither the user nor the store cares, in bytes.
@@ -85,6 +124,13 @@ pub enum OpenError {
         /// The kernel's answer.
         source: io::Error,
     },
+}
+
+impl OpenError {
+    /// It may be there in a moment, and nothing is wrong with the configuration: a server that does not answer.
+    fn is_unreachable(&self) -> bool {
+        matches!(self, OpenError::Nbd { source: nbd::Error::Connect(_) | nbd::Error::Io(_), .. })
+    }
 }
 
 impl Volume {

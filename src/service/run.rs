@@ -1,6 +1,7 @@
 //! A service's life: everything is checked and opened before anything is made, and what was made is taken
 //! away again, in the opposite order.
 
+mod late;
 mod managed;
 mod resize;
 mod signals;
@@ -13,12 +14,15 @@ use super::exports::{Export, Farewell, Placement};
 use super::sandbox;
 use super::socket::{Access, SocketError, SocketFile};
 use super::status::{SandboxStatus, VolumeStatus};
+use crate::block::Causes;
 use crate::block::Errno;
-use crate::engine::{OpenError, Volume};
+use crate::engine::config::VolumeConfig;
+use crate::engine::{OpenError, Opener, Volume};
 use crate::frontend::ublk::StableName;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::ring;
 use crate::worker::{Habits, Lent, Link, Worker};
+use late::{Attempts, Waiting, WaitingExport};
 use nix::unistd::Uid;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signals::Signals;
@@ -26,8 +30,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
@@ -125,10 +129,14 @@ struct Shared {
     exports: Mutex<Vec<Export>>,
     /// The export that is being stopped.
     leaving: Mutex<Option<String>>,
-    volumes: BTreeMap<String, Arc<Volume>>,
-    /// The same for flushes of our own.
-    lent: Vec<Lent>,
-    volume_status: Vec<VolumeStatus>,
+    /// Every volume; empty places are of those that [wait](Self::waiting).
+    volumes: BTreeMap<String, OnceLock<Served>>,
+    /// Volumes that are not there yet, or not with all their exports.
+    waiting: Mutex<BTreeMap<String, Waiting>>,
+    /// Nothing may come up any more. Locked while something does.
+    closed: Mutex<bool>,
+    /// Hears the names of volumes that grow by themselves.
+    growth: Mutex<Option<Sender<String>>>,
     workers: Mutex<Vec<Worker>>,
     /// Ways to them.
     links: Vec<Link>,
@@ -142,6 +150,51 @@ struct Shared {
     stop: Notify,
 }
 
+/// A volume that is there.
+struct Served {
+    volume: Arc<Volume>,
+    /// The same for flushes of our own.
+    lent: Lent,
+    /// As it was opened.
+    status: VolumeStatus,
+}
+
+/// What became of the volumes when they were first tried.
+struct Opened {
+    volumes: BTreeMap<String, Volume>,
+    waiting: BTreeMap<String, Waiting>,
+    attempts: Vec<Attempts>,
+}
+
+impl Opened {
+    /// Opens every volume.
+    fn of(config: &Config) -> Result<Opened, OpenError> {
+        let mut opened = Opened { volumes: BTreeMap::new(), waiting: BTreeMap::new(), attempts: Vec::new() };
+        let mut failed = Vec::new();
+        for (name, volume) in &config.volumes {
+            let opener = Opener::new(name, volume, config.policies[name], config.topologies[name]);
+            match opener.open() {
+                Ok(volume) => {
+                    opened.volumes.insert(name.clone(), volume);
+                }
+                Err(error) if opener.may_wait(&error, true) => failed.push((name, volume, opener, error)),
+                Err(error) => return Err(error),
+            }
+        }
+        let others = !opened.volumes.is_empty();
+        for (name, volume, opener, error) in failed {
+            if !opener.may_wait(&error, others) {
+                log::info!("volume {name}: with required=no, or reconnect=SECONDS, it would be waited for");
+                return Err(error);
+            }
+            let (waiting, attempts) = late::waiting(name, volume, opener, Causes(&error).to_string());
+            opened.waiting.insert(name.clone(), waiting);
+            opened.attempts.push(attempts);
+        }
+        Ok(opened)
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -150,12 +203,7 @@ impl Service {
     /// Opens every volume and takes every socket, then starts workers and exports. An error on the way takes
     /// away what was made.
     fn start(config: &Config) -> Result<Service, Error> {
-        let mut volumes = BTreeMap::new();
-        for (name, volume) in &config.volumes {
-            let volume = Volume::open(name, volume)?.with_topology(config.topologies[name])?;
-            let volume = volume.with_policy(config.policies[name]);
-            volumes.insert(name.clone(), Arc::new(volume));
-        }
+        let Opened { mut volumes, waiting, attempts } = Opened::of(config)?;
         let mut passed = passed_sockets();
         let control = SocketFile::bind(&config.control, Access::PRIVATE).map_err(|error| match error {
             SocketError::System { .. }
@@ -174,7 +222,15 @@ impl Service {
         }
 
         let cpus = thread::available_parallelism().map_or(1, usize::from);
-        let placement = Placement::of(config, |name| volumes[name].single_worker(), cpus);
+        let placement = Placement::of(
+            config,
+            |name| match volumes.get(name) {
+                Some(volume) => volume.single_worker(),
+                // Whether its server keeps several connections coherent is not known yet.
+                None => matches!(config.volumes[name], VolumeConfig::Nbd(_)),
+            },
+            cpus,
+        );
         let habits = |number| Habits {
             patience: Duration::from_micros(config.poll_us.into()),
             slow_after: Duration::from_secs(config.slow_after),
@@ -185,7 +241,7 @@ impl Service {
         }
         let memory = MemoryBudget::of_process(config.vhost_user.len());
         // From here on we are no longer alone: what is given up, is given up by all.
-        let sandbox = sandbox::enter(&sandbox::Plan::of(config))?;
+        let sandbox = sandbox::enter(&sandbox::Plan::of(config).waiting_for(config, waiting.keys()))?;
         let mut workers = Vec::new();
         for number in 0..placement.workers() {
             let worker = Worker::start(number, habits(number));
@@ -194,13 +250,18 @@ impl Service {
         let shared = Shared {
             exports: Mutex::default(),
             leaving: Mutex::default(),
-            volume_status: config
+            volumes: config
                 .volumes
                 .iter()
-                .map(|(name, of)| managed::volume_status(&volumes[name], of))
+                .map(|(name, of)| {
+                    let status = managed::configured(name, of, &config.policies[name]);
+                    let served = volumes.remove(name).map(|volume| Served::new(volume, status));
+                    (name.clone(), served.map_or_else(OnceLock::new, OnceLock::from))
+                })
                 .collect(),
-            lent: volumes.values().map(|volume| Lent::new(volume.clone(), 1)).collect(),
-            volumes,
+            waiting: Mutex::new(waiting),
+            closed: Mutex::new(false),
+            growth: Mutex::default(),
             links: workers.iter().map(|worker| worker.link().clone()).collect(),
             flushing: AtomicBool::new(false),
             workers: Mutex::new(workers),
@@ -211,7 +272,8 @@ impl Service {
             stop: Notify::new(),
         };
         let service = Service { control, shared: Arc::new(shared) };
-        match service.shared.add_exports(config, endpoints, &memory) {
+        let began = service.shared.add_exports(config, endpoints, &memory);
+        match began.and_then(|()| attempts.into_iter().try_for_each(|each| each.start(&service.shared))) {
             Ok(()) => {
                 service.shared.follow_growth();
                 Ok(service)
@@ -248,7 +310,7 @@ impl Service {
             .map_err(Error::Control)?;
         let held_up = async {
             loop {
-                shared.volumes.values().filter_map(|volume| volume.held_up()).for_each(|why| {
+                shared.all_served().filter_map(|served| served.volume.held_up()).for_each(|why| {
                     log::warn!("stopping: {why}");
                 });
                 tokio::time::sleep(HELD_UP_EVERY).await;
@@ -299,22 +361,29 @@ impl Shared {
         endpoints: Vec<Endpoint>,
         memory: &Arc<MemoryBudget>,
     ) -> Result<(), Error> {
-        let links = |on: &[usize]| on.iter().map(|worker| self.links[*worker].clone()).collect::<Vec<_>>();
         for ((export, endpoint), (queues, on)) in
             config.vhost_user.iter().zip(endpoints).zip(&self.placement.vhost_user)
         {
-            let volume = &self.volumes[&export.volume];
-            let started =
-                VhostUserExport::start(export, *queues, endpoint, volume, links(on), memory.share())
-                    .map_err(|source| Error::VhostUser {
-                        socket: export.socket.display().to_string(),
-                        source,
-                    })?;
+            let Some(Served { volume, .. }) = self.served(&export.volume) else {
+                let (config, queues, on, memory) = (export.clone(), *queues, on.clone(), memory.clone());
+                self.waits(&export.volume, WaitingExport::VhostUser { config, queues, endpoint, on, memory });
+                continue;
+            };
+            let started = endpoint.listen().and_then(|()| {
+                VhostUserExport::start(export, *queues, endpoint, volume, self.links(on), memory.share())
+            });
+            let socket = || export.socket.display().to_string();
+            let started = started.map_err(|source| Error::VhostUser { socket: socket(), source })?;
             lock(&self.exports).push(Export::VhostUser(started));
             log::info!("volume {} is served on {}", export.volume, export.socket.display());
         }
         for (export, on) in config.ublk.iter().zip(&self.placement.ublk) {
-            let started = UblkExport::start(export, &self.volumes[&export.volume], &links(on))?;
+            let Some(Served { volume, .. }) = self.served(&export.volume) else {
+                let (config, on) = (export.clone(), on.clone());
+                self.waits(&export.volume, WaitingExport::Ublk { config, on });
+                continue;
+            };
+            let started = UblkExport::start(export, volume, &self.links(on))?;
             log::info!("volume {} is served at {}", export.volume, started.status().link.display());
             lock(&self.exports).push(Export::Ublk(Box::new(started)));
         }
@@ -324,12 +393,37 @@ impl Shared {
     /// From now on volumes whose stores grow by themselves grow with them.
     fn follow_growth(self: &Arc<Self>) {
         let (tell, told) = channel();
-        self.volumes.values().for_each(|volume| volume.tell_growth(tell.clone()));
+        self.all_served().for_each(|served| served.volume.tell_growth(tell.clone()));
+        if !lock(&self.waiting).is_empty() {
+            *lock(&self.growth) = Some(tell);
+        }
         let shared = Arc::downgrade(self);
         let follow = move || resize::follow_growth(&shared, &told);
         if let Err(error) = thread::Builder::new().name("ringblk-growth".into()).spawn(follow) {
             log::warn!("new sizes of NBD exports need a refresh: no thread to follow them: {error}");
         }
+    }
+
+    /// The volume of this name, where it is there.
+    fn served(&self, name: &str) -> Option<&Served> {
+        self.volumes.get(name)?.get()
+    }
+
+    /// Every volume that is there.
+    fn all_served(&self) -> impl Iterator<Item = &Served> {
+        self.volumes.values().filter_map(OnceLock::get)
+    }
+
+    /// An export is to be started with its volume.
+    fn waits(&self, volume: &str, export: WaitingExport) {
+        if let Some(waiting) = lock(&self.waiting).get_mut(volume) {
+            waiting.add(export);
+        }
+    }
+
+    /// Ways to these workers.
+    fn links(&self, on: &[usize]) -> Vec<Link> {
+        on.iter().filter_map(|number| self.links.get(*number)).cloned().collect()
     }
 
     /// Ways to the workers that may have requests to a volume, and to no others: those may be held up by theirs.
@@ -340,6 +434,9 @@ impl Shared {
 
     /// Ends every export, flushes every volume, ends the workers.
     fn take_down(&self, how: Farewell) -> Result<(), Error> {
+        // What comes up just now is waited for; and the sockets go of what has not.
+        *lock(&self.closed) = true;
+        drop(std::mem::take(&mut *lock(&self.waiting)));
         let mut left = Vec::new();
         let deadline = Instant::now() + STOP_LIMIT;
         // Taken out in a statement of its own, so that the list is not locked while we wait.
@@ -356,11 +453,14 @@ impl Shared {
         let mut result = Ok(());
         let deadline = deadline.max(Instant::now() + FLUSH_LEAST);
         let written = |of: &Volume| !of.geometry().read_only && of.geometry().volatile_cache;
-        let flushes = self.lent.iter().filter(|lent| written(&lent.volume)).filter_map(|lent| {
-            // Where a single connection has the writes, it alone can vouch for them.
-            let link = self.links_of(&lent.volume).into_iter().next()?;
-            Some((lent.volume.name(), link.flush(lent.clone(), STORE_LIMIT)))
-        });
+        let flushes =
+            self.all_served().map(|served| &served.lent).filter(|lent| written(&lent.volume)).filter_map(
+                |lent| {
+                    // Where a single connection has the writes, it alone can vouch for them.
+                    let link = self.links_of(&lent.volume).into_iter().next()?;
+                    Some((lent.volume.name(), link.flush(lent.clone(), STORE_LIMIT)))
+                },
+            );
         self.flushing.store(true, Ordering::Relaxed);
         // All at once: one that hangs takes no time from the others.
         for (name, answer) in flushes.collect::<Vec<_>>() {

@@ -118,6 +118,17 @@ impl SocketFile {
     /// # Errors
     /// See [`SocketError`].
     pub fn bind(path: &Path, access: Access) -> Result<SocketFile, SocketError> {
+        let socket = SocketFile::reserve(path, access)?;
+        let failed = |source| SocketError::System { action: "listen on", path: socket.path.clone(), source };
+        socket.listen().map_err(failed)?;
+        Ok(socket)
+    }
+
+    /// Makes the socket without listening: it has its name, owner and mode, and whoever connects is refused.
+    ///
+    /// # Errors
+    /// See [`SocketError`].
+    pub fn reserve(path: &Path, access: Access) -> Result<SocketFile, SocketError> {
         let failed =
             |action, path: &Path, source| SocketError::System { action, path: path.to_owned(), source };
         // The working directory may change before the file is removed.
@@ -143,6 +154,15 @@ impl SocketFile {
         drop(lock);
         let (listener, identity) = made?;
         Ok(SocketFile { listener, path, dir, name, identity })
+    }
+
+    /// From now on others can connect.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn listen(&self) -> io::Result<()> {
+        let backlog = Backlog::new(BACKLOG).map_err(|_| Errno::EINVAL)?;
+        Ok(socket::listen(&self.listener, backlog)?)
     }
 
     /// Where it is, as an absolute path.
@@ -195,7 +215,8 @@ impl NewSocket<'_> {
         // What is asked is what will be removed, whatever comes into its place.
         let through = through(&file);
         let asked = if through.exists() { &through } else { self.path };
-        match listener_of(asked).map_err(self.failed("tell whether anyone serves on"))? {
+        let listener = listener_of(asked).map_err(self.failed("tell whether anyone serves on"))?;
+        match listener.or_else(|| is_reserved(self.path).then_some(Who(None))) {
             Some(who) => Err(SocketError::InUse { path: self.path.to_owned(), who }),
             None => {
                 log::info!("removing the dead socket {}", self.path.display());
@@ -205,7 +226,7 @@ impl NewSocket<'_> {
         }
     }
 
-    /// Makes the file, as it should be, and listens. Where others could exchange it meanwhile, it is made in a place of
+    /// Makes the file, as it should be. Where others could exchange it meanwhile, it is made in a place of
     /// ours and appears when it is done. Nothing is left of one that fails.
     fn make(&self) -> Result<(UnixListener, Identity), SocketError> {
         let fd = new_socket().map_err(self.failed("make"))?;
@@ -245,7 +266,7 @@ impl NewSocket<'_> {
         done
     }
 
-    /// Gives the file its mode, then its owner, and listens: nobody can connect before that.
+    /// Gives the file its mode, then its owner. Nobody can connect before it [listens](SocketFile::listen).
     fn finish(
         &self,
         dir: &Directory,
@@ -261,7 +282,6 @@ impl NewSocket<'_> {
             let error = io::Error::other("its mode did not become what was asked for");
             return Err(self.failed("protect")(error));
         }
-        let backlog = Backlog::new(BACKLOG).map_err(|_| self.failed("listen on")(Errno::EINVAL.into()))?;
         if user.is_some() || group.is_some() {
             let user = user.map(|id| rustix::fs::Uid::from_raw(id.as_raw()));
             let group = group.map(|id| rustix::fs::Gid::from_raw(id.as_raw()));
@@ -273,7 +293,6 @@ impl NewSocket<'_> {
                 }
             })?;
         }
-        socket::listen(&fd, backlog).map_err(|error| self.failed("listen on")(error.into()))?;
         Ok((UnixListener::from(fd), identity(&made)))
     }
 }
@@ -295,6 +314,16 @@ fn listener_of(path: &Path) -> io::Result<Option<Who>> {
         Err(Errno::ECONNREFUSED | Errno::ENOENT) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether a process has a socket of this name that does not listen yet: the kernel's list has all those that are open, with
+/// the paths that they were bound to.
+fn is_reserved(path: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let list = std::fs::read("/proc/net/unix").unwrap_or_default();
+    let path = path.as_os_str().as_bytes();
+    list.split(|byte| *byte == b'\n')
+        .any(|line| line.ends_with(path) && line[..line.len() - path.len()].ends_with(b" "))
 }
 
 fn new_socket() -> io::Result<OwnedFd> {
@@ -362,6 +391,19 @@ mod tests {
         assert!(is_served(&path).unwrap());
         assert!(matches!(SocketFile::bind(&path, Access::PRIVATE), Err(SocketError::InUse { .. })));
         drop(waiting);
+    }
+
+    #[test]
+    fn one_that_does_not_listen_yet_is_alive() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.sock");
+        let socket = SocketFile::reserve(&path, Access::PRIVATE).unwrap();
+        assert_eq!(UnixStream::connect(&path).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert!(matches!(SocketFile::bind(&path, Access::PRIVATE), Err(SocketError::InUse { .. })));
+        socket.listen().unwrap();
+        UnixStream::connect(&path).unwrap();
+        drop(socket);
+        SocketFile::bind(&path, Access::PRIVATE).unwrap();
     }
 
     #[test]

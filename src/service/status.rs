@@ -80,6 +80,9 @@ pub struct VolumeStatus {
     /// Requests that wait for that, or to be tried again.
     #[serde(default)]
     pub waiting: usize,
+    /// Why it is not served yet: it could not be opened, and is tried again. Its sizes are 0 then.
+    #[serde(default)]
+    pub unavailable: Option<String>,
 }
 
 /// An export as it runs.
@@ -112,6 +115,9 @@ pub struct UblkStatus {
     /// Workers of its own; `None`: it shares those of the service.
     #[serde(default)]
     pub workers: Option<usize>,
+    /// Its volume is not there yet, and so this disk is not served; `device` is empty.
+    #[serde(default)]
+    pub waiting: bool,
 }
 
 /// A vhost-user export and its VMM.
@@ -135,6 +141,9 @@ pub struct VhostUserStatus {
     /// Workers of its own; `None`: it shares those of the service.
     #[serde(default)]
     pub workers: Option<usize>,
+    /// Its volume is not there yet, and so nobody listens on the socket.
+    #[serde(default)]
+    pub waiting: bool,
 }
 
 impl ExportStatus {
@@ -253,6 +262,7 @@ pub(crate) fn sample() -> Status {
             policy: "stop".into(),
             paused: true,
             waiting: 3,
+            unavailable: None,
         }],
         exports: vec![
             ExportStatus::Ublk(UblkStatus {
@@ -264,6 +274,7 @@ pub(crate) fn sample() -> Status {
                 zero_copy: true,
                 read_only: false,
                 workers: None,
+                waiting: false,
             }),
             ExportStatus::VhostUser(VhostUserStatus {
                 volume: "root".into(),
@@ -274,6 +285,7 @@ pub(crate) fn sample() -> Status {
                 vmm_waiting: false,
                 read_only: true,
                 workers: Some(1),
+                waiting: false,
             }),
         ],
     }

@@ -188,6 +188,11 @@ impl Service {
     pub fn restart(&mut self, signal: Signal) {
         self.signal(signal);
         self.wait();
+        self.restart_dead();
+    }
+
+    /// Starts it again after its end.
+    pub fn restart_dead(&mut self) {
         let (child, reader) = spawn(self.setup.command(), &self.log);
         (self.child, self.reader, self.ended) = (child, Some(reader), None);
         self.await_start();

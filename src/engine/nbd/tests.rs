@@ -296,7 +296,7 @@ fn a_policy_outlasts_a_restart() {
     let dir = tempfile::tempdir().unwrap();
     let mut server = Server::start(dir.path(), manners());
     let volume = Volume::open("far", &VolumeConfig::Nbd(config(&server.uri(), 0))).unwrap();
-    let policy = PolicyConfig { on_error: OnError::Retry, retry_for: Some(60) };
+    let policy = PolicyConfig { on_error: OnError::Retry, retry_for: Some(60), required: None };
     let volume = volume.with_policy(policy);
     let mut bench = Bench::new();
     let attached = Rc::new(volume.attach(&bench.core, false));

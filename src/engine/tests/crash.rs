@@ -198,7 +198,7 @@ proptest! {
     ) {
         let (file, bytes) = image("/tmp", SECTORS as usize * 512);
         let on_error = if retry { OnError::Retry } else { OnError::Report };
-        let policy = PolicyConfig { on_error, retry_for: None };
+        let policy = PolicyConfig { on_error, retry_for: None, required: None };
         let volume = open(file.path(), false, None).with_policy(policy);
         // Whole sectors.
         let faults = Faults { direct: Some((1, 512)), lost, ..faults };

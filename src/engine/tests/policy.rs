@@ -12,11 +12,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 fn retry(seconds: u64) -> PolicyConfig {
-    PolicyConfig { on_error: OnError::Retry, retry_for: Some(seconds) }
+    PolicyConfig { on_error: OnError::Retry, retry_for: Some(seconds), required: None }
 }
 
 fn stop() -> PolicyConfig {
-    PolicyConfig { on_error: OnError::Stop, retry_for: None }
+    PolicyConfig { on_error: OnError::Stop, retry_for: None, required: None }
 }
 
 /// As [`small`](super::small), with a policy.

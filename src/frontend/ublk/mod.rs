@@ -34,7 +34,7 @@ pub use control::Device;
 pub use descriptor::{Asked, Descriptor};
 pub use error::{Error, NoResize, Verb};
 pub use info::{Info, Mark, Standing, State};
-pub use name::{DIRECTORY as LINKS, NameError, StableName};
+pub use name::{DIRECTORY as LINKS, NameError, StableName, link};
 pub use orders::Answer;
 pub use queue::{Queue, QueueSetup, command};
 pub use recover::{check, find, ours, remove};

@@ -44,6 +44,11 @@ pub enum NameError {
     },
 }
 
+/// The link to the disk of a volume.
+pub fn link(name: &str) -> PathBuf {
+    Path::new(DIRECTORY).join(name)
+}
+
 impl StableName {
     /// Makes the links' directory, for a process that will soon not be able to. What goes wrong is told when a link is
     /// made.

@@ -131,8 +131,8 @@ impl<'de> Deserializer<'de> for Setting<'de> {
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         match self.text {
-            "on" | "true" => visitor.visit_bool(true),
-            "off" | "false" => visitor.visit_bool(false),
+            "on" | "true" | "yes" => visitor.visit_bool(true),
+            "off" | "false" | "no" => visitor.visit_bool(false),
             other => Err(self.error(format_args!("\"{other}\" is neither on nor off"))),
         }
     }

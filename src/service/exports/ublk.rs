@@ -120,6 +120,7 @@ impl UblkExport {
             zero_copy: device.zero_copy(),
             read_only: volume.geometry().read_only,
             workers: config.workers.map(|workers| usize::from(workers).min(links.len())),
+            waiting: false,
         };
         let (volume, links) = (volume.clone(), links.to_vec());
         let (ends, phase) = (Vec::new(), Phase::Live);

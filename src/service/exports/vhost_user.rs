@@ -35,6 +35,8 @@ pub enum Endpoint {
 impl Endpoint {
     /// Takes the socket that systemd passed for the configured path, or makes one.
     ///
+    /// One that we make does not listen before it is told to.
+    ///
     /// # Errors
     /// See [`SocketError`].
     pub fn open(config: &VhostUserConfig, passed: &mut Vec<UnixListener>) -> Result<Endpoint, SocketError> {
@@ -47,7 +49,18 @@ impl Endpoint {
         // The configuration was checked: the owner is known.
         let (user, group) = config.owner_ids().unwrap_or((None, None));
         let access = Access { mode: config.mode, user, group };
-        SocketFile::bind(&config.socket, access).map(Endpoint::Ours)
+        SocketFile::reserve(&config.socket, access).map(Endpoint::Ours)
+    }
+
+    /// From now on VMMs can connect.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn listen(&self) -> io::Result<()> {
+        match self {
+            Endpoint::Ours(socket) => socket.listen(),
+            Endpoint::Passed(_) => Ok(()),
+        }
     }
 
     fn listener(&self) -> io::Result<UnixListener> {
@@ -101,6 +114,7 @@ impl VhostUserExport {
             vmm_waiting: false,
             read_only: config.read_only || volume.geometry().read_only,
             workers: config.workers.is_some().then_some(links.len()),
+            waiting: false,
         };
         let shared = Arc::new(Shared {
             stopping: AtomicBool::new(false),

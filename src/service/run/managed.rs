@@ -1,11 +1,14 @@
 //! What the control API may ask of a running service.
 
-use super::{Shared, lock};
-use crate::engine::config::VolumeConfig;
+use super::late::Waiting;
+use super::{Served, Shared, lock};
+use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::engine::{PolicyState, Volume};
 use crate::service::control::{Managed, Refusal};
 use crate::service::exports::{Export, Farewell};
 use crate::service::status::{Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus};
+use crate::worker::Lent;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 impl Managed for Shared {
@@ -16,8 +19,12 @@ impl Managed for Shared {
             workers: self.placement.workers(),
             stopping: self.stopping.load(Ordering::Relaxed),
             sandbox: self.sandbox.clone(),
-            volumes: self.volume_status.iter().map(|status| self.as_it_is(status)).collect(),
-            exports: lock(&self.exports).iter().map(Export::status).collect(),
+            volumes: self.volumes.keys().filter_map(|name| self.volume_status(name)).collect(),
+            exports: {
+                let waiting = lock(&self.waiting);
+                let waiting = waiting.values().flat_map(Waiting::export_status).collect::<Vec<_>>();
+                lock(&self.exports).iter().map(Export::status).chain(waiting).collect()
+            },
         }
     }
 
@@ -52,31 +59,64 @@ impl Managed for Shared {
     }
 
     fn resume(&self, name: &str, wanted: &Resume) -> Result<Resumed, Refusal> {
-        let volume = self.volumes.get(name).ok_or_else(|| Refusal::Unknown(name.into()))?;
+        let volume = self.volume(name)?;
         Ok(Resumed { volume: name.into(), requests: volume.resume(wanted.give_up) })
     }
 }
 
 impl Shared {
-    /// A volume's status, with what may have changed since it was opened.
-    fn as_it_is(&self, opened: &VolumeStatus) -> VolumeStatus {
-        let volume = &self.volumes[&opened.name];
+    /// A volume's status as it is now.
+    fn volume_status(&self, name: &str) -> Option<VolumeStatus> {
+        // In this order: it is served before it does not wait any more.
+        let waiting = lock(&self.waiting).get(name).map(Waiting::volume_status);
+        let Some(Served { volume, status, .. }) = self.served(name) else { return waiting };
         let PolicyState { paused, waiting, .. } = volume.policy_state();
-        VolumeStatus { size_bytes: volume.geometry().bytes(), paused, waiting, ..opened.clone() }
+        Some(VolumeStatus { size_bytes: volume.geometry().bytes(), paused, waiting, ..status.clone() })
+    }
+
+    /// The volume of this name.
+    ///
+    /// # Errors
+    /// When there is none, or it is not there yet.
+    pub(super) fn volume(&self, name: &str) -> Result<&Arc<Volume>, Refusal> {
+        if let Some(served) = self.served(name) {
+            return Ok(&served.volume);
+        }
+        let cause = lock(&self.waiting).get(name).map(Waiting::cause);
+        Err(match cause {
+            Some(cause) => Refusal::Impossible(format!("it is not there yet: {cause}")),
+            None => Refusal::Unknown(name.into()),
+        })
     }
 }
 
-/// A volume's status as it was opened.
-pub(super) fn volume_status(volume: &Volume, config: &VolumeConfig) -> VolumeStatus {
+impl Served {
+    /// A volume that was opened. `status`: what is known of it from the configuration.
+    pub(super) fn new(volume: Volume, status: VolumeStatus) -> Served {
+        let volume = Arc::new(volume);
+        let geometry = volume.geometry();
+        let status = VolumeStatus {
+            block_size: geometry.logical_block,
+            read_only: geometry.read_only,
+            unavailable: None,
+            ..status
+        };
+        Served { lent: Lent::new(volume.clone(), 1), volume, status }
+    }
+}
+
+/// What the configuration says of a volume.
+pub(super) fn configured(name: &str, config: &VolumeConfig, policy: &PolicyConfig) -> VolumeStatus {
     VolumeStatus {
-        name: volume.name().into(),
+        name: name.into(),
         driver: config.driver().into(),
         target: config.target(),
-        size_bytes: volume.geometry().bytes(),
-        block_size: volume.geometry().logical_block,
-        read_only: volume.geometry().read_only,
-        policy: volume.policy_state().policy.into(),
+        size_bytes: 0,
+        block_size: 0,
+        read_only: config.read_only(),
+        policy: policy.on_error.name().into(),
         paused: false,
         waiting: 0,
+        unavailable: None,
     }
 }

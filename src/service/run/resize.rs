@@ -24,7 +24,7 @@ impl Shared {
         name: &str,
         how: impl FnOnce(&Volume, &Exports<'_>) -> Result<engine::Resized, ResizeError>,
     ) -> Result<Resized, Refusal> {
-        let volume = self.volumes.get(name).ok_or_else(|| Refusal::Unknown(name.into()))?;
+        let volume = self.volume(name)?;
         if self.stopping.load(Ordering::Relaxed) {
             return Err(Refusal::Impossible("the service is stopping".into()));
         }

@@ -28,6 +28,12 @@ pub(super) fn keep(plan: &Plan) -> io::Result<Vec<String>> {
         log::info!("sandbox: cap_dac_override stays: {} belongs to another user", path.display());
         kept |= CapabilitySet::DAC_OVERRIDE;
     }
+    if plan.foreign && had.contains(CapabilitySet::DAC_OVERRIDE) {
+        log::info!(
+            "sandbox: cap_dac_override stays: a volume is still to be opened, which may be another user's"
+        );
+        kept |= CapabilitySet::DAC_OVERRIDE;
+    }
     set(kept, kept)?;
     Ok(kept.iter_names().map(|(name, _)| format!("cap_{}", name.to_lowercase())).collect())
 }

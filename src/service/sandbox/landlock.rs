@@ -44,6 +44,7 @@ fn rules(plan: &Plan) -> Result<RulesetCreated, RulesetError> {
     };
     allow(&paths(&plan.read), AccessFs::ReadFile.into())?;
     allow(&paths(&plan.write), write | AccessFs::ReadFile)?;
+    allow(&paths(&plan.expect_in), write | read)?;
     allow(&paths(&plan.remove_in), AccessFs::RemoveFile.into())?;
     allow(&[Path::new("/proc/self")], read)?;
     if plan.names {

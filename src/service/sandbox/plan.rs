@@ -29,6 +29,10 @@ pub struct Plan {
     pub vhost_user: bool,
     /// There are, or will be, ublk devices.
     pub ublk: bool,
+    /// Directories in which files are still to be opened that are not there now.
+    pub expect_in: Vec<PathBuf>,
+    /// Whose what is still to be opened will be is not known.
+    pub foreign: bool,
 }
 
 /// Answers that are too long for a datagram come over TCP.
@@ -61,6 +65,19 @@ impl Plan {
         plan.remove_in.sort();
         plan.remove_in.dedup();
         plan
+    }
+
+    /// The same with volumes that are still to be opened.
+    pub fn waiting_for<'a>(mut self, config: &Config, names: impl Iterator<Item = &'a String>) -> Plan {
+        for volume in names.filter_map(|name| config.volumes.get(name)) {
+            self.foreign |= matches!(volume, VolumeConfig::File(_) | VolumeConfig::Nbd(_));
+            if let VolumeConfig::File(file) = volume {
+                let path = std::path::absolute(&file.path).unwrap_or_else(|_| file.path.clone());
+                let there = path.ancestors().skip(1).find(|directory| directory.is_dir());
+                self.expect_in.extend(there.map(Path::to_owned));
+            }
+        }
+        self
     }
 
     /// The URI was checked when the volume was opened.

@@ -1,0 +1,227 @@
+//! Volumes that could not be opened when the service began: tried again and again, while the others are served.
+//!
+//! Their sockets are there with their owners and modes, and nobody listens on them: a VMM is told at once that the
+//! connection is refused, which all of them take better than a socket that takes them and says nothing (QEMU would hold
+//! up its whole machine). Their ublk disks are added, or taken over from a service that crashed, when the volume is there.
+
+use super::managed::configured;
+use super::{Error, Served, Shared, lock};
+use crate::block::Causes;
+use crate::engine::config::VolumeConfig;
+use crate::engine::{Opener, Volume};
+use crate::frontend::ublk::options::UblkConfig;
+use crate::frontend::vhost_user::budget::MemoryBudget;
+use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::service::exports::Export;
+use crate::service::exports::ublk::UblkExport;
+use crate::service::exports::vhost_user::{Endpoint, VhostUserExport};
+use crate::service::status::{ExportStatus, UblkStatus, VhostUserStatus, VolumeStatus};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::Duration;
+
+/// The first pause between two attempts; each is twice as long as the one before it.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// The longest one.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// A volume that is not there yet.
+pub(super) struct Waiting {
+    status: VolumeStatus,
+    exports: Vec<WaitingExport>,
+    /// Dropped with this: that ends the attempts.
+    _stop: Sender<()>,
+}
+
+/// One of its exports. `on`: the workers of its queues.
+pub(super) enum WaitingExport {
+    VhostUser {
+        config: VhostUserConfig,
+        queues: u16,
+        endpoint: Endpoint,
+        on: Vec<usize>,
+        memory: Arc<MemoryBudget>,
+    },
+    Ublk {
+        config: UblkConfig,
+        on: Vec<usize>,
+    },
+}
+
+/// What tries it, before it begins.
+pub(super) struct Attempts {
+    name: String,
+    opener: Opener,
+    cause: String,
+    stopped: Receiver<()>,
+}
+
+/// A volume whose first attempt failed, and what goes on with it.
+pub(super) fn waiting(
+    name: &str,
+    config: &VolumeConfig,
+    opener: Opener,
+    cause: String,
+) -> (Waiting, Attempts) {
+    log::warn!("{cause}: it is tried again, and its exports wait");
+    let status = configured(name, config, opener.policy());
+    let status = VolumeStatus { unavailable: Some(cause.clone()), ..status };
+    let (stop, stopped) = channel();
+    let attempts = Attempts { name: name.into(), opener, cause, stopped };
+    (Waiting { status, exports: Vec::new(), _stop: stop }, attempts)
+}
+
+impl Waiting {
+    /// Has one more export.
+    pub fn add(&mut self, export: WaitingExport) {
+        self.exports.push(export);
+    }
+
+    pub fn volume_status(&self) -> VolumeStatus {
+        self.status.clone()
+    }
+
+    pub fn export_status(&self) -> impl Iterator<Item = ExportStatus> {
+        self.exports.iter().map(|export| match export {
+            WaitingExport::VhostUser { config, queues, on, .. } => ExportStatus::VhostUser(VhostUserStatus {
+                volume: config.volume.clone(),
+                socket: config.socket.clone(),
+                queues: *queues,
+                queue_size: config.queue_size,
+                connected: false,
+                vmm_waiting: false,
+                read_only: config.read_only || self.status.read_only,
+                workers: config.workers.is_some().then_some(on.len()),
+                waiting: true,
+            }),
+            WaitingExport::Ublk { config, on } => ExportStatus::Ublk(UblkStatus {
+                volume: config.volume.clone(),
+                device: "".into(),
+                link: crate::frontend::ublk::link(&config.volume),
+                queues: u16::try_from(on.len()).unwrap_or(u16::MAX),
+                depth: config.depth,
+                zero_copy: false,
+                read_only: self.status.read_only,
+                workers: config.workers.map(|workers| usize::from(workers).min(on.len())),
+                waiting: true,
+            }),
+        })
+    }
+
+    /// Why it cannot be used.
+    pub fn cause(&self) -> String {
+        self.status.unavailable.clone().unwrap_or_default()
+    }
+}
+
+impl Attempts {
+    /// Goes on until the volume is there with all its exports, or is not wanted any more.
+    pub fn start(self, shared: &Arc<Shared>) -> Result<(), Error> {
+        let shared = Arc::downgrade(shared);
+        let spawned = thread::Builder::new().name("ringblk-wait".into()).spawn(move || self.run(&shared));
+        spawned.map(drop).map_err(Error::Control)
+    }
+
+    fn run(mut self, shared: &Weak<Shared>) {
+        let (mut pause, mut failures) = (SHORTEST_PAUSE, 1u64);
+        loop {
+            if self.stopped.recv_timeout(pause) != Err(RecvTimeoutError::Timeout) {
+                return;
+            }
+            let opened = shared.upgrade().map(|shared| shared.served(&self.name).is_some());
+            let result = match opened {
+                None => return,
+                Some(true) => Ok(None),
+                Some(false) => self.opener.open().map(Some).map_err(|error| Causes(&error).to_string()),
+            };
+            let Some(shared) = shared.upgrade() else { return };
+            match result.and_then(|volume| shared.bring_up(&self.name, volume)) {
+                Ok(()) => return,
+                Err(cause) => {
+                    failures += 1;
+                    let seen = failures.is_power_of_two() || cause != self.cause;
+                    let level = if seen { log::Level::Warn } else { log::Level::Debug };
+                    log::log!(level, "attempt {failures}: {cause}");
+                    if let Some(waiting) = lock(&shared.waiting).get_mut(&self.name) {
+                        waiting.status.unavailable = Some(cause.clone());
+                    }
+                    self.cause = cause;
+                }
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}
+
+impl Shared {
+    /// Takes a volume into service that has come up (`None`: that has before), with its exports that wait.
+    ///
+    /// # Errors
+    /// Why an export cannot be started yet. The others have been.
+    fn bring_up(&self, name: &str, volume: Option<Volume>) -> Result<(), String> {
+        // A stop waits for this, and nothing comes up after it.
+        let closed = lock(&self.closed);
+        if *closed {
+            return Ok(());
+        }
+        if let (Some(volume), Some(slot)) = (volume, self.volumes.get(name)) {
+            let status = lock(&self.waiting).get(name).map(Waiting::volume_status);
+            let served = status.map(|status| slot.get_or_init(|| Served::new(volume, status)));
+            let Some(served) = served else { return Ok(()) };
+            if let Some(tell) = &*lock(&self.growth) {
+                served.volume.tell_growth(tell.clone());
+            }
+            log::info!("volume {name}: it is there");
+        }
+        let Some(served) = self.served(name) else { return Ok(()) };
+        loop {
+            // Out of the list only while it is made: the list is not locked meanwhile, since that may take a time.
+            let next = {
+                let mut waiting = lock(&self.waiting);
+                let Some(of) = waiting.get_mut(name) else { return Ok(()) };
+                if of.exports.is_empty() {
+                    waiting.remove(name);
+                    return Ok(());
+                }
+                of.exports.remove(0)
+            };
+            let started = match next {
+                WaitingExport::VhostUser { config, queues, endpoint, on, memory } => endpoint
+                    .listen()
+                    .and_then(|()| {
+                        let (links, share) = (self.links(&on), memory.share());
+                        VhostUserExport::start(&config, queues, endpoint, &served.volume, links, share)
+                    })
+                    .map(|export| (format!("on {}", config.socket.display()), Export::VhostUser(export)))
+                    .map_err(|error| (format!("vhost-user:{}: {error}", config.socket.display()), None)),
+                WaitingExport::Ublk { config, on } => {
+                    match UblkExport::start(&config, &served.volume, &self.links(&on)) {
+                        Ok(export) => {
+                            let link = export.status().link;
+                            Ok((format!("at {}", link.display()), Export::Ublk(Box::new(export))))
+                        }
+                        Err(error) => {
+                            Err((Causes(&error).to_string(), Some(WaitingExport::Ublk { config, on })))
+                        }
+                    }
+                }
+            };
+            match started {
+                Ok((place, export)) => {
+                    log::info!("volume {name} is served {place}");
+                    lock(&self.exports).push(export);
+                }
+                // There is no way to make its socket again.
+                Err((cause, None)) => log::error!("{cause}"),
+                Err((cause, Some(again))) => {
+                    if let Some(of) = lock(&self.waiting).get_mut(name) {
+                        of.exports.push(again);
+                    }
+                    return Err(cause);
+                }
+            }
+        }
+    }
+}
