@@ -10,6 +10,7 @@ mod check;
 mod file;
 mod flag;
 mod origin;
+mod words;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -22,6 +23,7 @@ use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::sandbox::Mode;
 
 use origin::{Item, Origin, printable};
+use words::plain;
 
 /// Where the control socket is when nobody says otherwise.
 pub const DEFAULT_CONTROL: &str = "/run/ringblk/control.sock";
@@ -79,7 +81,7 @@ pub struct ConfigError {
 
 impl ConfigError {
     fn new(place: impl Into<String>, reason: impl Into<String>) -> ConfigError {
-        ConfigError { place: place.into(), reason: printable(&reason.into()) }
+        ConfigError { place: place.into(), reason: printable(&plain(&reason.into())) }
     }
 }
 

@@ -139,7 +139,7 @@ impl SocketFile {
         let dir = Directory::open(parent).map_err(|error| failed("use the directory", parent, error))?;
         // Two services that start together must not both find the same dead socket, and one then remove what the
         // other has just made. The lock goes with the value.
-        let lock = dir.lock().map_err(|error| failed("lock the directory", parent, error))?;
+        let lock = dir.lock().map_err(|error| failed("make a socket in", parent, error))?;
         let new = NewSocket { path: &path, dir: &dir, name: &name, access };
         let mut tries = 0;
         let made = loop {
@@ -465,7 +465,8 @@ mod tests {
         let held = place.lock().unwrap().unwrap();
         let path = dir.path().join("c.sock");
         let error = SocketFile::bind(&path, Access::PRIVATE).unwrap_err();
-        assert!(error.to_string().contains("lock the directory"), "{error}");
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("another ringblk has had its lock"), "{error}: {cause}");
         drop(held);
         let _socket = SocketFile::bind(&path, Access::PRIVATE).unwrap();
         assert_eq!(names(dir.path()), ["c.sock"], "the lock stays");

@@ -106,7 +106,7 @@ fn check_references(loader: &Loader) -> Result<(), ConfigError> {
     if exported.is_empty() {
         return Err(ConfigError::new(
             "configuration",
-            "nothing to serve: give a volume and a ublk or vhost-user export of it",
+            "nothing to serve: give a volume and a ublk or vhost-user export of it (`ringblk serve --help` has examples)",
         ));
     }
     Ok(())
