@@ -101,6 +101,12 @@ impl Opening<'_> {
                 Err(error) if self.direct && error.raw_os_error() == Some(libc::EINVAL) => {
                     return Err(Error::NoDirect);
                 }
+                Err(source) if self.write && denied(&source) => {
+                    return Err(Error::Io {
+                        what: "cannot be opened for writing (read-only=on goes without)",
+                        source,
+                    });
+                }
                 Err(source) => return Err(Error::Io { what: "cannot be opened", source }),
             }
         }
@@ -142,6 +148,10 @@ impl Opening<'_> {
             (now.dev(), now.ino(), now.rdev()) == (opened.dev(), opened.ino(), opened.rdev())
         })
     }
+}
+
+fn denied(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS))
 }
 
 /// The format of an image, if it is another than raw. One whose ends cannot be read is taken as it is: that is for its
