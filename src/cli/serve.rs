@@ -51,8 +51,8 @@ serve no other export: what its store or its guest holds up, others do not notic
 Sizes take K, M, G, T, P and E (binary). A comma inside a value is written \",,\".
 
 Examples:
-  ringblk serve --volume root=file:/srv/root.img --ublk root
-  ringblk serve --volume root=file:/srv/root.img,direct=on \\
+  ringblk serve --volume root=file:/srv/root.img,format=raw --ublk root
+  ringblk serve --volume root=file:/srv/root.img,format=raw,direct=on \\
       --ublk root,queues=2 --vhost-user root=/run/ringblk/root.sock,mode=0660
   ringblk serve --config /etc/ringblk.toml --check
 
