@@ -5,13 +5,15 @@ mod common;
 
 use common::eventually;
 use common::load::Load;
+use common::nbd::Server;
 use common::service::{Service, Setup};
 use libtest_mimic::{Arguments, Failed, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 
 fn main() -> ExitCode {
@@ -20,12 +22,19 @@ fn main() -> ExitCode {
         trial("of_a_file_for_an_event_driven_guest", || for_a_request("file", false)),
         trial("of_null_for_a_polling_guest", || for_a_request("null", true)),
         trial("of_memory_for_an_event_driven_guest", || for_a_request("memory", false)),
+        trial("of_a_buffered_write", for_a_buffered_write),
+        trial_if(has_direct(), "of_misaligned_direct_io", for_misaligned_direct_io),
+        trial_if(common::nbd::server(), "of_an_nbd_write", for_an_nbd_write),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
 fn trial(name: &str, run: impl FnOnce() + Send + 'static) -> Trial {
-    match can_watch() {
+    trial_if(Ok(()), name, run)
+}
+
+fn trial_if(can: Result<(), String>, name: &str, run: impl FnOnce() + Send + 'static) -> Trial {
+    match can.and_then(|()| can_watch()) {
         Ok(()) => Trial::test(name, move || {
             run();
             Ok(())
@@ -46,6 +55,14 @@ fn can_watch() -> Result<(), String> {
     let _ = child.kill();
     let _ = child.wait();
     result
+}
+
+/// Whether files that images are made in can be opened for direct I/O.
+fn has_direct() -> Result<(), String> {
+    let file =
+        tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).map_err(|error| error.to_string())?;
+    let opened = fs::OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(file.path());
+    opened.map(drop).map_err(|error| format!("no direct I/O where the build is: {error}"))
 }
 
 /// A strace on one thread.
@@ -112,39 +129,96 @@ const DEPTH: u32 = 32;
 const REQUESTS: usize = 40_000;
 const BATCH: usize = 4;
 
-/// One enter and one call a batch at most. How large batches are is the worker's choice; with 32 requests in flight
-/// they have 4 on average at least.
-fn for_a_request(driver: &str, polls: bool) {
-    let setup = Setup::new();
-    let what = match driver {
-        "file" => {
-            let image = setup.image(16 << 20);
-            fs::write(&image, vec![7; 16 << 20]).unwrap();
-            format!("file:{}", image.display())
-        }
-        other => format!("{other}:16M"),
-    };
-    let service = setup.args(["--workers", "1"]).volume("a", &what).door("a", "a", "").start();
-    let mut load = Load::connect(&service.path("a"), false, 4096, DEPTH, polls);
-    load.run(REQUESTS / 10);
+/// Of stores that take longer.
+const FEWER: usize = 4000;
+
+/// What is asked of a worker.
+struct Work {
+    volume: String,
+    write: bool,
+    polls: bool,
+    /// Of the data in guest memory.
+    skew: u64,
+    requests: usize,
+}
+
+/// How often the worker of a service with one volume made which call for it: enters of its own ring, those by which it
+/// calls the driver, and the others.
+fn made(setup: Setup, work: &Work) -> (usize, usize, BTreeMap<String, usize>) {
+    let service = setup.args(["--workers", "1"]).volume("a", &work.volume).door("a", "a", "").start();
+    let mut load = Load::skewed(&service.path("a"), work.write, 4096, DEPTH, work.polls, work.skew);
+    load.run(work.requests / 10);
     let log = service.path("strace");
     let watch = Watch::start(worker(&service), &log).unwrap();
-    load.run(REQUESTS);
+    load.run(work.requests);
     let mut counts = watch.end();
     fs::remove_file(log).unwrap();
-    eprintln!("{driver}, polls: {polls}: {REQUESTS} requests, {counts:?}");
+    eprintln!(
+        "{}, write: {}, polls: {}: {} requests, {counts:?}",
+        work.volume, work.write, work.polls, work.requests
+    );
     let (mut enters, mut calls) = (0, 0);
     counts.retain(|name, count| {
         let Some(ring) = name.strip_prefix("io_uring_enter ") else { return true };
         *(if self::calls(&service, ring) { &mut calls } else { &mut enters }) += *count;
         false
     });
-    assert!(enters <= REQUESTS / BATCH, "{enters} enters");
-    assert!(calls <= if polls { 0 } else { REQUESTS / BATCH }, "{calls} calls");
-    assert!(counts.is_empty(), "{counts:?}");
     drop(load);
     eventually("the watch is over", || {
         let status = fs::read_to_string(format!("/proc/{}/status", worker(&service))).unwrap();
         status.lines().any(|line| line.split_whitespace().eq(["TracerPid:", "0"]))
     });
+    (enters, calls, counts)
+}
+
+fn image(setup: &Setup) -> PathBuf {
+    let image = setup.image(16 << 20);
+    fs::write(&image, vec![7; 16 << 20]).unwrap();
+    image
+}
+
+/// One enter and one call a batch at most. How large batches are is the worker's choice; with 32 requests in flight
+/// they have 4 on average at least.
+fn for_a_request(driver: &str, polls: bool) {
+    let setup = Setup::new();
+    let volume = match driver {
+        "file" => format!("file:{}", image(&setup).display()),
+        other => format!("{other}:16M"),
+    };
+    let work = Work { volume, write: false, polls, skew: 0, requests: REQUESTS };
+    let (enters, calls, others) = made(setup, &work);
+    assert!(enters <= REQUESTS / BATCH, "{enters} enters");
+    assert!(calls <= if polls { 0 } else { REQUESTS / BATCH }, "{calls} calls");
+    assert!(others.is_empty(), "{others:?}");
+}
+
+/// Where the kernel would hand a buffered write to a thread of its own, the worker makes it: one call each, at most.
+fn for_a_buffered_write() {
+    let setup = Setup::new();
+    let volume = format!("file:{}", image(&setup).display());
+    let work = Work { volume, write: true, polls: true, skew: 0, requests: REQUESTS };
+    let (enters, calls, mut others) = made(setup, &work);
+    let writes = others.remove("pwritev2").unwrap_or(0);
+    assert!(writes <= REQUESTS && enters <= REQUESTS && calls == 0, "{writes} writes, {enters} enters");
+    assert!(others.is_empty(), "{others:?}");
+}
+
+/// The buffers that misaligned data is copied through are there already: no mapping comes or goes.
+fn for_misaligned_direct_io() {
+    for write in [false, true] {
+        let setup = Setup::new();
+        let volume = format!("file:{},direct=on", image(&setup).display());
+        let work = Work { volume, write, polls: true, skew: 1, requests: FEWER };
+        let (_, _, others) = made(setup, &work);
+        assert!(others.is_empty(), "{others:?}");
+    }
+}
+
+/// Everything goes through the ring, and nobody else has the locks that a write takes.
+fn for_an_nbd_write() {
+    let server = Server::start(&[]);
+    let volume = format!("nbd:{}", server.uri());
+    let work = Work { volume, write: true, polls: true, skew: 0, requests: FEWER };
+    let (_, _, others) = made(Setup::new(), &work);
+    assert!(others.is_empty(), "{others:?}");
 }

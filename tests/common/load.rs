@@ -25,7 +25,12 @@ impl Load {
     /// Connects to `socket`, for `depth` requests of `bytes` at once, the first of which is for sector 0. One that
     /// `polls` wants no calls.
     pub fn connect(socket: &Path, write: bool, bytes: u32, depth: u32, polls: bool) -> Load {
-        let each = (u64::from(bytes) + 16 + 1).next_multiple_of(4096);
+        Load::skewed(socket, write, bytes, depth, polls, 0)
+    }
+
+    /// The same, with data so many bytes past a page's beginning.
+    pub fn skewed(socket: &Path, write: bool, bytes: u32, depth: u32, polls: bool, skew: u64) -> Load {
+        let each = (u64::from(bytes) + skew + 32 + 1).next_multiple_of(4096);
         let memory = GuestMemory::new(BASE, Ring::bytes(SIZE) + u64::from(depth) * each);
         let mut vmm = Vmm::connect_with(socket, !EVENT_IDX, memory);
         let ring = vmm.ring(SIZE);
@@ -37,12 +42,12 @@ impl Load {
         let kind = if write { VIRTIO_BLK_T_OUT } else { VIRTIO_BLK_T_IN };
         let requests = (0..depth).map(|number| {
             let at = vmm.take(each);
-            let header = at + u64::from(bytes);
+            let header = at + (skew + u64::from(bytes)).next_multiple_of(16);
             vmm.memory.write(header, &kind.to_le_bytes());
             vmm.memory.write(header + 8, &(u64::from(number) * u64::from(bytes / 512)).to_le_bytes());
             [
                 Segment { addr: header, len: 16, write: false },
-                Segment { addr: at, len: bytes, write: !write },
+                Segment { addr: at + skew, len: bytes, write: !write },
                 Segment { addr: header + 16, len: 1, write: true },
             ]
         });
