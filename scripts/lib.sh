@@ -68,13 +68,20 @@ has_libclang() {
 debian_codename() { (. /etc/os-release && echo "${VERSION_CODENAME:-}"); }
 
 # The address of the Debian archive that this system itself is configured with.
-# It is asked for, not known: sites have their own mirrors.
+# It is asked for, not known: sites have their own mirrors. A system may say that it
+# is of another release than it is set up for (base-files of a later one), and others'
+# archives have releases of the same names: one whose path ends like Debian's comes first.
 debian_mirror() {
     local codename
     codename=$(debian_codename)
     # shellcheck disable=SC2016 # apt's own format language
     apt-get indextargets --format '$(SITE) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
-        awk -v c="$codename" '!found && $3 == "main" && ($2 == c || $2 ~ /^(oldstable|stable|testing|unstable|sid)$/) { print $1; found = 1 }'
+        awk -v own="$codename" '
+            $3 != "main" { next }
+            $2 != own && $2 !~ /^(bookworm|trixie|forky|duke|sid|oldstable|stable|testing|unstable)$/ { next }
+            $1 ~ /\/debian\/?$/ && !debian { debian = $1 }
+            !other { other = $1 }
+            END { if (debian) print debian; else if (other) print other }'
 }
 
 # private_apt SUITE...: writes into the array APT the options with which apt-get
