@@ -219,6 +219,8 @@ fn for_an_nbd_write() {
     let server = Server::start(&[]);
     let volume = format!("nbd:{}", server.uri());
     let work = Work { volume, write: true, polls: true, skew: 0, requests: FEWER };
-    let (_, _, others) = made(Setup::new(), &work);
-    assert!(others.is_empty(), "{others:?}");
+    let (_, _, mut others) = made(Setup::new(), &work);
+    // The memory allocator may grow its heap once or twice, as requests first wait for replies; not for each.
+    let grown = others.remove("mprotect").unwrap_or(0);
+    assert!(grown < 16 && others.is_empty(), "{grown} times more heap, {others:?}");
 }

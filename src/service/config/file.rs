@@ -227,7 +227,7 @@ mod tests {
     fn errors_name_file_line_and_reason() {
         for (text, line, word) in [
             ("workers = 2\nworker = 3\n", 2, "\"worker\""),
-            ("\n\nworkers = \"two\"\n", 3, "usize"),
+            ("\n\nworkers = \"two\"\n", 3, "a whole number"),
             ("workers = -1\n", 1, "-1"),
             ("control = [\n\n", 1, "array"),
             ("volume = 3\n", 1, "[volume.NAME]"),
