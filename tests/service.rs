@@ -505,3 +505,35 @@ fn systemd_may_make_the_sockets() {
     assert!(!b.exists());
     fs::remove_file(&kept).unwrap();
 }
+
+/// What a guest writes to its own disk is no reason to keep the others from theirs.
+#[test]
+fn a_guest_that_makes_its_disk_look_like_another_format_is_alone_with_that() {
+    let setup = Setup::new();
+    let image = setup.image(MIB);
+    let mut service = setup
+        .volume("odd", &format!("file:{}", image.display()))
+        .door("odd", "odd", "")
+        .volume("other", "memory:1M")
+        .door("other", "other", "")
+        .start();
+    let mut sector = [0; 512];
+    sector[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    assert_eq!(everyday(&service.path("odd")).1.write(0, &sector), OK);
+    service.signal(Signal::SIGKILL);
+    service.wait();
+    service.restart_dead();
+    assert_eq!(everyday(&service.path("other")).1.one(Op::Flush, &[]).0, OK);
+    let cause = service.status().volumes.into_iter().find_map(|volume| volume.unavailable).unwrap();
+    assert!(cause.contains("qcow2") && cause.contains("format=raw"), "{cause}");
+    // On its own, or where somebody says that it has to be there, it is refused at once.
+    for (required, others) in [("", false), (",required=yes", true)] {
+        let setup = Setup::new().volume("odd", &format!("file:{}{required}", image.display()));
+        let setup = setup.door("odd", "odd", "");
+        let setup =
+            if others { setup.volume("other", "memory:1M").door("other", "other", "") } else { setup };
+        let (status, said) = setup.refused();
+        assert!(status == 1 && said.contains("format=raw"), "{said}");
+    }
+    fs::remove_file(&image).unwrap();
+}

@@ -30,7 +30,8 @@ Drivers (NAME=DRIVER:TARGET):
   And required=yes|no: whether the service does not begin, or begins without it
   and tries again, when the volume cannot be opened. By default it waits for a
   server that cannot be reached, if it is to (reconnect=, on-error=) or if there
-  are other volumes to be served.
+  are other volumes to be served; and serves these without an image that looks
+  like another format.
   And physical-block=512..65536: shown in place of the store's; equal to the
   logical block, no preferred sizes are shown (some guests misread them).
 

@@ -65,7 +65,7 @@ impl Opener {
         let waited_for = self.config.reconnects() || self.policy.on_error != OnError::Report;
         match self.policy.required {
             Some(required) => !required,
-            None => error.is_unreachable() && (waited_for || others),
+            None => error.is_unreachable() && (waited_for || others) || error.may_be_its_clients() && others,
         }
     }
 }
@@ -130,6 +130,11 @@ impl OpenError {
     /// It may be there in a moment, and nothing is wrong with the configuration: a server that does not answer.
     fn is_unreachable(&self) -> bool {
         matches!(self, OpenError::Nbd { source: nbd::Error::Connect(_) | nbd::Error::Io(_), .. })
+    }
+
+    /// A client of the volume can bring it about by what it writes: no reason to keep others from theirs.
+    fn may_be_its_clients(&self) -> bool {
+        matches!(self, OpenError::File { source: file::Error::Format(_), .. })
     }
 }
 
