@@ -246,7 +246,7 @@ impl<R: Ring> Connection<R> {
         if self.closing.get() {
             log::debug!("{}: connection closed", self.remote.label);
         } else {
-            log::warn!("{}: connection lost: {why}", self.remote.label);
+            self.remote.log.warn("lost", format_args!("connection lost: {why}"));
         }
         // A good-bye that others survive takes nothing away: the server is still there.
         if !self.closing.get() || !self.remote.promise.has(NBD_FLAG_CAN_MULTI_CONN) {

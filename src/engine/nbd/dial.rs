@@ -94,7 +94,7 @@ fn dial(
         let limit = if left.is_zero() { CONNECT_TIME } else { left.clamp(LEAST_ATTEMPT, CONNECT_TIME) };
         match remote.connect(limit) {
             Ok(connected) => {
-                log::info!("{}: connected", remote.label);
+                remote.log.info("connected", format_args!("connected"));
                 return tell(Event::Connected(connected));
             }
             Err(error) => {
@@ -102,8 +102,9 @@ fn dial(
                 let why = Causes(&error).to_string();
                 // Often enough to be seen, seldom enough not to fill a disk.
                 let seen = failures.is_power_of_two() || why != last;
-                let level = if seen { log::Level::Warn } else { log::Level::Debug };
-                log::log!(level, "{}: attempt {failures}: {why}", remote.label);
+                if seen {
+                    remote.log.warn("attempt", format_args!("attempt {failures}: {why}"));
+                }
                 last = why;
             }
         }

@@ -95,6 +95,7 @@ fn transmission(input: &mut Input) {
     let export = Export { size: SIZE, flags, blocks };
     let remote = Remote {
         label: "a server".into(),
+        log: crate::log_limit::LogLimit::new("a server"),
         address: Address::Unix("/nobody/is/here".into()),
         name: "a disk".into(),
         reconnect: Duration::ZERO,

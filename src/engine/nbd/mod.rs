@@ -54,6 +54,7 @@ pub use uri::Address as Server;
 use super::config::NbdConfig;
 use super::losses::Losses;
 use crate::block::{DiscardLimits, Geometry, GeometryError, Instance};
+use crate::log_limit::LogLimit;
 use connect::Connected;
 use export::{Offer, Promise};
 use handshake::{Blocks, Export};
@@ -144,6 +145,8 @@ pub struct NbdVolume {
 struct Remote {
     /// The URI, for people.
     label: String,
+    /// For lines about the server, which it brings about.
+    log: LogLimit,
     address: Address,
     name: Vec<u8>,
     promise: Promise,
@@ -198,6 +201,7 @@ impl NbdVolume {
             log::warn!("{}: the server allows one connection at a time, not {asked}", config.uri);
         }
         let remote = Remote {
+            log: LogLimit::new(config.uri.escape_debug().to_string()),
             label: config.uri.escape_debug().to_string(),
             address,
             name,

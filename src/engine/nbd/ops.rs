@@ -164,10 +164,8 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
             self.pool.any(io).await?;
             let debt = ledger.debt();
             let Some(connection) = self.pool.pick(|connection| debt.covered_by(connection.era())) else {
-                log::error!(
-                    "{}: writes that were not flushed may be lost with their connection",
-                    self.remote.label
-                );
+                let message = "writes that were not flushed may be lost with their connection";
+                self.remote.log.error("unflushed", format_args!("{message}"));
                 // In this order: a flush that finds the books closed finds the loss, too.
                 self.losses().report();
                 ledger.flushed(debt);

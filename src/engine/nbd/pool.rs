@@ -268,7 +268,7 @@ impl<R: Ring> Pool<R> {
             match Dial::start(self.remote.clone(), bell.clone(), pause, patience) {
                 Ok(dial) => break dial,
                 Err(error) => {
-                    log::error!("{}: no thread to connect: {error}", self.remote.label);
+                    self.remote.log.error("thread", format_args!("no thread to connect: {error}"));
                     self.give_up_waiting(connection);
                     let timespec = Timespec::from(NO_THREAD_PAUSE);
                     io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
