@@ -25,14 +25,7 @@ const UBLK_CONTROL: &str = "/dev/ublk-control";
 
 /// Whatever would keep the service from starting, for people: a line each, nothing being well.
 pub fn problems(config: &Config) -> Vec<String> {
-    let volumes = config.volumes.iter().filter_map(|(name, volume)| {
-        let problem = match volume {
-            VolumeConfig::File(file) => image(file),
-            VolumeConfig::Nbd(nbd) => server(&nbd.uri),
-            VolumeConfig::Memory(_) | VolumeConfig::Null(_) => Ok(()),
-        };
-        problem.err().map(|problem| format!("volume {name}: {problem}"))
-    });
+    let volumes = volumes(config, |required| required);
     let control = socket(&config.control).err().map(|problem| match Uid::effective().is_root() {
         true => format!("control: {problem}"),
         false => format!("control: {problem} (another user than root gives --control SOCKET)"),
@@ -44,11 +37,27 @@ pub fn problems(config: &Config) -> Vec<String> {
     volumes.chain(control).chain(exports).collect()
 }
 
-/// What may well be there by the time that it is needed.
+/// What is missing of the volumes that are required, or of the others.
+fn volumes(config: &Config, which: impl Fn(bool) -> bool) -> impl Iterator<Item = String> {
+    let wanted = config.volumes.iter().filter(move |(name, _)| {
+        let policy = config.policies.get(*name);
+        which(policy.is_none_or(|policy| policy.required != Some(false)))
+    });
+    wanted.filter_map(|(name, volume)| {
+        let problem = match volume {
+            VolumeConfig::File(file) => image(file),
+            VolumeConfig::Nbd(nbd) => server(&nbd.uri),
+            VolumeConfig::Memory(_) | VolumeConfig::Null(_) => Ok(()),
+        };
+        problem.err().map(|problem| format!("volume {name}: {problem}"))
+    })
+}
+
+/// What may well be there by the time that it is needed, or is done without.
 pub fn warnings(config: &Config) -> Vec<String> {
     let missing = !config.ublk.is_empty() && !Path::new(UBLK_CONTROL).exists();
     let text = format!("there is no {UBLK_CONTROL} yet: `modprobe ublk_drv`, or see `ringblk features`");
-    missing.then_some(text).into_iter().collect()
+    volumes(config, |required| !required).chain(missing.then_some(text)).collect()
 }
 
 fn told(path: &Path) -> impl Fn(io::Error) -> String {
@@ -177,6 +186,19 @@ mod tests {
             fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
         assert_eq!(names, ["image", "nbd"]);
+    }
+
+    #[test]
+    fn a_volume_that_is_not_required_may_be_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let volume = "file:/no/such/image,required=no";
+        assert_eq!(look(volume, &path("v"), &path("c")), [""; 0]);
+        let mut loader = Loader::new();
+        loader.add_volume_flag(&format!("v={volume}")).unwrap();
+        loader.add_vhost_user_flag("v=/v").unwrap();
+        let told = warnings(&loader.finish().unwrap());
+        assert!(told.len() == 1 && told[0].contains("/no/such/image"), "{told:?}");
     }
 
     #[test]
