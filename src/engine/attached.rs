@@ -63,20 +63,22 @@ impl<R: Ring> Attached<R> {
     /// acknowledged writes that it was not told of. The volume's [policy](super::policy) has no say in it.
     ///
     /// # Errors
-    /// The store's, or `EIO` for a loss that the store told somebody else.
+    /// The store's, or `EIO` for a loss that the store told somebody else; `ERESTART` when the slot is interrupted, which
+    /// tells the client nothing.
     pub async fn flush_for(&self, io: &Io<R>, flusher: &Flusher) -> Result<(), Errno> {
         let Some(losses) = self.losses() else { return Ok(()) };
         let heard = flusher.heard();
         match self.flush(io).await {
             Ok(()) => {
-                let epoch = losses.settle(io).await;
+                let epoch = losses.settle(io).await?;
                 if epoch == heard && !flusher.is_doubtful() {
                     return Ok(());
                 }
                 flusher.hear(epoch);
                 Err(Errno::EIO)
             }
-            // It is not told yet.
+            // It is not told yet: the flush is made again, by us or by whoever goes on with its queue.
+            Err(Errno::ERESTART) => Err(Errno::ERESTART),
             Err(errno) if self.may_flush_again(errno) && self.policy.covers(errno) => Err(errno),
             Err(errno) => {
                 flusher.hear(losses.epoch());
@@ -93,10 +95,10 @@ impl<R: Ring> Attached<R> {
     /// Vouches for a durable write that the store has acknowledged, and that began when there were `before` losses.
     ///
     /// # Errors
-    /// `EIO` when writes were lost meanwhile, which may be these.
+    /// `EIO` when writes were lost meanwhile, which may be these; `ERESTART` when the slot is interrupted.
     pub(super) async fn vouch(&self, io: &Io<R>, before: u64) -> Result<(), Errno> {
         let Some(losses) = self.losses() else { return Ok(()) };
-        if losses.settle(io).await == before { Ok(()) } else { Err(Errno::EIO) }
+        if losses.settle(io).await? == before { Ok(()) } else { Err(Errno::EIO) }
     }
 
     /// Whether a flush that failed so may be tried again: it never left, and what it was to cover is still known.

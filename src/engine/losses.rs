@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 use super::Volume;
+use crate::block::Errno;
 use crate::ring::{Io, Ring};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -78,14 +79,20 @@ impl Losses {
 
     /// Waits until no sync is under way that has begun before the call, and says how many losses there are then. The
     /// caller's own must be over.
-    pub async fn settle<R: Ring>(&self, io: &Io<R>) -> u64 {
+    ///
+    /// # Errors
+    /// `ERESTART` when the slot is interrupted: another sync may be with a server that does not answer.
+    pub async fn settle<R: Ring>(&self, io: &Io<R>) -> Result<u64, Errno> {
         let limit = self.syncs().next;
         let mut look = FIRST_LOOK;
         while self.syncs().running.iter().any(|ticket| *ticket < limit) {
-            io.sleep(look).await;
+            if io.is_interrupted() {
+                return Err(Errno::ERESTART);
+            }
+            io.rest_for(look).await;
             look = (look * 2).min(LONGEST_LOOK);
         }
-        self.epoch()
+        Ok(self.epoch())
     }
 
     fn syncs(&self) -> MutexGuard<'_, Syncs> {

@@ -425,6 +425,48 @@ fn every_export_hears_of_lost_writes() {
     assert_eq!(ask(Op::Flush, &late, 0), Ok(()), "an export that was made afterwards has lost nothing");
 }
 
+/// A flush that waits for the server when its queue stops is made again: it has told nobody of a loss that another
+/// export was told of meanwhile.
+#[test]
+fn a_flush_that_is_put_off_has_told_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut server = Server::start(dir.path(), manners());
+    let volume = Volume::open("far", &VolumeConfig::Nbd(config(&server.uri(), 60))).unwrap();
+    let mut bench = Bench::new();
+    let (first, second) = (Rc::new(Flushers::new(&volume, 1)), Rc::new(Flushers::new(&volume, 1)));
+    let attached = Rc::new(volume.attach(&bench.core, false));
+    let flush = |flushers: &Rc<Flushers>| {
+        let (attached, flushers) = (attached.clone(), flushers.clone());
+        move |io| async move {
+            let data = Data::None;
+            let mut request = Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data };
+            execute(&attached, &io, flushers.queue(0), &mut request).await
+        }
+    };
+    let (user, flags) = (attached.clone(), Flags::default());
+    let whose = first.clone();
+    let write = move |io| async move {
+        let mut request = Request { op: Op::WriteZeroes, flags, sector: 0, sectors: 8, data: Data::None };
+        execute(&user, &io, whose.queue(0), &mut request).await
+    };
+    bench.run(write).unwrap();
+    server.crash();
+    server.listen();
+    assert_eq!(bench.run(flush(&second)), Err(Errno::EIO), "the write is lost, and somebody else is told");
+    server.crash();
+    bench.rest(Duration::from_millis(300));
+    let (put_off, result) = (flush(&first), Rc::new(Cell::new(None)));
+    let give = result.clone();
+    let slot = bench.start(|io| async move { give.set(Some(put_off(io).await)) });
+    bench.rest(Duration::from_millis(50));
+    bench.core.interrupt(slot);
+    bench.until("the interrupted one", || result.get().is_some());
+    assert_eq!(result.get(), Some(Err(Errno::ERESTART)));
+    server.listen();
+    assert_eq!(bench.run(flush(&first)), Err(Errno::EIO));
+    assert_eq!(bench.run(flush(&first)), Ok(()));
+}
+
 /// A flush in flight when the server crashes is sent again only if nothing was at stake.
 #[test]
 fn a_flush_in_flight_at_the_crash_fails() {
