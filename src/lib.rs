@@ -9,6 +9,8 @@
 
 // A limit on log lines that a client can cause.
 pub mod log_limit;
+// Text of others in a line of ours.
+pub mod escape;
 // Requests, geometry, errors: the words every layer uses. No I/O.
 pub mod block;
 // The only owner of io_uring: operations, slots, the futures that wait for them.

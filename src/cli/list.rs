@@ -218,6 +218,8 @@ vhost-user:/run/ringblk/root.sock  root    2 x 256  1 own    ro    waiting for a
         let left = |state, link: Option<&str>| Leftover {
             link: link.map(Into::into),
             device: "/dev/ublkb3".into(),
+            volume: None,
+            target: None,
             state,
             server: Some(7),
         };

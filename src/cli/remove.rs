@@ -9,7 +9,7 @@ use crate::service::leftovers::{self, Which};
 /// Remove disks whose service is dead.
 ///
 /// The ublk disk of a service that died waits for the service to come back. This gives it up: what waits for the disk
-/// fails, and it is gone. A disk that is served is left alone; stop its service instead.
+/// fails, and it is gone. A disk that is served or in use is left alone; stop its service instead, or unmount it.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -25,6 +25,10 @@ pub(super) struct Args {
     /// Every disk of ringblk's that nobody serves
     #[arg(long, conflicts_with = "disks")]
     all_dead: bool,
+    /// Also a disk that is in use (mounted, swapped to, part of another device, open): whoever uses it gets errors, and
+    /// what was not written yet is lost
+    #[arg(long)]
+    force: bool,
 }
 
 impl Args {
@@ -48,7 +52,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         ));
     }
     for which in args.which() {
-        for gone in leftovers::remove(&which).map_err(Failure::failed)? {
+        for gone in leftovers::remove(&which, args.force).map_err(Failure::failed)? {
             output::print(&format!("removed {}\n", gone.display()))?;
         }
     }

@@ -15,6 +15,7 @@ pub mod config;
 mod execute;
 pub mod file;
 mod grace;
+mod identity;
 mod losses;
 mod memory;
 pub mod nbd;
@@ -28,6 +29,7 @@ mod volume;
 
 pub use attached::Attached;
 pub use execute::execute;
+pub use identity::Identity;
 pub use losses::{Flusher, Flushers};
 pub use policy::PolicyState;
 pub use resize::{Exports, ResizeError, Resized};

@@ -3,6 +3,7 @@
 use super::attached::{Attached, Ops};
 use super::config::{OnError, PolicyConfig, TopologyConfig, VolumeConfig};
 use super::file::{self, FileOps, FileVolume};
+use super::identity::Identity;
 use super::losses::Losses;
 use super::memory::{self, Memory};
 use super::nbd::{self, NbdOps, NbdVolume};
@@ -18,6 +19,7 @@ use std::sync::{Arc, Mutex};
 pub struct Volume {
     name: String,
     pub(super) geometry: Geometry,
+    identity: Identity,
     pub(super) store: Store,
     /// Held while the size changes.
     pub(super) resizing: Mutex<()>,
@@ -145,14 +147,20 @@ impl Volume {
     /// When it is missing, not ours to use, or cannot do what the configuration asks.
     pub fn open(name: &str, config: &VolumeConfig) -> Result<Volume, OpenError> {
         let geometry_error = |source| OpenError::Geometry { name: name.into(), source };
-        let (store, geometry) = match config {
+        let driver = config.driver();
+        let (store, geometry, identity) = match config {
             VolumeConfig::File(options) => {
                 let (volume, geometry) = FileVolume::open(options).map_err(|source| OpenError::File {
                     name: name.into(),
                     path: options.path.display().to_string(),
                     source,
                 })?;
-                (Store::File(volume), geometry)
+                let identity = volume.identity(driver).map_err(|source| OpenError::File {
+                    name: name.into(),
+                    path: options.path.display().to_string(),
+                    source,
+                })?;
+                (Store::File(volume), geometry, identity)
             }
             VolumeConfig::Memory(options) => {
                 let block = options.block_size.unwrap_or(DEFAULT_BLOCK);
@@ -162,11 +170,12 @@ impl Volume {
                     bytes: geometry.bytes(),
                     source,
                 })?;
-                (Store::Memory(memory), geometry)
+                (Store::Memory(memory), geometry, Identity::of_nothing(driver))
             }
             VolumeConfig::Null(options) => {
                 let block = options.block_size.unwrap_or(DEFAULT_BLOCK);
-                (Store::Null, Geometry::new(options.size.bytes(), block).map_err(geometry_error)?)
+                let geometry = Geometry::new(options.size.bytes(), block).map_err(geometry_error)?;
+                (Store::Null, geometry, Identity::of_nothing(driver))
             }
             VolumeConfig::Nbd(options) => {
                 let (volume, geometry) = NbdVolume::open(options).map_err(|source| OpenError::Nbd {
@@ -174,11 +183,11 @@ impl Volume {
                     uri: options.uri.clone(),
                     source,
                 })?;
-                (Store::Nbd(volume), geometry)
+                (Store::Nbd(volume), geometry, Identity::of_uri(driver, &options.uri))
             }
         };
         let policy = Arc::new(Policy::new(name, PolicyConfig::default()));
-        Ok(Volume { name: name.into(), geometry, store, resizing: Mutex::default(), policy })
+        Ok(Volume { name: name.into(), geometry, identity, store, resizing: Mutex::default(), policy })
     }
 
     /// The same with another policy about errors than to report them. Before anybody attaches to it.
@@ -221,6 +230,11 @@ impl Volume {
     /// As configured.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What it is made of.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// Shape and abilities.

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::frontend::ublk::{self, Info, Mark, Standing};
+use crate::frontend::ublk::{self, Found, Info, Standing};
 use serde::Serialize;
 use std::fs;
 use std::io;
@@ -16,6 +16,10 @@ pub struct Leftover {
     pub link: Option<PathBuf>,
     /// `/dev/ublkbN`.
     pub device: PathBuf,
+    /// The volume that it is of, where that is known.
+    pub volume: Option<String>,
+    /// Where that volume's store was.
+    pub target: Option<String>,
     /// What has become of it.
     pub state: Fate,
     /// The process that serves it.
@@ -60,6 +64,14 @@ pub enum RemoveError {
     /// Nothing of ours.
     #[error("{} is no disk of ringblk's", .0.display())]
     NotOurs(PathBuf),
+    /// Somebody uses it.
+    #[error("{} is {users}: it would be lost with all that waits for it; --force removes it all the same", .device.display())]
+    InUse {
+        /// The disk.
+        device: PathBuf,
+        /// By whom, in words.
+        users: String,
+    },
     /// See [`ublk::Error`].
     #[error(transparent)]
     Ublk(#[from] ublk::Error),
@@ -90,20 +102,21 @@ pub fn devices() -> io::Result<Vec<Leftover>> {
     devices_in(Path::new(ublk::LINKS), &known.unwrap_or_default())
 }
 
-fn devices_in(dir: &Path, known: &[Info]) -> io::Result<Vec<Leftover>> {
+fn devices_in(dir: &Path, known: &[Found]) -> io::Result<Vec<Leftover>> {
     let mut found = Vec::new();
     for (link, device) in links_in(dir)? {
-        let info = known.iter().find(|info| info.path() == device);
+        let known = known.iter().find(|known| known.info.path() == device);
         let there = fs::metadata(&link).is_ok_and(|metadata| metadata.file_type().is_block_device());
         let state = if there { Fate::Unknown } else { Fate::Gone };
-        found.push(info.map_or(Leftover { link: Some(link.clone()), device, state, server: None }, |info| {
-            described(info, Some(link))
-        }));
+        found.push(match known {
+            Some(known) => described(known, Some(link)),
+            None => Leftover { link: Some(link), device, volume: None, target: None, state, server: None },
+        });
     }
     found.sort_by(|a, b| a.link.cmp(&b.link));
-    let linked = |info: &&Info| found.iter().any(|left| left.device == info.path());
+    let linked = |known: &&Found| found.iter().any(|left| left.device == known.info.path());
     let unlinked: Vec<_> =
-        known.iter().filter(|info| !linked(info)).map(|info| described(info, None)).collect();
+        known.iter().filter(|known| !linked(known)).map(|known| described(known, None)).collect();
     found.extend(unlinked);
     Ok(found)
 }
@@ -124,44 +137,70 @@ fn links_in(dir: &Path) -> io::Result<Vec<(PathBuf, PathBuf)>> {
     Ok(links)
 }
 
-fn described(info: &Info, link: Option<PathBuf>) -> Leftover {
+fn described(known: &Found, link: Option<PathBuf>) -> Leftover {
+    let Found { info, record } = known;
+    let (volume, target) = record.clone().map(|record| (record.volume, record.target)).unzip();
     let (state, server) = match info.standing() {
         Standing::Served(pid) => (Fate::Served, Some(pid)),
         Standing::Parting => (Fate::Parting, None),
         Standing::Waiting => (Fate::Waiting, None),
         Standing::Remains => (Fate::Remains, None),
     };
-    Leftover { link, device: info.path(), state, server }
+    Leftover { link, device: info.path(), volume, target, state, server }
 }
 
-/// Removes disks that nobody serves, with their links; what waits for them fails. Returns what is gone.
+/// Who uses each of these disks of ours, in words: nobody, for one that is not there.
+pub fn users_of(devices: &[PathBuf]) -> Vec<Vec<String>> {
+    // No device has the largest number.
+    let id = |device: &PathBuf| device.to_str()?.strip_prefix("/dev/ublkb")?.parse().ok();
+    let ids: Vec<u32> = devices.iter().map(|device| id(device).unwrap_or(u32::MAX)).collect();
+    let all = |(id, openers)| ublk::users(id).into_iter().chain(openers).collect();
+    ids.iter().copied().zip(ublk::openers(&ids)).map(all).collect()
+}
+
+/// Removes disks that nobody serves, with their links; what waits for them fails. With `force` also those that somebody
+/// uses. Returns what is gone.
 ///
 /// # Errors
-/// When there is nothing of ours by that name, or somebody serves it. What was removed by then stays removed.
-pub fn remove(which: &Which) -> Result<Vec<PathBuf>, RemoveError> {
-    remove_in(Path::new(ublk::LINKS), which, &ublk::ours()?, ublk::remove)
+/// When there is nothing of ours by that name, or somebody serves or uses it. What was removed by then stays removed.
+pub fn remove(which: &Which, force: bool) -> Result<Vec<PathBuf>, RemoveError> {
+    remove_in(Path::new(ublk::LINKS), which, &ublk::ours()?, |info| {
+        let (device, users) = (info.path(), users_of(&[info.path()]).concat());
+        // One that is served is refused for that.
+        let served = matches!(info.standing(), Standing::Served(_));
+        if !users.is_empty() && !force && !served {
+            return Err(RemoveError::InUse { device, users: users.join(", ") });
+        }
+        Ok(ublk::remove(info)?)
+    })
 }
 
 fn remove_in(
     dir: &Path,
     which: &Which,
-    known: &[Info],
-    mut remove: impl FnMut(&Info) -> Result<(), ublk::Error>,
+    known: &[Found],
+    mut remove: impl FnMut(&Info) -> Result<(), RemoveError>,
 ) -> Result<Vec<PathBuf>, RemoveError> {
     let links = links_in(dir).map_err(|error| RemoveError::Link(dir.into(), error))?;
     let target = |link: &Path| links.iter().find(|(of, _)| of == link).map(|(_, device)| device.clone());
+    let infos = known.iter().map(|known| &known.info);
     let is_dead = |info: &&Info| !matches!(info.standing(), Standing::Served(_));
     let mut gone = Vec::new();
     let mut stale: Vec<PathBuf> = Vec::new();
     let chosen: Vec<&Info> = match which {
-        Which::AllDead => known.iter().filter(is_dead).collect(),
+        Which::AllDead => infos.filter(is_dead).collect(),
         Which::Volume(name) => {
-            stale.extend(target(&dir.join(name)));
-            known.iter().filter(|info| info.mark == Mark::of(name)).collect()
+            let linked = target(&dir.join(name));
+            stale.extend(linked.clone());
+            let is_it = |known: &&Found| match &known.record {
+                Some(record) => record.volume == *name,
+                None => linked.as_ref() == Some(&known.info.path()),
+            };
+            known.iter().filter(is_it).map(|known| &known.info).collect()
         }
         Which::Device(path) => {
             let device = target(path).unwrap_or_else(|| path.clone());
-            let of = known.iter().filter(|info| info.path() == device).collect();
+            let of = infos.filter(|info| info.path() == device).collect();
             stale.push(device);
             of
         }
@@ -190,12 +229,14 @@ fn remove_in(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::frontend::ublk::State;
+    use crate::frontend::ublk::{Record, State};
     use std::os::unix::fs::symlink;
 
-    fn info(id: u32, state: State, server: Option<u32>, volume: &str) -> Info {
-        let mark = Mark::of(volume);
-        Info { id, queues: 1, depth: 1, max_io: 4096, state, server, flags: 0, mark }
+    fn info(id: u32, state: State, server: Option<u32>, volume: &str) -> Found {
+        let record = Record::new(volume, "null", "64M");
+        let mark = record.mark();
+        let info = Info { id, queues: 1, depth: 1, max_io: 4096, state, server, flags: 0, mark };
+        Found { info, record: Some(record) }
     }
 
     /// A directory with links: `a` to number 1048575, `b` to 1048574, and a file `c`.

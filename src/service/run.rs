@@ -1,6 +1,7 @@
 //! A service's life: everything is checked and opened before anything is made, and what was made is taken
 //! away again, in the opposite order.
 
+mod disks;
 mod late;
 mod managed;
 mod resize;
@@ -8,7 +9,6 @@ mod signals;
 
 use super::config::{Config, ConfigError, DEFAULT_CONTROL};
 use super::control;
-use super::exports::ublk::UblkExport;
 use super::exports::vhost_user::{Endpoint, VhostUserExport, passed_sockets};
 use super::exports::{Export, Farewell, Placement};
 use super::sandbox;
@@ -377,17 +377,19 @@ impl Shared {
             lock(&self.exports).push(Export::VhostUser(started));
             log::info!("volume {} is served on {}", export.volume, export.socket.display());
         }
+        let mut disks = Vec::new();
         for (export, on) in config.ublk.iter().zip(&self.placement.ublk) {
-            let Some(Served { volume, .. }) = self.served(&export.volume) else {
-                let (config, on) = (export.clone(), on.clone());
-                self.waits(&export.volume, WaitingExport::Ublk { config, on });
-                continue;
-            };
-            let started = UblkExport::start(export, volume, &self.links(on))?;
-            log::info!("volume {} is served at {}", export.volume, started.status().link.display());
-            lock(&self.exports).push(Export::Ublk(Box::new(started)));
+            match self.served(&export.volume) {
+                Some(served) => disks.push((export, &served.volume, self.links(on))),
+                None => {
+                    let beside = config.ublk.iter().map(|export| export.volume.clone()).collect();
+                    let target = config.volumes[&export.volume].target();
+                    let (config, on) = (export.clone(), on.clone());
+                    self.waits(&export.volume, WaitingExport::Ublk { config, on, beside, target });
+                }
+            }
         }
-        Ok(())
+        self.add_disks(config, &disks)
     }
 
     /// From now on volumes whose stores grow by themselves grow with them.

@@ -198,12 +198,103 @@ mismatch() {
     service_stop /dev/ringblk/p /dev/ringblk/q "$device"
 }
 
+# A disk waits for its store: no other gets its requests, whatever its name or its volume's is.
+identity() {
+    local device sum
+    start_plain "" ,lock=off
+    device=$(readlink -f /dev/ringblk/p)
+    head -c $MiB /dev/urandom | dd of="$device" bs=64k conv=fsync status=none
+    crash
+    truncate -s "$small" /tmp/other.img
+    sum=$(sha256sum </tmp/other.img)
+    SERVED[1]=p=file:/tmp/other.img
+    refused 20 "$device" 'store: it is of /tmp/p.img' /tmp/other.img 'ringblk remove p'
+    # The same store under another name, and beside it a volume whose name has the same hash in 32 bits.
+    SERVED=(--volume q=file:/tmp/p.img --ublk q,queues=1)
+    refused 20 "$device" 'volume p' 'ringblk remove p'
+    # Another file where it was: its inode may well be the same.
+    mv /tmp/p.img /tmp/moved.img
+    cp /tmp/moved.img /tmp/p.img
+    SERVED=(--volume p=file:/tmp/p.img --ublk p,queues=1)
+    refused 20 "$device" '/tmp/p.img is not what it was'
+    # It is what it was made of, not where.
+    ln -s /tmp/moved.img /tmp/link.img
+    serve --volume p=file:/tmp/link.img --ublk p,queues=1
+    up p
+    said "$device: recovered"
+    disk_same_as "$device" /tmp/moved.img
+    equal "the other file" "$(sha256sum </tmp/other.img)" "$sum"
+    # A loop device that is attached to another file is another disk.
+    service_stop /dev/ringblk/p
+    losetup /dev/loop7 /tmp/moved.img
+    serve --volume p=file:/dev/loop7 --ublk p,queues=1
+    up p
+    crash
+    losetup -d /dev/loop7
+    losetup /dev/loop7 /tmp/other.img
+    refused 20 diskseq
+    ringblk remove p
+    losetup -d /dev/loop7
+    rm /tmp/{p,moved,other,link}.img
+}
+
+# Two volumes whose names have the same hash in 32 bits (FNV-1a): each gets its own disk back.
+same_hash() {
+    local a=/dev/ringblk/costarring b=/dev/ringblk/liquid
+    truncate -s "$small" /tmp/a.img /tmp/b.img
+    serve --volume costarring=file:/tmp/a.img --ublk costarring --volume liquid=file:/tmp/b.img --ublk liquid
+    up costarring
+    up liquid
+    fails test "$(readlink -f $a)" = "$(readlink -f $b)"
+    echo one | dd of=$a conv=sync status=none
+    crash
+    serve
+    up costarring
+    up liquid
+    echo two | dd of=$b conv=sync status=none
+    service_stop $a $b
+    grep -q one /tmp/a.img && grep -q two /tmp/b.img
+    # One alone, while the other one's disk waits.
+    serve
+    up liquid
+    crash
+    serve --volume costarring=file:/tmp/a.img --ublk costarring
+    up costarring
+    said 'costarring.*recovered\|recovered'
+    service_stop $a
+    listed liquid --json
+    ringblk remove liquid
+    rm /tmp/{a,b}.img
+}
+
+# What the disk is of is written in /dev/ringblk, and in part in the kernel: without the one the other must do.
+no_record() {
+    local device
+    start_plain ""
+    device=$(readlink -f /dev/ringblk/p)
+    crash
+    rm -r /dev/ringblk
+    truncate -s "$small" /tmp/other.img
+    SERVED[1]=p=file:/tmp/other.img
+    serve
+    up p
+    fails test "$(readlink -f /dev/ringblk/p)" = "$device"
+    service_stop /dev/ringblk/p
+    serve --volume p=file:/tmp/p.img --ublk p,queues=1
+    said "$device: has no record"
+    up p
+    equal "the device" "$(readlink -f /dev/ringblk/p)" "$device"
+    service_stop /dev/ringblk/p
+    rm /tmp/{p,other}.img
+}
+
 # listed REGEX [OPTION...]: by `ringblk list`, whose status says that no service runs.
 listed() {
     local regex=$1
     shift
     { ringblk list --control "$SERVICE.control" "$@" || :; } | tee /dev/stderr | grep -q "$regex"
 }
+fails_to_remove() { ! ringblk remove "$1" 2>/tmp/said && grep "$2.*--force" /tmp/said; }
 removal() {
     local device reader
     start_plain ""
@@ -215,7 +306,8 @@ removal() {
     listed "^/dev/ringblk/p  *$device  *waiting.*ringblk remove"
     read_block &
     reader=$!
-    ringblk remove p
+    wait_for 10 fails_to_remove p 'open in process'
+    ringblk remove --force p
     absent /dev/ringblk/p
     absent "$device"
     # What waited for it is told.
@@ -295,5 +387,8 @@ recovery() {
     check "$p/queue" plain_recovery
     check "$p/off" no_recovery
     check "$p/mismatch" mismatch
+    check "$p/identity" identity
+    check "$p/same-hash" same_hash
+    check "$p/no-record" no_record
     check "$p/removal" removal
 }

@@ -12,6 +12,7 @@ pub use open::{Opening, format};
 pub(super) use ops::FileOps;
 
 use super::config::FileConfig;
+use super::identity::Identity;
 use super::losses::Losses;
 use crate::block::{Format, Geometry, GeometryError};
 use probe::{Kind, Store};
@@ -134,6 +135,15 @@ impl FileVolume {
     /// Whether it goes past the page cache.
     pub fn is_direct(&self) -> bool {
         self.memory_alignment > 1
+    }
+
+    /// Which file or device it is, for `driver`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn identity(&self, driver: &str) -> Result<Identity, Error> {
+        Identity::of_file(driver, &self.file)
+            .map_err(|source| Error::Io { what: "its metadata cannot be read", source })
     }
 
     /// Losses of acknowledged writes.

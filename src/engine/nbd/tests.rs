@@ -439,15 +439,15 @@ fn a_flush_that_is_put_off_has_told_nobody() {
         let (attached, flushers) = (attached.clone(), flushers.clone());
         move |io| async move {
             let data = Data::None;
-            let mut request = Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data };
-            execute(&attached, &io, flushers.queue(0), &mut request).await
+            let request = Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data };
+            execute(&attached, &io, flushers.queue(0), &request).await
         }
     };
     let (user, flags) = (attached.clone(), Flags::default());
     let whose = first.clone();
     let write = move |io| async move {
-        let mut request = Request { op: Op::WriteZeroes, flags, sector: 0, sectors: 8, data: Data::None };
-        execute(&user, &io, whose.queue(0), &mut request).await
+        let request = Request { op: Op::WriteZeroes, flags, sector: 0, sectors: 8, data: Data::None };
+        execute(&user, &io, whose.queue(0), &request).await
     };
     bench.run(write).unwrap();
     server.crash();

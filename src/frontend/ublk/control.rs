@@ -9,6 +9,7 @@ use super::info::{Info, Standing};
 use super::orders::{Answer, Orders};
 use super::params::Params;
 use super::queue::QueueSetup;
+use super::record::{self, Record};
 use super::recover::PARTING_LIMIT;
 use super::wish::Wish;
 use crate::block::{Errno, Geometry};
@@ -56,7 +57,12 @@ impl Device {
         // The kernel clamps queues to CPUs and drops flags that it does not know: what it granted counts.
         let info = driver.add(&wish.info(), go_on).map_err(failed)?;
         let params = Params::new(geometry, info.max_io, zero_copy(&info));
-        Device::open(&mut driver, info, params, geometry, false).inspect_err(|_| {
+        let made = match wish.record.write(info.id) {
+            Ok(()) => Device::open(&mut driver, info, params, geometry, false),
+            Err(source) => Err(Error::Record { directory: record::directory(), source }),
+        };
+        made.inspect_err(|_| {
+            Record::remove(info.id);
             let _ = driver.plain(sys::UBLK_U_CMD_DEL_DEV_ASYNC, info.id, 0, until(ADD_LIMIT));
         })
     }
@@ -78,7 +84,7 @@ impl Device {
                 Err(Failed::Refused(Errno::EBUSY)) if go_on() => {
                     let info = driver.info(found.id, &mut go_on).map_err(refused)?;
                     if let Standing::Served(pid) = info.standing() {
-                        let (device, volume) = (info.path(), wish.volume.clone());
+                        let (device, volume) = (info.path(), wish.record.volume.clone());
                         return Err(Error::Served { device, volume, pid });
                     }
                     thread::sleep(LOOK_EVERY);
@@ -191,6 +197,22 @@ impl Device {
         self.orders.give(Verb::Stop, 0)
     }
 
+    /// The same, unless somebody has the disk open: then the answer is `EBUSY`, and nothing has changed. For a device
+    /// that [`tells`](Self::tells_whether_open).
+    pub fn try_stop(&self) -> Answer {
+        self.orders.give(Verb::TryStop, 0)
+    }
+
+    /// Whether the kernel can tell that somebody has the disk open.
+    pub fn tells_whether_open(&self) -> bool {
+        self.info.has(sys::UBLK_F_SAFE_STOP_DEV)
+    }
+
+    /// Who uses the disk, in words: see [`users`](super::users()).
+    pub fn users(&self) -> Vec<String> {
+        super::users(self.info.id)
+    }
+
     /// Gives the disk another size, in sectors: whole logical blocks of it, which the driver does not check. For a
     /// started device, and drivers that have `UBLK_F_UPDATE_SIZE`.
     pub fn update_size(&self, sectors: u64) -> Answer {
@@ -223,6 +245,7 @@ impl Device {
     /// Deletes the device. [`close`](Self::close) it, and see the queues end, before: the kernel keeps the
     /// number until nobody has the character device or the disk open any more.
     pub fn delete(&self) -> Answer {
+        Record::remove(self.info.id);
         self.orders.give(Verb::Delete, 0)
     }
 }

@@ -33,6 +33,8 @@ pub enum Verb {
     Quiesce,
     /// `UBLK_U_CMD_STOP_DEV`.
     Stop,
+    /// `UBLK_U_CMD_TRY_STOP_DEV`.
+    TryStop,
     /// `UBLK_U_CMD_DEL_DEV`.
     Delete,
 }
@@ -107,6 +109,27 @@ pub enum Error {
         volume: String,
         /// All of them.
         differences: String,
+    },
+    /// Its store is another disk's.
+    #[error(
+        "{} waits for a server of volume {other}, which has the same store as volume {volume}: serve it under that name, \
+         or give it up with `ringblk remove {other}` (then what it waits for fails)", .device.display()
+    )]
+    OtherName {
+        /// Its disk.
+        device: PathBuf,
+        /// The volume that the disk is of.
+        other: String,
+        /// The volume.
+        volume: String,
+    },
+    /// What it is of cannot be kept.
+    #[error("a disk's record cannot be kept in {}", .directory.display())]
+    Record {
+        /// Where it would be.
+        directory: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
     },
     /// The size of a disk stays as it is.
     #[error(transparent)]
@@ -220,7 +243,7 @@ impl fmt::Display for Verb {
             Verb::Start => "start",
             Verb::Resize => "resize",
             Verb::Quiesce => "quiesce",
-            Verb::Stop => "stop",
+            Verb::Stop | Verb::TryStop => "stop",
             Verb::Delete => "delete",
         })
     }

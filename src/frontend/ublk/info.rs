@@ -1,9 +1,9 @@
 //! What the driver knows of a device: `struct ublksrv_ctrl_dev_info` of `linux/ublk_cmd.h`.
 //!
 //! A device outlives its server, so a new server must be able to tell whose a device is. The driver keeps a number
-//! for servers and does not look at it (`ublksrv_flags`): ours is a [`Mark`] made from the volume's name, set when
-//! the device is added and there for as long as it is. So nothing is written anywhere else, and nothing can be out
-//! of step with the kernel.
+//! for servers and does not look at it (`ublksrv_flags`): ours is a [`Mark`] made from the volume's name and its
+//! store, set when the device is added and there for as long as it is. What it is a mark of stands in the device's
+//! [`Record`](super::record::Record).
 
 #![forbid(unsafe_code)]
 
@@ -47,23 +47,28 @@ pub enum State {
     Unknown(u16),
 }
 
-/// Says that a device is ours, and which volume's.
+/// Says that a device is ours, and which volume's and store's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark(u64);
 
-/// The upper half of every mark of ours.
-const OURS: u64 = u32::from_be_bytes(*b"ring") as u64;
+/// The upper 24 bits of every mark of ours.
+const OURS: u64 = 0x72_62_6b;
+
+/// Bits of the hash below them.
+const HASH: u32 = 40;
 
 impl Mark {
-    /// For the volume of that name: `ring`, and a hash (FNV-1a) of the name.
-    pub fn of(volume: &str) -> Mark {
-        let hash = |hash: u32, byte: u8| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193);
-        Mark(OURS << 32 | u64::from(volume.bytes().fold(0x811c_9dc5, hash)))
+    /// For the volume of that name on that store: `rbk`, and a hash (FNV-1a, folded) of both.
+    pub fn of(volume: &str, store: &str) -> Mark {
+        let add = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        // No name has a byte 0.
+        let hash = volume.bytes().chain([0]).chain(store.bytes()).fold(0xcbf2_9ce4_8422_2325, add);
+        Mark(OURS << HASH | (hash ^ hash >> HASH) & ((1 << HASH) - 1))
     }
 
     /// Whether a ringblk made it, for whatever volume.
     pub fn is_ours(self) -> bool {
-        self.0 >> 32 == OURS
+        self.0 >> HASH == OURS
     }
 }
 
@@ -184,7 +189,7 @@ pub(super) fn sample() -> Info {
         state: State::Quiesced,
         server: Some(42),
         flags: 0,
-        mark: Mark::of("root"),
+        mark: Mark::of("root", "null"),
     }
 }
 
@@ -206,10 +211,14 @@ mod tests {
 
     #[test]
     fn marks_tell_volumes_apart_and_others_from_us() {
-        assert_eq!(Mark::of("root"), Mark::of("root"));
-        assert_ne!(Mark::of("root"), Mark::of("root2"));
-        assert!(Mark::of("").is_ours());
-        for other in [0, 1, u64::MAX, Mark::of("root").0 << 1] {
+        let root = Mark::of("root", "null");
+        assert_eq!(root, Mark::of("root", "null"));
+        assert_ne!(root, Mark::of("root2", "null"));
+        assert_ne!(root, Mark::of("root", "nbd x"));
+        // Their names alone have the same hash in 32 bits.
+        assert_ne!(Mark::of("costarring", "null"), Mark::of("liquid", "null"));
+        assert!(Mark::of("", "").is_ours());
+        for other in [0, 1, u64::MAX, root.0 << 1] {
             assert!(!Mark(other).is_ours(), "{other:x}");
         }
     }

@@ -124,6 +124,8 @@ fn carry_out(id: u32, params: &Params, verb: Verb, data: u64, hopeless: &AtomicB
         Verb::TakeOver => driver.plain(sys::UBLK_U_CMD_END_USER_RECOVERY, id, us, go_on),
         // It waits for requests in flight, however long the store takes for them.
         Verb::Stop => driver.plain(sys::UBLK_U_CMD_STOP_DEV, id, 0, || true),
+        // It fails where anybody has the disk open, and then changes nothing.
+        Verb::TryStop => driver.plain(sys::UBLK_U_CMD_TRY_STOP_DEV, id, 0, || true),
         Verb::Resize => driver.plain(sys::UBLK_U_CMD_UPDATE_SIZE, id, data, in_time),
         Verb::Quiesce => driver.plain(sys::UBLK_U_CMD_QUIESCE_DEV, id, data, || true),
         Verb::Delete => delete(&mut driver, id),

@@ -10,9 +10,10 @@
 use super::control::{LOOK_EVERY, until};
 use super::driver::{Driver, Failed};
 use super::error::{Error, Verb};
-use super::info::{Info, Mark, Standing};
+use super::info::{Info, Standing};
 use super::orders::delete;
 use super::params::Params;
+use super::record::{self, Record};
 use super::wish::Wish;
 use crate::block::{Geometry, SECTOR};
 use libublk::sys;
@@ -34,11 +35,21 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The longest that a look may take.
 const LOOK_LIMIT: Duration = Duration::from_secs(10);
 
+/// A device of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// What the driver knows of it.
+    pub info: Info,
+    /// What it is of. `None` where that cannot be told: `/dev/ringblk` was cleared, or is another one than it was for
+    /// the server that made it.
+    pub record: Option<Record>,
+}
+
 /// Every device of ours, by number, whoever serves it.
 ///
 /// # Errors
 /// When the driver does not tell us.
-pub fn ours() -> Result<Vec<Info>, Error> {
+pub fn ours() -> Result<Vec<Found>, Error> {
     let mut ids = numbers(Path::new(DEVICES));
     if ids.is_empty() {
         return Ok(Vec::new());
@@ -49,7 +60,7 @@ pub fn ours() -> Result<Vec<Info>, Error> {
     let mut found = Vec::new();
     for id in ids {
         match driver.info(id, until(LOOK_LIMIT)) {
-            Ok(info) if info.mark.is_ours() => found.push(info),
+            Ok(info) if info.mark.is_ours() => found.push(Found { record: Record::of(&info), info }),
             Ok(_) => {}
             // It went in the meantime, or was made without privileges, as ours are not.
             Err(Failed::Refused(errno)) if [libc::ENODEV, libc::EINVAL].contains(&errno.raw()) => {}
@@ -68,28 +79,59 @@ fn numbers(directory: &Path) -> Vec<u32> {
     entries.filter_map(number).collect()
 }
 
-/// The device that waits for a server of `volume`. Waits for a dead server to be gone; removes what is left of a
-/// device without a disk.
+impl Found {
+    /// Whether it is the one that a server of `wanted`'s volume would want, on whichever store. Without a record the
+    /// mark must do, which is of the volume and the store.
+    fn is_of(&self, wanted: &Record) -> bool {
+        match &self.record {
+            Some(record) => record.volume == wanted.volume,
+            None => self.info.mark == wanted.mark(),
+        }
+    }
+
+    /// The other volume that it waits for, where that one has the same store and is not among `volumes`, whose servers
+    /// are on their way.
+    fn other_name(&self, wanted: &Record, volumes: &[&str]) -> Option<&str> {
+        let record = self.record.as_ref()?;
+        let other = record.store == wanted.store && !volumes.contains(&record.volume.as_str());
+        // What has no store cannot have the same.
+        let keeps = wanted.store.contains(' ');
+        (other && keeps && self.info.standing() == Standing::Waiting).then_some(&record.volume)
+    }
+}
+
+/// The device that waits for a server of `wanted`'s volume; `volumes` are all that are served besides. Waits for a dead
+/// server to be gone; removes what is left of a device without a disk.
 ///
 /// # Errors
-/// When a process serves it, or it does not get free in a minute.
-pub fn find(volume: &str) -> Result<Option<Info>, Error> {
+/// When a process serves it, or it does not get free in a minute; when the store is that of a disk which waits for a
+/// volume of another name.
+pub fn find(wanted: &Record, volumes: &[&str]) -> Result<Option<Found>, Error> {
+    let volume = wanted.volume.as_str();
     let since = Instant::now();
     let mut told = false;
     loop {
-        let mut found = ours()?;
-        found.retain(|info| info.mark == Mark::of(volume));
-        let [info] = found[..] else {
-            if found.is_empty() {
-                return Ok(None);
-            }
-            let devices = found.iter().map(|info| info.path().display().to_string()).collect::<Vec<_>>();
+        let mut all = ours()?;
+        let (mut found, others): (Vec<_>, Vec<_>) = all.drain(..).partition(|found| found.is_of(wanted));
+        if found.len() > 1 {
+            let devices =
+                found.iter().map(|found| found.info.path().display().to_string()).collect::<Vec<_>>();
             return Err(Error::Several { volume: volume.into(), devices: devices.join(", ") });
+        }
+        let Some(found) = found.pop() else {
+            return match others.iter().find_map(|found| Some((found, found.other_name(wanted, volumes)?))) {
+                None => Ok(None),
+                Some((found, other)) => {
+                    let (device, other) = (found.info.path(), other.to_owned());
+                    Err(Error::OtherName { device, other, volume: volume.into() })
+                }
+            };
         };
+        let info = found.info;
         let device = info.path();
         match info.standing() {
             Standing::Served(pid) => return Err(Error::Served { device, volume: volume.into(), pid }),
-            Standing::Waiting => return Ok(Some(info)),
+            Standing::Waiting => return Ok(Some(found)),
             Standing::Remains => {
                 remove_remains(&info, volume)?;
                 return Ok(None);
@@ -119,25 +161,54 @@ fn remove_remains(info: &Info, volume: &str) -> Result<(), Error> {
     }
     let refused = |failed| Error::of(Verb::Delete, failed, Some(info.id), LOOK_LIMIT);
     let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
+    Record::remove(info.id);
     delete(&mut driver, info.id).map_err(refused)
 }
 
-/// Whether `found` is as `wish` would have made it for a volume that looks like `geometry`. Only its size may differ,
-/// and only be smaller than the volume.
+/// Whether `found` is of the store that `wish` is of, and as it would have made it for a volume that looks like
+/// `geometry`. Only its size may differ, and only be smaller than the volume.
 ///
 /// # Errors
 /// All that differs, and what to do; or that the driver does not tell.
-pub fn check(found: &Info, wish: &Wish, geometry: &Geometry) -> Result<(), Error> {
-    let refused = |failed| Error::of(Verb::Look, failed, Some(found.id), LOOK_LIMIT);
+pub fn check(found: &Found, wish: &Wish, geometry: &Geometry) -> Result<(), Error> {
+    let Found { info, record } = found;
+    let refused = |failed| Error::of(Verb::Look, failed, Some(info.id), LOOK_LIMIT);
     let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
-    let params = driver.params(found.id, until(LOOK_LIMIT)).map_err(refused)?;
+    let params = driver.params(info.id, until(LOOK_LIMIT)).map_err(refused)?;
     let wanted = Params::new(geometry, wish.max_io, wish.zero_copy);
-    let differences = differences(found, &params, wish, &wanted, possible_cpus());
+    let mut differences = differences(info, &params, wish, &wanted, possible_cpus());
+    match record {
+        Some(record) => differences.extend(other_store(record, &wish.record)),
+        None => log::warn!(
+            "{}: has no record in {}; its mark says that it is volume {}'s, on this store",
+            info.path().display(),
+            record::directory().display(),
+            wish.record.volume
+        ),
+    }
     if differences.is_empty() {
         return Ok(());
     }
-    let volume = wish.volume.clone();
-    Err(Error::Differs { device: found.path(), volume, differences: differences.join("; ") })
+    let volume = wish.record.volume.clone();
+    Err(Error::Differs { device: info.path(), volume, differences: differences.join("; ") })
+}
+
+/// How the store differs, in words.
+fn other_store(own: &Record, wanted: &Record) -> Option<String> {
+    if own.store == wanted.store {
+        return None;
+    }
+    let (of, asked) = (&own.target, &wanted.target);
+    let text = match of == asked {
+        true => format!(
+            "store: {of} is not what it was: the disk is of {}, and this is {}",
+            own.store, wanted.store
+        ),
+        false => {
+            format!("store: it is of {of} ({}), the configuration's is {asked} ({})", own.store, wanted.store)
+        }
+    };
+    Some(text)
 }
 
 /// What differs, in words.
@@ -213,6 +284,7 @@ pub fn remove(info: &Info) -> Result<(), Error> {
     }
     let gone = |failed| if is_gone(failed) { Ok(()) } else { Err(refused(failed)) };
     driver.plain(sys::UBLK_U_CMD_STOP_DEV, info.id, 0, &mut go_on).or_else(gone)?;
+    Record::remove(info.id);
     delete(&mut driver, info.id).or_else(gone)
 }
 
@@ -229,7 +301,7 @@ mod tests {
 
     fn wish() -> Wish {
         Wish {
-            volume: "root".into(),
+            record: Record::new("root", "file device=8:1 inode=2 born=3", "/a"),
             id: None,
             queues: 2,
             depth: 128,
@@ -260,6 +332,36 @@ mod tests {
         assert!(between(&wish(), &Wish { id: Some(3), ..wish() }, same).is_empty());
         // Sixteen queues on eight CPUs are eight.
         assert!(between(&Wish { queues: 8, ..wish() }, &Wish { queues: 16, ..wish() }, same).is_empty());
+    }
+
+    #[test]
+    fn a_disk_is_of_one_store() {
+        let own = &wish().record;
+        assert_eq!(other_store(own, &Record { target: "/link/to/a".into(), ..own.clone() }), None);
+        let other = Record { store: "file device=8:1 inode=4 born=5".into(), ..own.clone() };
+        assert!(other_store(own, &other).unwrap().contains("/a is not what it was"));
+        let moved = Record { target: "/b".into(), ..other };
+        let text = other_store(own, &moved).unwrap();
+        assert!(text.contains("of /a (file device=8:1 inode=2") && text.contains("is /b (file"), "{text}");
+    }
+
+    #[test]
+    fn names_and_stores_find_a_disk() {
+        let record = wish().record;
+        let found = |record: Option<&Record>, info: Info| Found { info, record: record.cloned() };
+        let other = Record { volume: "data".into(), ..record.clone() };
+        // By its record, whatever its mark; without one, by the mark of both.
+        assert!(found(Some(&record), sample()).is_of(&Record { store: "nbd x".into(), ..record.clone() }));
+        assert!(!found(Some(&other), Info { mark: record.mark(), ..sample() }).is_of(&record));
+        assert!(found(None, Info { mark: record.mark(), ..sample() }).is_of(&record));
+        assert!(!found(None, Info { mark: other.mark(), ..sample() }).is_of(&record));
+        // The store of a disk that waits under another name is taken, unless that name is served too.
+        let waits = found(Some(&other), sample());
+        assert_eq!(waits.other_name(&record, &["root"]), Some("data"));
+        assert_eq!(waits.other_name(&record, &["root", "data"]), None);
+        assert_eq!(waits.other_name(&Record { store: "nbd x".into(), ..record.clone() }, &[]), None);
+        let null = |volume: &str| Record { store: "null".into(), volume: volume.into(), ..record.clone() };
+        assert_eq!(found(Some(&null("a")), sample()).other_name(&null("b"), &[]), None);
     }
 
     #[test]

@@ -167,7 +167,7 @@ pub const FEATURES: [Feature; 20] = [
     feature(sys::UBLK_F_BUF_REG_OFF_DAEMON, "BUF_REG_OFF_DAEMON", "6.16", "zero copy from any thread"),
     feature(sys::UBLK_F_BATCH_IO, "BATCH_IO", "7.0", "requests fetched and committed in batches"),
     feature(sys::UBLK_F_INTEGRITY, "INTEGRITY", "7.0", "protection information"),
-    feature(sys::UBLK_F_SAFE_STOP_DEV, "SAFE_STOP_DEV", "7.0", "stop only a disk that nobody has open"),
+    used(feature(sys::UBLK_F_SAFE_STOP_DEV, "SAFE_STOP_DEV", "7.0", "stop only a disk that nobody has open")),
     feature(sys::UBLK_F_NO_AUTO_PART_SCAN, "NO_AUTO_PART_SCAN", "7.0", "no look for partitions at the start"),
     feature(sys::UBLK_F_SHMEM_ZC, "SHMEM_ZC", "7.1", "zero copy from memory shared with the client"),
 ];

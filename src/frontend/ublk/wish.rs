@@ -2,15 +2,16 @@
 
 #![forbid(unsafe_code)]
 
-use super::info::{Info, Mark, State};
+use super::info::{Info, State};
 use super::options::Recovery;
+use super::record::Record;
 use libublk::sys;
 
 /// What a device is to be.
 #[derive(Clone, Debug)]
 pub struct Wish {
-    /// Name of the volume.
-    pub volume: String,
+    /// What it is of.
+    pub record: Record,
     /// N of `/dev/ublkbN`; `None`: the kernel picks.
     pub id: Option<u32>,
     /// Hardware queues; the kernel may grant fewer.
@@ -46,7 +47,7 @@ impl Wish {
             state: State::Dead,
             server: Some(std::process::id()),
             flags: flags | self.features & optional,
-            mark: Mark::of(&self.volume),
+            mark: self.record.mark(),
         }
     }
 }
@@ -58,7 +59,7 @@ mod tests {
     #[test]
     fn flags_are_what_was_asked_for_and_what_the_driver_has() {
         let wish = |recovery, features| Wish {
-            volume: "v".into(),
+            record: Record::new("v", "null", "1G"),
             id: None,
             queues: 1,
             depth: 1,

@@ -8,7 +8,7 @@ use crate::block::SECTOR;
 use crate::engine::Volume;
 use crate::frontend::ublk::options::{Recovery, UblkConfig, ZeroCopy};
 use crate::frontend::ublk::support::{self, NoZeroCopy, Offer};
-use crate::frontend::ublk::{self, Device, NoResize, StableName, Wish};
+use crate::frontend::ublk::{self, Device, NoResize, Record, StableName, Wish};
 use crate::service::status::UblkStatus;
 use crate::worker::{Lent, Link};
 use leave::Phase;
@@ -37,6 +37,15 @@ pub struct UblkExport {
     phase: Phase,
 }
 
+/// What an export is started beside.
+#[derive(Clone, Debug)]
+pub struct Others<'a> {
+    /// All volumes that get ublk disks.
+    pub volumes: Vec<&'a str>,
+    /// Where the volume's store is, as the user wrote it.
+    pub target: &'a str,
+}
+
 /// Why a volume is not behind the ublk door.
 #[derive(Debug, thiserror::Error)]
 #[error("ublk export of volume {volume}")]
@@ -56,10 +65,15 @@ impl UblkExport {
     /// When the name is not free, there is no ublk to be used, the kernel cannot do what was asked, or does
     /// not do it in time; or when there is a device already that another configuration made, or another process
     /// serves. What had been made by then is undone; a device that was there before stays.
-    pub fn start(config: &UblkConfig, volume: &Arc<Volume>, links: &[Link]) -> Result<UblkExport, Error> {
+    pub fn start(
+        config: &UblkConfig,
+        volume: &Arc<Volume>,
+        links: &[Link],
+        others: &Others<'_>,
+    ) -> Result<UblkExport, Error> {
         let failed = |source| Error { volume: config.volume.clone(), source };
         let since = Instant::now();
-        let mut export = UblkExport::get(config, volume, links).map_err(failed)?;
+        let mut export = UblkExport::get(config, volume, links, others).map_err(failed)?;
         match export.serve(config) {
             Ok(()) => {
                 if export.device.recovered() {
@@ -76,7 +90,12 @@ impl UblkExport {
     }
 
     /// Checks all that can be checked, and adds or recovers the device.
-    fn get(config: &UblkConfig, volume: &Arc<Volume>, links: &[Link]) -> Result<UblkExport, ublk::Error> {
+    fn get(
+        config: &UblkConfig,
+        volume: &Arc<Volume>,
+        links: &[Link],
+        others: &Others<'_>,
+    ) -> Result<UblkExport, ublk::Error> {
         let offer = support::probe()?;
         let copy = match config.zero_copy {
             ZeroCopy::Auto if !volume.prefers_registered() => ZeroCopy::Off,
@@ -87,7 +106,7 @@ impl UblkExport {
             ublk::Error::Recovery { wish: config.recovery.unwrap_or(Recovery::Reissue), source }
         })?;
         let wish = Wish {
-            volume: config.volume.clone(),
+            record: Record::new(&config.volume, volume.identity().as_str(), others.target),
             id: config.id,
             queues: u16::try_from(links.len()).unwrap_or(UblkConfig::MAX_QUEUES),
             depth: config.depth,
@@ -96,19 +115,21 @@ impl UblkExport {
             recovery,
             features: offer.features,
         };
-        let found = ublk::find(&config.volume)?;
-        let name = StableName::check(&config.volume, found.map(|info| info.path()).as_deref())?;
+        let found = ublk::find(&wish.record, &others.volumes)?;
+        let path = found.as_ref().map(|found| found.info.path());
+        let name = StableName::check(&config.volume, path.as_deref())?;
         let device = match found {
             None => Device::add(&wish, volume.geometry())?,
-            Some(info) => {
+            Some(found) => {
+                let info = &found.info;
                 let (device, server) =
                     (info.path(), info.server.map_or(String::new(), |pid| format!(" {pid}")));
                 log::info!(
                     "{}: waits for a server since process{server} ended: recovering",
                     device.display()
                 );
-                ublk::check(&info, &wish, volume.geometry())?;
-                Device::recover(&info, &wish, volume.geometry())?
+                ublk::check(&found, &wish, volume.geometry())?;
+                Device::recover(info, &wish, volume.geometry())?
             }
         };
         let status = UblkStatus {

@@ -13,7 +13,7 @@ use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::exports::Export;
-use crate::service::exports::ublk::UblkExport;
+use crate::service::exports::ublk::{Others, UblkExport};
 use crate::service::exports::vhost_user::{Endpoint, VhostUserExport};
 use crate::service::status::{ExportStatus, UblkStatus, VhostUserStatus, VolumeStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -47,6 +47,10 @@ pub(super) enum WaitingExport {
     Ublk {
         config: UblkConfig,
         on: Vec<usize>,
+        /// All volumes that get ublk disks.
+        beside: Vec<String>,
+        /// Where the volume's store is, as the user wrote it.
+        target: String,
     },
 }
 
@@ -96,7 +100,7 @@ impl Waiting {
                 workers: config.workers.is_some().then_some(on.len()),
                 waiting: true,
             }),
-            WaitingExport::Ublk { config, on } => ExportStatus::Ublk(UblkStatus {
+            WaitingExport::Ublk { config, on, .. } => ExportStatus::Ublk(UblkStatus {
                 volume: config.volume.clone(),
                 device: "".into(),
                 link: crate::frontend::ublk::link(&config.volume),
@@ -196,15 +200,18 @@ impl Shared {
                     })
                     .map(|export| (format!("on {}", config.socket.display()), Export::VhostUser(export)))
                     .map_err(|error| (format!("vhost-user:{}: {error}", config.socket.display()), None)),
-                WaitingExport::Ublk { config, on } => {
-                    match UblkExport::start(&config, &served.volume, &self.links(&on)) {
+                WaitingExport::Ublk { config, on, beside, target } => {
+                    let volumes = beside.iter().map(String::as_str).collect();
+                    let others = Others { volumes, target: &target };
+                    match UblkExport::start(&config, &served.volume, &self.links(&on), &others) {
                         Ok(export) => {
                             let link = export.status().link;
                             Ok((format!("at {}", link.display()), Export::Ublk(Box::new(export))))
                         }
-                        Err(error) => {
-                            Err((Causes(&error).to_string(), Some(WaitingExport::Ublk { config, on })))
-                        }
+                        Err(error) => Err((
+                            Causes(&error).to_string(),
+                            Some(WaitingExport::Ublk { config, on, beside, target }),
+                        )),
                     }
                 }
             };

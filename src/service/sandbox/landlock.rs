@@ -62,7 +62,10 @@ fn rules(plan: &Plan) -> Result<RulesetCreated, RulesetError> {
         allow(&[Path::new("/sys/devices/virtual/block")], AccessFs::WriteFile | AccessFs::Truncate)?;
         // The devices to come have no path yet that could be named.
         allow(&[Path::new("/dev")], write | AccessFs::ReadFile)?;
-        allow(&[Path::new(plan.links())], read | AccessFs::MakeSym | AccessFs::RemoveFile)?;
+        allow(
+            &[Path::new(plan.links())],
+            read | AccessFs::MakeSym | AccessFs::MakeReg | AccessFs::RemoveFile,
+        )?;
     }
     for port in &plan.ports {
         log::debug!("sandbox: TCP port {port}");
