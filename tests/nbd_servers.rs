@@ -6,6 +6,7 @@ mod common;
 use common::client::Client;
 use common::eventually;
 use common::model::{Model, Op, Queue};
+use common::process::{Running, free_port, on_tcp, on_unix};
 use common::service::{Service, Setup};
 use common::vmm::everyday;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -14,10 +15,10 @@ use ringblk::service::client::Client as ControlClient;
 use ringblk::service::status::ExportStatus;
 use std::fs::{self, File};
 use std::io::ErrorKind;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 
 const BYTES: u64 = 4 << 20;
 const OK: u8 = 0;
@@ -57,39 +58,6 @@ fn trial(name: &str, program: &str, run: fn()) -> Trial {
             Trial::test(name, failed).with_ignored_flag(true)
         }
     }
-}
-
-/// A server's process, which does not outlive the test.
-struct Running(Child);
-
-impl Running {
-    /// Starts it, and waits until it listens.
-    fn start(program: &str, args: &[&str], listens: impl Fn() -> bool) -> Running {
-        let child = Command::new(program).args(args).stdin(Stdio::null()).spawn().unwrap();
-        let running = Running(child);
-        eventually("the server listens", listens);
-        running
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn on_unix(path: &Path) -> impl Fn() -> bool {
-    let path = path.to_owned();
-    move || UnixStream::connect(&path).is_ok()
-}
-
-fn on_tcp(port: u16) -> impl Fn() -> bool {
-    move || TcpStream::connect(("127.0.0.1", port)).is_ok()
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn serve(uri: &str, options: &str) -> Service {

@@ -21,6 +21,9 @@ Drivers (NAME=DRIVER:TARGET):
   null:SIZE    stores nothing, for measuring; block-size=512|4096
   nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
                connections=1..16, read-only=on|off
+               with TLS: nbds:// or nbds+unix://, and tls-ca=FILE (else the system's
+               authorities), tls-cert=FILE and tls-key=FILE, tls-hostname=NAME,
+               tls-verify=on|off
                reconnect=SECONDS  how long requests wait for a lost server (0)
                timeout=SECONDS    how long it may be silent that has some (60; 0:
                                   for ever), until the connection counts as lost

@@ -84,8 +84,19 @@ pub struct NullConfig {
 #[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct NbdConfig {
-    /// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`.
+    /// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`, with TLS `nbds` or `nbds+unix`.
     pub uri: String,
+    /// Certificates of the authorities that may vouch for the server; `None`: the system's.
+    pub tls_ca: Option<PathBuf>,
+    /// Our certificate, and those of the authorities between it and what the server trusts.
+    pub tls_cert: Option<PathBuf>,
+    /// The key of our certificate.
+    pub tls_key: Option<PathBuf>,
+    /// What the server's certificate is for; `None`: the URI's host, or localhost with a Unix socket.
+    pub tls_hostname: Option<String>,
+    /// The server's certificate counts.
+    #[serde(default = "yes")]
+    pub tls_verify: bool,
     /// Connections to open, 1 to [`NbdConfig::MAX_CONNECTIONS`]; `None`: 4 where the server allows more than one.
     pub connections: Option<u16>,
     /// Seconds that a server may be silent that has requests, before the connection is given up; 0: for ever.
@@ -364,6 +375,9 @@ impl fmt::Display for VolumeConfig {
                 if nbd.reconnect > 0 {
                     write!(f, ", reconnect {} s", nbd.reconnect)?;
                 }
+                if !nbd.tls_verify {
+                    f.write_str(", tls-verify off")?;
+                }
                 match nbd.timeout {
                     0 => f.write_str(", no time-out")?,
                     seconds => write!(f, ", time-out {seconds} s")?,
@@ -418,8 +432,23 @@ fn check_size(size: Size, block_size: Option<u32>) -> Result<(), (&'static str, 
 fn check_nbd(nbd: &NbdConfig) -> Result<(), (&'static str, String)> {
     let refuse = |reason: String| ("uri", format!("\"{}\": {reason}", nbd.uri));
     let uri = Uri::parse(&nbd.uri).map_err(refuse)?;
-    if uri.tls {
-        return Err(refuse("TLS is not supported".into()));
+    let given = [
+        ("tls-ca", nbd.tls_ca.is_some()),
+        ("tls-cert", nbd.tls_cert.is_some()),
+        ("tls-key", nbd.tls_key.is_some()),
+        ("tls-hostname", nbd.tls_hostname.is_some()),
+        ("tls-verify", !nbd.tls_verify),
+    ];
+    if let Some((key, _)) = given.iter().find(|(_, given)| *given && !uri.tls) {
+        return Err((*key, "is for nbds:// and nbds+unix:// alone".into()));
+    }
+    match (&nbd.tls_cert, &nbd.tls_key) {
+        (Some(_), None) => return Err(("tls-cert", "needs tls-key".into())),
+        (None, Some(_)) => return Err(("tls-key", "needs tls-cert".into())),
+        _ => {}
+    }
+    if nbd.tls_ca.is_some() && !nbd.tls_verify {
+        return Err(("tls-ca", "means nothing with tls-verify=off".into()));
     }
     if let Some(connections) = nbd.connections
         && !(1..=NbdConfig::MAX_CONNECTIONS).contains(&connections)
@@ -470,6 +499,11 @@ mod tests {
             nbd,
             VolumeConfig::Nbd(NbdConfig {
                 uri: "nbd://h/e".into(),
+                tls_ca: None,
+                tls_cert: None,
+                tls_key: None,
+                tls_hostname: None,
+                tls_verify: true,
                 connections: None,
                 timeout: 60,
                 reconnect: 0,
@@ -524,7 +558,7 @@ mod tests {
             "server",
             "http://h/e",
             "nbd:///e",
-            "nbds://h/e",
+            "nbds+unix:///e",
             "nbd+unix:///e",
             "nbd+unix:///e?socket=",
             "nbd+unix:///e?socket=rel",
@@ -535,6 +569,15 @@ mod tests {
         }
         for uri in ["nbd://h", "nbd://[::1]:10809/e", "nbd+unix:///?socket=/run/nbd.sock"] {
             read("nbd", &format!(r#"{{"uri": "{uri}"}}"#)).unwrap().check().unwrap();
+        }
+        for (options, key) in [
+            (r#""uri": "nbd://h", "tls-ca": "/a""#, "tls-ca"),
+            (r#""uri": "nbd+unix:///?socket=/s", "tls-verify": false"#, "tls-verify"),
+            (r#""uri": "nbds://h", "tls-cert": "/a""#, "tls-cert"),
+            (r#""uri": "nbds://h", "tls-key": "/a""#, "tls-key"),
+            (r#""uri": "nbds://h", "tls-ca": "/a", "tls-verify": false"#, "tls-ca"),
+        ] {
+            assert_eq!(refusal("nbd", &format!("{{{options}}}")).0, key, "{options}");
         }
         for (key, value) in
             [("connections", 0), ("connections", 17), ("reconnect", 86_401), ("timeout", 86_401)]

@@ -39,12 +39,29 @@ pub struct Opener {
     config: VolumeConfig,
     policy: PolicyConfig,
     topology: TopologyConfig,
+    /// Of an NBD volume.
+    target: Option<nbd::Target>,
 }
 
 impl Opener {
-    /// For a volume of this name.
-    pub fn new(name: &str, config: &VolumeConfig, policy: PolicyConfig, topology: TopologyConfig) -> Opener {
-        Opener { name: name.into(), config: config.clone(), policy, topology }
+    /// For a volume of this name. Reads what it takes to open it, such as certificates, since that may be forbidden later.
+    ///
+    /// # Errors
+    /// When one of those cannot be used.
+    pub fn new(
+        name: &str,
+        config: &VolumeConfig,
+        policy: PolicyConfig,
+        topology: TopologyConfig,
+    ) -> Result<Opener, OpenError> {
+        let target =
+            match config {
+                VolumeConfig::Nbd(options) => Some(nbd::Target::of(options).map_err(|source| {
+                    OpenError::Nbd { name: name.into(), uri: options.uri.clone(), source }
+                })?),
+                VolumeConfig::File(_) | VolumeConfig::Memory(_) | VolumeConfig::Null(_) => None,
+            };
+        Ok(Opener { name: name.into(), config: config.clone(), policy, topology, target })
     }
 
     /// What becomes of it when its store fails.
@@ -57,7 +74,8 @@ impl Opener {
     /// # Errors
     /// See [`Volume::open`] and [`Volume::with_topology`].
     pub fn open(&self) -> Result<Volume, OpenError> {
-        let volume = Volume::open(&self.name, &self.config)?.with_topology(self.topology)?;
+        let volume =
+            Volume::open_at(&self.name, &self.config, self.target.as_ref())?.with_topology(self.topology)?;
         Ok(volume.with_policy(self.policy))
     }
 
@@ -146,6 +164,10 @@ impl Volume {
     /// # Errors
     /// When it is missing, not ours to use, or cannot do what the configuration asks.
     pub fn open(name: &str, config: &VolumeConfig) -> Result<Volume, OpenError> {
+        Volume::open_at(name, config, None)
+    }
+
+    fn open_at(name: &str, config: &VolumeConfig, target: Option<&nbd::Target>) -> Result<Volume, OpenError> {
         let geometry_error = |source| OpenError::Geometry { name: name.into(), source };
         let driver = config.driver();
         let (store, geometry, identity) = match config {
@@ -178,7 +200,11 @@ impl Volume {
                 (Store::Null, geometry, Identity::of_nothing(driver))
             }
             VolumeConfig::Nbd(options) => {
-                let (volume, geometry) = NbdVolume::open(options).map_err(|source| OpenError::Nbd {
+                let opened = match target {
+                    Some(target) => NbdVolume::open_at(options, target),
+                    None => NbdVolume::open(options),
+                };
+                let (volume, geometry) = opened.map_err(|source| OpenError::Nbd {
                     name: name.into(),
                     uri: options.uri.clone(),
                     source,

@@ -17,7 +17,7 @@ use super::status::{SandboxStatus, VolumeStatus};
 use crate::block::Causes;
 use crate::block::Errno;
 use crate::engine::config::VolumeConfig;
-use crate::engine::{OpenError, Opener, Volume};
+use crate::engine::{OpenError, Opener, Volume, nbd};
 use crate::frontend::ublk::StableName;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::ring;
@@ -172,7 +172,7 @@ impl Opened {
         let mut opened = Opened { volumes: BTreeMap::new(), waiting: BTreeMap::new(), attempts: Vec::new() };
         let mut failed = Vec::new();
         for (name, volume) in &config.volumes {
-            let opener = Opener::new(name, volume, config.policies[name], config.topologies[name]);
+            let opener = Opener::new(name, volume, config.policies[name], config.topologies[name])?;
             match opener.open() {
                 Ok(volume) => {
                     opened.volumes.insert(name.clone(), volume);
@@ -340,6 +340,7 @@ impl Service {
             let _ = tokio::time::timeout(ABANDON_LIMIT, finished).await;
             break Err(Error::Abandoned(left));
         };
+        nbd::farewell();
         drop(gone);
         match answering.await {
             Ok(answered) => answered.map_err(Error::Control)?,

@@ -4,6 +4,7 @@
 
 use super::Error;
 use super::handshake::{self, Agreed};
+use super::tls::{self, Tls};
 use super::uri::Address;
 use crate::block::Instance;
 use nix::sys::socket::{
@@ -12,7 +13,7 @@ use nix::sys::socket::{
 use nix::sys::time::TimeVal;
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -62,7 +63,7 @@ impl Address {
     ///
     /// # Errors
     /// See [`Error`].
-    pub fn connect(&self, name: &[u8], limit: Duration) -> Result<Connected, Error> {
+    pub fn connect(&self, name: &[u8], tls: Option<&Tls>, limit: Duration) -> Result<Connected, Error> {
         let (stream, deadline) = match self {
             Address::Unix(path) => {
                 let deadline = Instant::now() + limit;
@@ -75,14 +76,26 @@ impl Address {
             }
         };
         let mut timed = Timed { stream, deadline };
-        let agreed = handshake::shake(&mut timed, name)?;
-        timed.stream.limit(None).map_err(Error::Io)?;
-        let (socket, instance) = match timed.stream {
-            Stream::Unix(stream) => {
-                let instance = instance(&stream);
-                (stream.into(), instance)
+        let greeting = handshake::greet(&mut timed)?;
+        let (agreed, session) = match tls {
+            None => (handshake::agree(&mut timed, greeting, name)?, None),
+            Some(tls) => {
+                handshake::start_tls(&mut timed)?;
+                let mut session = tls.shake(&mut timed)?;
+                let mut secure = rustls::Stream::new(&mut session, &mut timed);
+                (handshake::agree(&mut secure, greeting, name).map_err(tls::judge)?, Some(session))
             }
-            Stream::Tcp(stream) => (stream.into(), Instance::UNKNOWN),
+        };
+        let stream = timed.stream;
+        stream.limit(None).map_err(Error::Io)?;
+        let instance = match &stream {
+            Stream::Unix(stream) => instance(stream),
+            Stream::Tcp(_) => Instance::UNKNOWN,
+        };
+        let socket = match (session, stream) {
+            (Some(session), stream) => tls::relay(session, stream, &self.to_string()).map_err(Error::Io)?,
+            (None, Stream::Unix(stream)) => stream.into(),
+            (None, Stream::Tcp(stream)) => stream.into(),
         };
         Ok(Connected { socket, agreed, instance })
     }
@@ -129,8 +142,9 @@ fn notice_death(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// A connection to a server.
 #[derive(Debug)]
-enum Stream {
+pub enum Stream {
     Unix(UnixStream),
     Tcp(TcpStream),
 }
@@ -141,6 +155,55 @@ impl Stream {
             Stream::Unix(stream) => stream.set_read_timeout(limit).and(stream.set_write_timeout(limit)),
             Stream::Tcp(stream) => stream.set_read_timeout(limit).and(stream.set_write_timeout(limit)),
         }
+    }
+
+    /// Says whether calls wait.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_nonblocking(&self, so: bool) -> io::Result<()> {
+        match self {
+            Stream::Unix(stream) => stream.set_nonblocking(so),
+            Stream::Tcp(stream) => stream.set_nonblocking(so),
+        }
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Stream::Unix(stream) => stream.as_fd(),
+            Stream::Tcp(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(stream) => stream.read(into),
+            Stream::Tcp(stream) => stream.read(into),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, from: &[u8]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(stream) => stream.write(from),
+            Stream::Tcp(stream) => stream.write(from),
+        }
+    }
+
+    fn write_vectored(&mut self, from: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Stream::Unix(stream) => stream.write_vectored(from),
+            Stream::Tcp(stream) => stream.write_vectored(from),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -153,20 +216,14 @@ struct Timed {
 impl Read for Timed {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.stream.limit(Some(remaining(self.deadline)?))?;
-        in_time(match &mut self.stream {
-            Stream::Unix(stream) => stream.read(into),
-            Stream::Tcp(stream) => stream.read(into),
-        })
+        in_time(self.stream.read(into))
     }
 }
 
 impl Write for Timed {
     fn write(&mut self, from: &[u8]) -> io::Result<usize> {
         self.stream.limit(Some(remaining(self.deadline)?))?;
-        in_time(match &mut self.stream {
-            Stream::Unix(stream) => stream.write(from),
-            Stream::Tcp(stream) => stream.write(from),
-        })
+        in_time(self.stream.write(from))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -203,7 +260,7 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let started = Instant::now();
         let limit = Duration::from_millis(200);
-        let refused = Address::Unix(path).connect(b"", limit).unwrap_err();
+        let refused = Address::Unix(path).connect(b"", None, limit).unwrap_err();
         assert!(matches!(&refused, Error::Io(error) if error.kind() == io::ErrorKind::TimedOut), "{refused}");
         assert!(started.elapsed() >= limit && started.elapsed() < Duration::from_secs(5));
         drop(listener);
@@ -224,7 +281,7 @@ mod tests {
             drops
         });
         // Each byte comes well within the limit; all together do not.
-        let refused = Address::Unix(path).connect(b"", Duration::from_millis(200)).unwrap_err();
+        let refused = Address::Unix(path).connect(b"", None, Duration::from_millis(200)).unwrap_err();
         assert!(matches!(&refused, Error::Io(error) if error.kind() == io::ErrorKind::TimedOut), "{refused}");
         assert!(server.join().unwrap() < 1000);
     }
@@ -233,10 +290,10 @@ mod tests {
     fn nobody_there_is_told_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let refused =
-            Address::Unix(dir.path().join("none")).connect(b"", Duration::from_secs(5)).unwrap_err();
+            Address::Unix(dir.path().join("none")).connect(b"", None, Duration::from_secs(5)).unwrap_err();
         assert!(matches!(&refused, Error::Connect(error) if error.kind() == io::ErrorKind::NotFound));
         // Port 1 of the loopback: nobody listens there.
-        let refused = tcp("127.0.0.1", 1).connect(b"", Duration::from_secs(5)).unwrap_err();
+        let refused = tcp("127.0.0.1", 1).connect(b"", None, Duration::from_secs(5)).unwrap_err();
         assert!(
             matches!(&refused, Error::Connect(error) if error.kind() == io::ErrorKind::ConnectionRefused)
         );

@@ -98,6 +98,7 @@ fn transmission(input: &mut Input) {
         log: crate::log_limit::LogLimit::new("a server"),
         address: Address::Unix("/nobody/is/here".into()),
         name: "a disk".into(),
+        tls: None,
         reconnect: Duration::ZERO,
         timeout: Duration::ZERO,
         connections: 1,

@@ -62,11 +62,25 @@ pub fn failure(error: &io::Error) -> &'static str {
 /// Replies to one option that we listen to.
 const MAX_REPLIES: usize = 64;
 
-/// Asks for the export called `name` and enters the transmission phase.
+/// The whole of it without TLS.
+#[cfg(any(test, fuzzing))]
+pub fn shake<S: Read + Write>(stream: &mut S, name: &[u8]) -> Result<Agreed, Error> {
+    let greeting = greet(stream)?;
+    agree(stream, greeting, name)
+}
+
+/// How a server greeted us.
+#[derive(Clone, Copy, Debug)]
+pub struct Greeting {
+    /// It leaves zeroes out that mean nothing.
+    no_zeroes: bool,
+}
+
+/// Listens to the server's greeting and answers it.
 ///
 /// # Errors
-/// What the stream says, what the server refuses, and what it may not say.
-pub fn shake<S: Read + Write>(stream: &mut S, name: &[u8]) -> Result<Agreed, Error> {
+/// As for [`agree`].
+pub fn greet<S: Read + Write>(stream: &mut S) -> Result<Greeting, Error> {
     let greeting: [u8; 16] = read(stream)?;
     match (be64(&greeting, 0), be64(&greeting, 8)) {
         (NBDMAGIC, IHAVEOPT) => {}
@@ -80,7 +94,29 @@ pub fn shake<S: Read + Write>(stream: &mut S, name: &[u8]) -> Result<Agreed, Err
     let no_zeroes = flags & NBD_FLAG_NO_ZEROES != 0;
     let flags = u32::from(flags & (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES));
     stream.write_all(&flags.to_be_bytes()).map_err(Error::Io)?;
+    Ok(Greeting { no_zeroes })
+}
 
+/// Asks for TLS, which is to begin then. Nothing of what was said before it counts.
+///
+/// # Errors
+/// As for [`agree`]; also when the server has no TLS: there is no way without it.
+pub fn start_tls<S: Read + Write>(stream: &mut S) -> Result<(), Error> {
+    match ask(stream, NBD_OPT_STARTTLS, &[])? {
+        Answer::Acknowledged(_) => Ok(()),
+        Answer::Refused { code, text } => {
+            let _ = send(stream, NBD_OPT_ABORT, &[]);
+            let text = if text.is_empty() { reason(code).to_owned() } else { text };
+            Err(Error::Tls(format!("the server does not offer it: {text}")))
+        }
+    }
+}
+
+/// Asks for the export called `name` and enters the transmission phase.
+///
+/// # Errors
+/// What the stream says, what the server refuses, and what it may not say.
+pub fn agree<S: Read + Write>(stream: &mut S, greeting: Greeting, name: &[u8]) -> Result<Agreed, Error> {
     let structured = match ask(stream, NBD_OPT_STRUCTURED_REPLY, &[])? {
         Answer::Acknowledged(_) => true,
         // Whatever the reason, what it means is simple replies; what is really wrong the next option tells.
@@ -88,7 +124,7 @@ pub fn shake<S: Read + Write>(stream: &mut S, name: &[u8]) -> Result<Agreed, Err
     };
     let export = match ask(stream, NBD_OPT_GO, &go(name))? {
         Answer::Acknowledged(infos) => export(&infos)?,
-        Answer::Refused { code: NBD_REP_ERR_UNSUP, .. } => export_name(stream, name, no_zeroes)?,
+        Answer::Refused { code: NBD_REP_ERR_UNSUP, .. } => export_name(stream, name, greeting.no_zeroes)?,
         Answer::Refused { code, text } => {
             // A courtesy: what the server makes of it does not matter any more.
             let _ = send(stream, NBD_OPT_ABORT, &[]);
@@ -213,10 +249,11 @@ fn printable(text: &[u8]) -> String {
 
 fn reason(code: u32) -> &'static str {
     match code {
+        NBD_REP_ERR_UNSUP => "it does not know it",
         NBD_REP_ERR_POLICY => "not allowed",
         NBD_REP_ERR_INVALID => "invalid request",
         NBD_REP_ERR_PLATFORM => "not possible there",
-        NBD_REP_ERR_TLS_REQD => "it requires TLS, which is not supported",
+        NBD_REP_ERR_TLS_REQD => "it requires TLS: write nbds:// or nbds+unix:// in the URI",
         NBD_REP_ERR_UNKNOWN => "no such export",
         NBD_REP_ERR_SHUTDOWN => "it is shutting down",
         NBD_REP_ERR_BLOCK_SIZE_REQD => "it wants other block sizes",

@@ -1,7 +1,7 @@
-//! A volume on an NBD server: any that speaks fixed newstyle, over a unix socket or TCP, without TLS.
+//! A volume on an NBD server: any that speaks fixed newstyle, over a unix socket or TCP, with TLS or without.
 //!
 //! What is where: [`uri`] says where the server is, [`protocol`] reads and writes the bytes, [`handshake`] and [`connect`] make a connection
-//! (blocking, on the service thread and on helper threads alone), [`dial`] is such a helper, [`inflight`]
+//! (blocking, on the service thread and on helper threads alone), [`tls`] encrypts it, [`dial`] is such a helper, [`inflight`]
 //! keeps the requests of a connection, [`ledger`] what is not flushed yet, [`connection`] moves bytes on the
 //! worker's ring ([`exchange`] for the requests, [`tasks`] for itself), [`pool`] keeps a worker's connections
 //! alive, and [`ops`] makes requests out of operations.
@@ -42,6 +42,7 @@ mod ops;
 mod pool;
 mod protocol;
 mod tasks;
+mod tls;
 pub(super) mod uri;
 mod watch;
 
@@ -49,6 +50,7 @@ mod watch;
 mod tests;
 
 pub(super) use ops::NbdOps;
+pub use tls::farewell;
 pub use uri::Address as Server;
 
 use super::config::NbdConfig;
@@ -65,6 +67,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tls::Tls;
 use uri::{Address, Uri};
 
 /// Why an export cannot be served.
@@ -90,6 +93,9 @@ pub enum Error {
         /// In its own words, perhaps none.
         text: String,
     },
+    /// Certificates that cannot be used, or a server that cannot or will not be trusted.
+    #[error("TLS: {0}")]
+    Tls(String),
     /// Block sizes that make no sense, or that no disk can have.
     #[error(
         "the server's block sizes are not usable: minimum {minimum}, preferred {preferred}, maximum {maximum}"
@@ -149,6 +155,8 @@ struct Remote {
     log: LogLimit,
     address: Address,
     name: Vec<u8>,
+    /// `None`: in the clear.
+    tls: Option<Tls>,
     promise: Promise,
     /// What the connections offer that are up.
     offer: Offer,
@@ -168,19 +176,43 @@ struct Remote {
     first: Mutex<Option<Connected>>,
 }
 
+/// What is known of a server before it is asked, with all the files read that it takes.
+#[derive(Clone, Debug)]
+pub struct Target {
+    uri: Uri,
+    tls: Option<Tls>,
+}
+
+impl Target {
+    /// What `config` names.
+    ///
+    /// # Errors
+    /// [`Error::Uri`] and [`Error::Tls`].
+    pub fn of(config: &NbdConfig) -> Result<Target, Error> {
+        let uri = Uri::parse(&config.uri).map_err(Error::Uri)?;
+        let tls = Tls::load(config, &uri)?;
+        Ok(Target { uri, tls })
+    }
+}
+
 impl NbdVolume {
     /// Connects to the server and asks for the export. Nothing is changed there.
     ///
     /// # Errors
     /// When the server cannot be reached, refuses, makes no sense, or has something that is no disk.
     pub fn open(config: &NbdConfig) -> Result<(NbdVolume, Geometry), Error> {
-        let Uri { address, name, tls } = Uri::parse(&config.uri).map_err(Error::Uri)?;
-        if tls {
-            return Err(Error::Uri("TLS is not supported".into()));
-        }
+        NbdVolume::open_at(config, &Target::of(config)?)
+    }
+
+    /// The same, where all that could be done beforehand is done.
+    ///
+    /// # Errors
+    /// See [`open`](Self::open).
+    pub fn open_at(config: &NbdConfig, target: &Target) -> Result<(NbdVolume, Geometry), Error> {
+        let Target { uri: Uri { address, name, .. }, tls } = target.clone();
         let timeout = Duration::from_secs(config.timeout.min(NbdConfig::MAX_TIMEOUT));
         let limit = if timeout.is_zero() { CONNECT_TIME } else { CONNECT_TIME.min(timeout) };
-        let connected = address.connect(&name, limit)?;
+        let connected = address.connect(&name, tls.as_ref(), limit)?;
         let export = connected.agreed.export.clone();
         let mut geometry = geometry(&export)?;
         geometry.read_only |= config.read_only;
@@ -205,6 +237,7 @@ impl NbdVolume {
             label: config.uri.escape_debug().to_string(),
             address,
             name,
+            tls,
             reconnect: Duration::from_secs(config.reconnect.min(NbdConfig::MAX_RECONNECT)),
             timeout,
             connections: connections.into(),
@@ -250,8 +283,8 @@ impl NbdVolume {
     /// # Errors
     /// When it cannot be reached or has another export by now. It may be smaller, which is the caller's to judge.
     pub(super) fn ask_size(&self) -> Result<u64, Error> {
-        let Remote { address, name, .. } = &*self.remote;
-        Ok(address.connect(name, ASK_TIME)?.agreed.export.size)
+        let Remote { address, name, tls, .. } = &*self.remote;
+        Ok(address.connect(name, tls.as_ref(), ASK_TIME)?.agreed.export.size)
     }
 }
 
@@ -264,7 +297,7 @@ impl Remote {
     /// A new connection to the same export, within `limit`.
     fn connect(&self, limit: Duration) -> Result<Connected, Error> {
         let limit = if self.timeout.is_zero() { limit } else { limit.min(self.timeout) };
-        let connected = self.address.connect(&self.name, limit)?;
+        let connected = self.address.connect(&self.name, self.tls.as_ref(), limit)?;
         let several = self.connections > 1 || self.pools.load(Ordering::Relaxed) > 1;
         let differs = self.promise.differs(&connected.agreed.export, several);
         if !differs.is_empty() {

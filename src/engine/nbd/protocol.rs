@@ -33,6 +33,7 @@ pub const NBD_FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
 /// Options.
 pub const NBD_OPT_EXPORT_NAME: u32 = 1;
 pub const NBD_OPT_ABORT: u32 = 2;
+pub const NBD_OPT_STARTTLS: u32 = 5;
 pub const NBD_OPT_GO: u32 = 7;
 pub const NBD_OPT_STRUCTURED_REPLY: u32 = 8;
 

@@ -23,7 +23,18 @@ pub type Task = Pin<Box<dyn Future<Output = ()>>>;
 pub const LONG: Duration = Duration::from_secs(60);
 
 pub fn config(uri: &str, reconnect: u64) -> NbdConfig {
-    NbdConfig { uri: uri.into(), connections: None, reconnect, timeout: 0, read_only: false }
+    NbdConfig {
+        uri: uri.into(),
+        tls_ca: None,
+        tls_cert: None,
+        tls_key: None,
+        tls_hostname: None,
+        tls_verify: true,
+        connections: None,
+        reconnect,
+        timeout: 0,
+        read_only: false,
+    }
 }
 
 /// A worker, as far as a volume knows one.
