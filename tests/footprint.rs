@@ -1,5 +1,5 @@
-//! What the service takes when it has little to do: memory, and CPU. The bars are the release build's, and hold for the
-//! debug build too: `cargo test --release --test footprint -- --include-ignored --nocapture` for the figures.
+//! What the service takes when it has little to do: memory, and CPU. The bars are the release build's; the debug
+//! build's program is larger, and gets that much more: `cargo test --release --test footprint -- --include-ignored --nocapture` for the figures.
 //!
 //! Memory is what is resident, without what a VMM shares with it (guest memory).
 
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 /// In KiB.
-const MOST_RESIDENT: u64 = 16 << 10;
+const MOST_RESIDENT: u64 = if cfg!(debug_assertions) { 20 << 10 } else { 16 << 10 };
 /// In KiB, for each export above the first.
 const MOST_EACH: u64 = 1 << 10;
 const MANY: usize = 64;

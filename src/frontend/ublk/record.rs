@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 pub struct Record {
     /// Name of the volume.
     pub volume: String,
-    /// Identity of its store: see [`Identity`](crate::engine::Identity). What is compared.
+    /// Identity of its store, in one line. What is compared.
     pub store: String,
     /// Where the store was found, for people.
     pub target: String,
