@@ -13,6 +13,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use nix::sys::signal::Signal;
 use nix::unistd::Uid;
 use ringblk::service::client::{Client, ClientError};
+use ringblk::service::status::Stop;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::CapabilitySet;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
@@ -204,7 +205,7 @@ fn turned_away() {
     // Somebody has opened it: it answers them no more than before.
     open_to(&service.control(), 0o666);
     for _ in 0..40 {
-        let error = as_nobody(|| client.stop(false)).unwrap_err();
+        let error = as_nobody(|| client.stop(&Stop::default())).unwrap_err();
         assert!(error.to_string().contains("only root may ask this service (403 Forbidden)"), "{error}");
     }
     assert!(!service.status().stopping);
@@ -276,15 +277,16 @@ fn second_signal() {
         std::thread::sleep(Duration::from_millis(200));
         let client = Client::new(service.control());
         // Requests over the API are none of the signals that count; nor do they change what was asked for first.
-        client.stop(hand_over).unwrap();
-        client.stop(hand_over).unwrap();
+        let stop = Stop { hand_over, ..Stop::default() };
+        client.stop(&stop).unwrap();
+        client.stop(&stop).unwrap();
         eventually("it stops", || service.status().stopping);
         let told = |result: Result<(), ClientError>| result.unwrap_err().to_string();
         let resize = client.resize("v", 4096, true).map(drop);
         assert!(told(resize).contains("the service refused: the service is stopping (409"), "resize");
         assert!(told(client.refresh("v", false).map(drop)).contains("the service is stopping"), "refresh");
         if !hand_over {
-            let text = told(client.stop(true));
+            let text = told(client.stop(&Stop { hand_over: true, ..stop }));
             assert!(text.contains("the service is stopping already, and its disks go with it"), "{text}");
         }
         // Several at once are one, and the first.

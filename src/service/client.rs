@@ -93,12 +93,12 @@ impl Client {
         self.ask(Method::GET, "/v1/status", Bytes::new())
     }
 
-    /// Asks for a clean stop and returns at once. With `hand_over`, ublk disks stay for the next service.
+    /// Asks for a clean stop and returns at once.
     ///
     /// # Errors
     /// See [`ClientError`].
-    pub fn stop(&self, hand_over: bool) -> Result<(), ClientError> {
-        self.post::<Stopping>("/v1/stop", &Stop { hand_over }).map(drop)
+    pub fn stop(&self, wanted: &Stop) -> Result<(), ClientError> {
+        self.post::<Stopping>("/v1/stop", wanted).map(drop)
     }
 
     /// Changes the size of a volume, to `size` bytes.
@@ -251,7 +251,7 @@ mod tests {
         assert!(matches!(error, ClientError::NotRunning(_)), "{error}");
         assert!(error.to_string().contains("c.sock"));
         drop(UnixListener::bind(&path).unwrap());
-        assert!(matches!(Client::new(&path).stop(false), Err(ClientError::NotRunning(_))));
+        assert!(matches!(Client::new(&path).stop(&Stop::default()), Err(ClientError::NotRunning(_))));
         Client::new(&path).wait_gone(Duration::ZERO).unwrap();
     }
 

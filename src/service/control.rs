@@ -281,7 +281,7 @@ mod tests {
         let client = Client::new(&server.path);
         assert_eq!(client.status().unwrap(), sample());
         assert_eq!(server.fake.stops.load(Ordering::SeqCst), 0);
-        client.stop(false).unwrap();
+        client.stop(&Stop::default()).unwrap();
         assert_eq!(server.fake.stops.load(Ordering::SeqCst), 1);
         server.stop();
         assert!(!server.path.exists());
@@ -298,7 +298,7 @@ mod tests {
         assert_eq!(post(&server, "/v1/stop", r#"{"hand_over": false}"#).0, "202");
         let stops = || server.fake.stops.load(Ordering::SeqCst);
         assert_eq!(stops(), 2);
-        let error = Client::new(&server.path).stop(true).unwrap_err();
+        let error = Client::new(&server.path).stop(&Stop { hand_over: true, ..Stop::default() }).unwrap_err();
         assert_eq!(error.to_string(), "the service refused: too old (409 Conflict)");
         assert_eq!(stops(), 2);
     }

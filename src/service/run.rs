@@ -3,6 +3,7 @@
 
 mod disks;
 mod late;
+mod leave;
 mod managed;
 mod resize;
 mod signals;
@@ -26,7 +27,7 @@ use late::{Attempts, Waiting, WaitingExport};
 use nix::unistd::Uid;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signals::Signals;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -127,8 +128,10 @@ struct Service {
 struct Shared {
     /// In the order in which they were made.
     exports: Mutex<Vec<Export>>,
-    /// The export that is being stopped.
-    leaving: Mutex<Option<String>>,
+    /// The exports that are being stopped.
+    leaving: Mutex<Vec<String>>,
+    /// Volumes whose disks somebody is known to use: they stay.
+    keep: Mutex<BTreeSet<String>>,
     /// Every volume; empty places are of those that [wait](Self::waiting).
     volumes: BTreeMap<String, OnceLock<Served>>,
     /// Volumes that are not there yet, or not with all their exports.
@@ -250,6 +253,7 @@ impl Service {
         let shared = Shared {
             exports: Mutex::default(),
             leaving: Mutex::default(),
+            keep: Mutex::default(),
             volumes: config
                 .volumes
                 .iter()
@@ -295,10 +299,20 @@ impl Service {
             // An error is the sender's being dropped, which says the same.
             let _ = all_gone.await;
         }));
-        let mut signalled = tokio::select! {
-            () = signals.next() => true,
-            () = shared.stop.notified() => false,
-        };
+        let (mut signalled, mut warned) = (false, false);
+        while !signalled {
+            tokio::select! {
+                () = signals.next() => {}
+                () = shared.stop.notified() => break,
+            }
+            match shared.in_use() {
+                Some(reason) if !warned => {
+                    warned = true;
+                    log::error!("not stopped: {reason}. Once more stops it all the same");
+                }
+                _ => signalled = true,
+            }
+        }
         shared.stopping.store(true, Ordering::Relaxed);
         let farewell = *lock(&shared.farewell).get_or_insert(Farewell::Stop);
         log::info!("stopping: waiting for requests in flight");
@@ -440,19 +454,8 @@ impl Shared {
         // What comes up just now is waited for; and the sockets go of what has not.
         *lock(&self.closed) = true;
         drop(std::mem::take(&mut *lock(&self.waiting)));
-        let mut left = Vec::new();
         let deadline = Instant::now() + STOP_LIMIT;
-        // Taken out in a statement of its own, so that the list is not locked while we wait.
-        let next = || lock(&self.exports).pop();
-        while let Some(mut export) = next() {
-            let name = export.status().name();
-            *lock(&self.leaving) = Some(name.clone());
-            let least = Instant::now() + STOP_LEAST;
-            if let Err(abandoned) = export.leave(how, deadline.max(least)) {
-                left.push(format!("{name}: {abandoned}"));
-            }
-        }
-        *lock(&self.leaving) = None;
+        let left = self.leave_all(how);
         let mut result = Ok(());
         let deadline = deadline.max(Instant::now() + FLUSH_LEAST);
         let written = |of: &Volume| !of.geometry().read_only && of.geometry().volatile_cache;
@@ -475,15 +478,15 @@ impl Shared {
             }
         }
         self.flushing.store(false, Ordering::Relaxed);
-        if !left.is_empty() {
-            return Err(Error::Abandoned(left.join("; ")));
+        if !left.abandoned.is_empty() {
+            return Err(Error::Abandoned(left.abandoned.join("; ")));
         }
         let mut workers = lock(&self.workers);
         match how {
-            Farewell::Stop => workers.clear(),
+            Farewell::Stop | Farewell::Force if !left.kept => workers.clear(),
             // Where the kernel cannot give the fetches of a disk back, they end with the process, and a worker that
             // is told to end would wait for them.
-            Farewell::HandOver | Farewell::Withdraw => workers.drain(..).for_each(std::mem::forget),
+            _ => workers.drain(..).for_each(std::mem::forget),
         }
         drop(workers);
         result

@@ -174,12 +174,18 @@ pub struct Stopping {
 }
 
 /// The body of `POST /v1/stop`; none asks for the same as an empty one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stop {
     /// ublk disks stay, and wait for the next service.
     #[serde(default)]
     pub hand_over: bool,
+    /// ublk disks go, also those that somebody uses. Else those stay, as with `hand_over`.
+    #[serde(default)]
+    pub force: bool,
+    /// Volumes whose disks somebody is known to use, in a way that the service may not see.
+    #[serde(default)]
+    pub keep: Vec<String>,
 }
 
 /// The body of `POST /v1/volumes/NAME/resize`.

@@ -26,7 +26,13 @@ stop_under_load() {
     local device
     device=$(readlink -f /dev/ringblk/one)
     busy "$device"
-    service_stop "$device" "/sys/block/${device##*/}" /dev/ringblk/one
+    # It is in use.
+    ringblk stop --force --control "$SERVICE.control"
+    wait_for 20 service_ended
+    equal "exit status" "$(<"$SERVICE.status")" 0
+    absent "$device"
+    absent "/sys/block/${device##*/}"
+    absent /dev/ringblk/one
     wait_for 15 gone $BUSY || fail "fio still waits for a disk that is gone"
     cmp -n "$MiB" /tmp/marker /tmp/one.img
 }

@@ -8,6 +8,7 @@ prefix=$1 series=$2
 . /suite/ublk-parts.sh
 . /suite/ublk-ends.sh
 . /suite/ublk-recovery.sh
+. /suite/ublk-use.sh
 
 check "$prefix/without-driver" without_driver
 modprobe -a ublk_drv loop zram xfs
@@ -38,4 +39,5 @@ check "$prefix/second-signal" second_signal
 check "$prefix/nbd-server-lost" nbd_server_lost
 check "$prefix/nbd-reconnect" nbd_reconnect
 recovery "$prefix" "$series"
+in_use "$prefix" "$series"
 echo "end of ublk"

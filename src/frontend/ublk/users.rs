@@ -140,8 +140,11 @@ impl Disk<'_> {
     fn loops(&self) -> Vec<String> {
         let devices = self.root.join("sys/block");
         let on_it = |name: &String| {
+            if !name.starts_with("loop") {
+                return false;
+            }
             let file = read(devices.join(name).join("loop/backing_file"));
-            name.starts_with("loop") && self.is_it(file.trim_end())
+            self.is_it(file.trim_end())
         };
         names(&devices).into_iter().filter(on_it).map(|name| format!("behind {name}")).collect()
     }

@@ -18,8 +18,12 @@ pub struct Abandoned(pub String);
 /// How an export ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Farewell {
-    /// Its disk or socket goes.
+    /// Its disk or socket goes; but a disk that somebody uses stays, and waits for the next service.
     Stop,
+    /// Its disk or socket goes, whoever uses it.
+    Force,
+    /// Its disk stays where that is possible, because somebody is known to use it.
+    Keep,
     /// Its disk stays, and waits for the next service.
     HandOver,
     /// As if the service had never been: a disk goes, unless an earlier service has left it.
@@ -80,13 +84,31 @@ impl Export {
         }
     }
 
+    /// Who uses its disk, where it could not be left to the next service: then a stop would be their end.
+    pub fn cannot_be_left(&self) -> Option<String> {
+        match self {
+            Export::Ublk(export) => export.cannot_be_left(),
+            Export::VhostUser(_) => None,
+        }
+    }
+
+    /// Whether its disk stayed when it took leave.
+    pub fn stays(&self) -> bool {
+        match self {
+            Export::Ublk(export) => export.stays(),
+            Export::VhostUser(_) => false,
+        }
+    }
+
     /// Takes no more requests, waits for those that it has, and takes leave of the door.
     ///
     /// # Errors
     /// When they are not complete by `deadline`.
     pub fn leave(&mut self, how: Farewell, deadline: Instant) -> Result<(), Abandoned> {
         match (self, how) {
-            (Export::Ublk(export), Farewell::Stop) => export.stop(deadline),
+            (Export::Ublk(export), Farewell::Stop) => export.stop_unless_used(deadline),
+            (Export::Ublk(export), Farewell::Keep) => export.keep(&[], deadline),
+            (Export::Ublk(export), Farewell::Force) => export.stop(deadline),
             (Export::Ublk(export), Farewell::HandOver) => export.hand_over(deadline),
             (Export::Ublk(export), Farewell::Withdraw) => export.withdraw(deadline),
             // A VMM comes back by itself, to whoever listens by then.

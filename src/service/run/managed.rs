@@ -29,7 +29,15 @@ impl Managed for Shared {
     }
 
     fn request_stop(&self, wanted: &Stop) -> Result<(), Refusal> {
-        let how = if wanted.hand_over { Farewell::HandOver } else { Farewell::Stop };
+        let how = match (wanted.hand_over, wanted.force) {
+            (true, true) => {
+                let reason = "hand_over leaves the disks, and force takes them away: ask for one";
+                return Err(Refusal::Impossible(reason.into()));
+            }
+            (true, false) => Farewell::HandOver,
+            (false, true) => Farewell::Force,
+            (false, false) => Farewell::Stop,
+        };
         let mut farewell = lock(&self.farewell);
         match (*farewell, how) {
             (None, Farewell::HandOver) => {
@@ -39,12 +47,18 @@ impl Managed for Shared {
                     return Err(Refusal::Impossible(refused.join("; ")));
                 }
             }
-            (Some(Farewell::Stop), Farewell::HandOver) => {
+            (None, Farewell::Stop) => {
+                if let Some(reason) = self.in_use() {
+                    return Err(Refusal::Impossible(reason));
+                }
+            }
+            (Some(Farewell::Stop | Farewell::Force), Farewell::HandOver) => {
                 let reason = "the service is stopping already, and its disks go with it";
                 return Err(Refusal::Impossible(reason.into()));
             }
             _ => {}
         }
+        lock(&self.keep).extend(wanted.keep.iter().cloned());
         farewell.get_or_insert(how);
         self.stop.notify_one();
         Ok(())

@@ -8,6 +8,7 @@ use crate::frontend::ublk::options::Recovery;
 use crate::frontend::ublk::{self, Answer};
 use std::fmt::Display;
 use std::sync::mpsc::RecvTimeoutError;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// The longest that undoing a start which failed may take.
@@ -15,6 +16,12 @@ const UNDO_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the queues have to end before the kernel is asked once more to quiesce them.
 const QUIESCE_AGAIN: Duration = Duration::from_millis(20);
+
+/// How long a disk may be open somewhere when it is to go: udev and its like look at it for a moment now and then.
+const OPEN_LIMIT: Duration = Duration::from_secs(1);
+
+/// Between two tries to stop a disk that was open.
+const TRY_EVERY: Duration = Duration::from_millis(50);
 
 /// How far a stop has come, so that one that ran out of time can be gone on with.
 pub(super) enum Phase {
@@ -28,6 +35,8 @@ pub(super) enum Phase {
     Deleting(Answer),
     /// Nothing is left for us to do.
     Gone,
+    /// The same, and the disk waits for the next service.
+    Left,
 }
 
 impl UblkExport {
@@ -62,9 +71,76 @@ impl UblkExport {
                     done(answer.wait(deadline)).map_err(|error| self.abandoned(&error))?;
                     Phase::Gone
                 }
-                Phase::Gone => return Ok(()),
+                Phase::Gone | Phase::Left => return Ok(()),
             };
         }
+    }
+
+    /// Takes the disk away as [`stop`](Self::stop) does if nobody uses it, and else leaves it to the next server.
+    ///
+    /// # Errors
+    /// Those of both. Where it is in use and cannot be left, it is taken away all the same, since it would not outlive us.
+    pub fn stop_unless_used(&mut self, deadline: Instant) -> Result<(), Abandoned> {
+        if !matches!(self.phase, Phase::Live) {
+            return self.stop(deadline);
+        }
+        let users = self.device.users();
+        if !users.is_empty() {
+            return self.keep(&users, deadline);
+        }
+        if !self.device.tells_whether_open() {
+            return self.stop(deadline);
+        }
+        let patience = Instant::now() + OPEN_LIMIT;
+        loop {
+            match self.device.try_stop().wait(deadline) {
+                Err(ublk::Error::Refused { errno, .. }) if errno.raw() == libc::EBUSY => {
+                    if Instant::now() > patience {
+                        return self.keep(&[], deadline);
+                    }
+                    thread::sleep(TRY_EVERY);
+                }
+                answer => {
+                    done(answer).map_err(|error| self.abandoned(&error))?;
+                    self.name.remove();
+                    self.phase = Phase::Draining;
+                    return self.stop(deadline);
+                }
+            }
+        }
+    }
+
+    /// Leaves a disk to the next server that `users` have, or (none) somebody whom we need not see, where that can be, and
+    /// says so.
+    ///
+    /// # Errors
+    /// As [`stop_unless_used`](Self::stop_unless_used).
+    pub fn keep(&mut self, users: &[String], deadline: Instant) -> Result<(), Abandoned> {
+        // What we see is told in preference to what we were told.
+        let seen = if users.is_empty() { self.device.users() } else { users.to_vec() };
+        let users = if seen.is_empty() { "open in another process".into() } else { seen.join(", ") };
+        let disk = self.status.link.display();
+        if let Err(error) = self.can_hand_over() {
+            log::warn!("{disk} goes although it is {users}: {error}");
+            return self.stop(deadline);
+        }
+        log::warn!(
+            "{disk} stays, since it is {users}: it waits for the next service (`ringblk stop --force` takes it away)"
+        );
+        self.hand_over(deadline)
+    }
+
+    /// Who uses the disk, if it is used and could not be left.
+    pub fn cannot_be_left(&self) -> Option<String> {
+        let error = self.can_hand_over().err()?;
+        let users = self.device.users();
+        (!users.is_empty())
+            .then(|| format!("{} is {}, and {error}", self.status.link.display(), users.join(", ")))
+    }
+
+    /// Whether the disk was left to the next server.
+    pub fn stays(&self) -> bool {
+        matches!(self.phase, Phase::Left)
     }
 
     /// Whether the disk would stay, with its requests, if we left it now.
@@ -121,7 +197,7 @@ impl UblkExport {
             );
         }
         self.name.leave();
-        self.phase = Phase::Gone;
+        self.phase = Phase::Left;
         Ok(())
     }
 
