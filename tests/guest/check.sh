@@ -10,7 +10,7 @@
 
 set -uo pipefail
 
-CHECK_TIMEOUT=${CHECK_TIMEOUT:-90}
+CHECK_TIMEOUT=${CHECK_TIMEOUT:-300}
 CHECK_LOG=${CHECK_LOG:-$(mktemp)}
 SERVICE=${SERVICE:-/run/service}
 
