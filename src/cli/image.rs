@@ -47,15 +47,16 @@ pub(super) struct InfoArgs {
 
 /// Copy an image, holes stay holes.
 ///
-/// Source and destination are files or block devices. A new file appears when it is complete and on disk, never in
-/// part. A block device must be large enough; what lies behind the copy stays as it was. An image or device in use is
+/// Source and destination are files, block devices, or exports of NBD servers by their URIs. A new file appears when it is complete and on disk, never in
+/// part. A block device or an export must be large enough; what lies behind the copy stays as it was. An image or device in use is
 /// neither read nor written: by the locks of QEMU and of `ringblk serve`, and the kernel's claims (mounts, LVM, swap).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   ringblk image copy /srv/root.img /srv/backup.img
   ringblk image copy --force /srv/root.img /dev/vg0/root
-  ringblk image copy --detect-zeroes /dev/vg0/root /srv/root.img")]
+  ringblk image copy --detect-zeroes /dev/vg0/root /srv/root.img
+  ringblk image copy --force /srv/root.img nbd://host/root")]
 pub(super) struct CopyArgs {
     /// What to copy
     #[arg(value_name = "SRC")]
@@ -66,7 +67,7 @@ pub(super) struct CopyArgs {
     /// Transfers of 1 MiB in flight at once
     #[arg(long, value_name = "N", default_value_t = CopyOptions::DEFAULT_DEPTH)]
     depth: usize,
-    /// Replace an existing file, which keeps its owner, mode and attributes, or overwrite a block device
+    /// Replace an existing file, which keeps its owner, mode and attributes, or overwrite a block device or an export
     #[arg(long)]
     force: bool,
     /// Read the source also while somebody writes it: the copy may be torn

@@ -1,4 +1,4 @@
-//! `ringblk image copy`: a raw image from one file or block device to another, holes kept.
+//! `ringblk image copy`: a raw image from one file, block device or NBD export to another, holes kept.
 //!
 //! A bounded number of tasks share one walk over the source's extents. Each has a buffer of its own and takes the next
 //! piece when it is done with the last, so at most `depth` transfers are in flight and no task waits for another.
@@ -7,24 +7,21 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
-use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use tokio_uring::fs::File;
-
 use super::extents::{Extent, Extents};
 use super::interrupt::unless_interrupted;
-use super::store::{Kind, Reading, Store, look, same_store};
-use super::target::NewFile;
+use super::store::Reading;
 use super::{ImageError, run};
 use crate::block::Size;
 
+mod ends;
 mod transfer;
 
+use ends::{Source, Target};
 use transfer::{CHUNK, Ends, Transfer};
 
 /// How to copy.
@@ -90,8 +87,8 @@ impl fmt::Display for CopySummary {
 
 /// Copies an image.
 ///
-/// A new file appears under its name when it is complete and on disk. A block device must be at least as large as the
-/// source; what lies behind the copy is left as it was. A file that is replaced keeps its owner, mode and attributes.
+/// A new file appears under its name when it is complete and on disk. A block device or an export must be at least as
+/// large as the source; what lies behind the copy is left as it was. A file that is replaced keeps its owner, mode and attributes.
 ///
 /// # Errors
 /// A destination that exists (without `force`), is the source itself, too small, in use or of another kind; a source
@@ -107,7 +104,7 @@ pub fn copy(
         let reason = format!("the depth must be from 1 to {most}, not {depth}");
         return Err(ImageError::Setting(reason));
     }
-    let source = Store::open(source, options.reading)?;
+    let source = Source::open(source, options.reading)?;
     let target = Target::open(&source, destination, options.force)?;
     let options = *options;
     run(destination, async move {
@@ -118,88 +115,39 @@ pub fn copy(
         match (copied, target) {
             (Some(Err(error)), _) => Err(error),
             (Some(Ok(summary)), Target::New(new)) => new.publish().map(|()| summary),
-            (Some(Ok(summary)), Target::Device(_)) => Ok(summary),
+            (Some(Ok(summary)), Target::Device(_) | Target::Nbd(_)) => Ok(summary),
             (None, Target::New(_)) => Err(ImageError::Interrupted),
-            (None, Target::Device(device)) => Err(ImageError::InterruptedDevice(device.path)),
+            (None, Target::Device(_) | Target::Nbd(_)) => {
+                Err(ImageError::InterruptedDevice(destination.to_owned()))
+            }
         }
     })
 }
 
-/// Where the copy goes.
-enum Target {
-    New(NewFile),
-    Device(Store),
-}
-
-impl Target {
-    /// Every reason to refuse is looked for before anything is made.
-    fn open(source: &Store, path: &Path, force: bool) -> Result<Target, ImageError> {
-        match fs::symlink_metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // A copy is no more public than its source was; a device's own mode says nothing about its contents.
-                let mode = match source.kind {
-                    Kind::File => source.metadata.permissions().mode() & 0o666,
-                    Kind::BlockDevice => 0o600,
-                };
-                return NewFile::create(path, source.size, mode).map(Target::New);
-            }
-            Err(error) => return Err(ImageError::system("look at", path)(error)),
-            Ok(_) => {}
-        }
-        let kind = look(path)?;
-        let metadata = fs::metadata(path).map_err(ImageError::system("look at", path))?;
-        if same_store(&source.metadata, &metadata) {
-            return Err(ImageError::Same { source_path: source.path.clone(), destination: path.to_owned() });
-        }
-        if !force {
-            return Err(ImageError::Exists(path.to_owned()));
-        }
-        if kind == Kind::File {
-            return NewFile::replace(path, source.size).map(Target::New);
-        }
-        let device = Store::open_device(path)?;
-        if device.size < source.size {
-            let (has, needs) = (device.size, source.size);
-            let reason = format!("has {has} bytes, the image needs {needs}");
-            return Err(ImageError::unsuitable(path, reason));
-        }
-        Ok(Target::Device(device))
-    }
-
-    fn handle(&self) -> Result<fs::File, ImageError> {
-        match self {
-            Target::New(new) => new.handle(),
-            Target::Device(device) => duplicate(device),
-        }
-    }
-}
-
-fn duplicate(store: &Store) -> Result<fs::File, ImageError> {
-    let file = store.file.try_clone();
-    file.map_err(ImageError::system("open", &store.path))
-}
-
 async fn copy_all(
-    source: &Store,
+    source: &Source,
     target: &Target,
     destination: &Path,
     options: &CopyOptions,
     progress: Rc<dyn Progress>,
 ) -> Result<CopySummary, ImageError> {
     let start = Instant::now();
-    progress.begin(source.size);
-    // A second handle for the walk shares the seek position with the first, which the ring's reads do not use.
-    let extents = Extents::new(duplicate(source)?, source.size, source.kind == Kind::File);
+    let size = source.size();
+    progress.begin(size);
+    if !options.reading.raw {
+        source.is_raw().await?;
+    }
+    let extents = source.extents(target)?;
     let job = Rc::new(Job {
         pieces: RefCell::new(Pieces { extents, current: None }),
         failed: Cell::new(false),
         ends: Ends {
-            source: File::from_std(duplicate(source)?),
-            source_path: source.path.clone(),
-            target: File::from_std(target.handle()?),
+            source: source.end()?,
+            source_path: source.path().to_owned(),
+            target: target.end()?,
             target_path: destination.to_owned(),
             // A new file is one hole to begin with; a device holds what it held.
-            write_holes: matches!(target, Target::Device(_)),
+            write_holes: !matches!(target, Target::New(_)),
             detect_zeroes: options.detect_zeroes,
         },
         progress,
@@ -220,13 +168,9 @@ async fn copy_all(
     if let Some(error) = first_error {
         return Err(error);
     }
-    // The walk would take the missing end of a shrunken file for a hole.
-    if source.kind == Kind::File && source.file.metadata().map(|now| now.len()).ok() != Some(source.size) {
-        let reason = "changed its size while it was copied";
-        return Err(ImageError::unsuitable(&source.path, reason));
-    }
-    job.ends.target.sync_all().await.map_err(ImageError::system("flush", destination))?;
-    Ok(CopySummary { size: source.size, written, elapsed: start.elapsed() })
+    source.is_unchanged()?;
+    job.ends.target.flush().await.map_err(ImageError::system("flush", destination))?;
+    Ok(CopySummary { size, written, elapsed: start.elapsed() })
 }
 
 /// What the tasks share.

@@ -24,22 +24,21 @@ pub(super) struct Extent {
 /// A file system that knows no holes, and a block device, are all data.
 #[derive(Debug)]
 pub(super) struct Extents {
-    file: File,
+    /// `None`: it is all data.
+    file: Option<File>,
     position: u64,
     size: u64,
-    /// Whether holes can be looked for.
-    seeks: bool,
 }
 
 impl Extents {
-    pub fn new(file: File, size: u64, seeks: bool) -> Extents {
-        Extents { file, position: 0, size, seeks }
+    pub fn new(file: Option<File>, size: u64) -> Extents {
+        Extents { file, position: 0, size }
     }
 
     /// The first byte at or after `from` of the kind asked for; `None` if there is none before `size`.
-    fn seek(&self, whence: Whence, from: u64) -> Result<Option<u64>, Errno> {
+    fn seek(&self, file: &File, whence: Whence, from: u64) -> Result<Option<u64>, Errno> {
         let offset = i64::try_from(from).map_err(|_| Errno::EOVERFLOW)?;
-        match lseek64(&self.file, offset, whence) {
+        match lseek64(file, offset, whence) {
             Ok(found) => Ok(u64::try_from(found).ok().filter(|found| *found < self.size)),
             // Nothing but a hole up to the end of the file.
             Err(Errno::ENXIO) => Ok(None),
@@ -50,10 +49,8 @@ impl Extents {
     fn step(&self) -> io::Result<Extent> {
         let start = self.position;
         let rest = |data| Extent { start, end: self.size, data };
-        if !self.seeks {
-            return Ok(rest(true));
-        }
-        let data = match self.seek(Whence::SeekData, start) {
+        let Some(file) = &self.file else { return Ok(rest(true)) };
+        let data = match self.seek(file, Whence::SeekData, start) {
             Ok(Some(data)) => data,
             Ok(None) => return Ok(rest(false)),
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(rest(true)),
@@ -62,7 +59,7 @@ impl Extents {
         if data > start {
             return Ok(Extent { start, end: data, data: false });
         }
-        Ok(match self.seek(Whence::SeekHole, start)? {
+        Ok(match self.seek(file, Whence::SeekHole, start)? {
             // A hole at the very place where data was found: the file changes under us. Call it data and go on.
             Some(end) if end > start => Extent { start, end, data: true },
             _ => rest(true),
@@ -90,7 +87,8 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     fn extents(file: &File, size: u64, seeks: bool) -> Vec<Extent> {
-        Extents::new(file.try_clone().unwrap(), size, seeks).collect::<io::Result<_>>().unwrap()
+        let file = seeks.then(|| file.try_clone().unwrap());
+        Extents::new(file, size).collect::<io::Result<_>>().unwrap()
     }
 
     fn extent(start: u64, end: u64, data: bool) -> Extent {

@@ -84,7 +84,7 @@ fn layout(store: Store) -> Result<Layout, ImageError> {
         allocated_bytes: store.metadata.blocks() * 512,
         ..Layout::default()
     };
-    for extent in Extents::new(store.file, store.size, true) {
+    for extent in Extents::new(Some(store.file), store.size) {
         let extent = extent.map_err(ImageError::system("find the holes of", &path))?;
         if extent.data {
             layout.data_extents += 1;

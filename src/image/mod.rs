@@ -12,9 +12,11 @@
 mod attributes;
 mod copy;
 mod create;
+mod end;
 mod extents;
 mod info;
 mod interrupt;
+mod nbd;
 mod scratch;
 mod store;
 mod target;

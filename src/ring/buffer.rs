@@ -120,6 +120,16 @@ impl Mapping {
         self.scatter(offset, &[range]);
     }
 
+    /// Copies bytes to `offset` on.
+    ///
+    /// # Panics
+    /// When the range reaches past the end of the mapping.
+    pub fn copy_in(&self, offset: usize, from: &[u8]) {
+        let to = self.range(offset, from.len());
+        // SAFETY: `range` checked ours, which no reference leads into, so the two do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+    }
+
     /// Copies from the ranges to `offset` on.
     ///
     /// # Panics

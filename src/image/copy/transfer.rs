@@ -6,14 +6,11 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 
-use tokio_uring::buf::BoundedBuf;
-use tokio_uring::fs::File;
-
 use crate::image::ImageError;
+use crate::image::end::End;
 use crate::image::extents::Extent;
+pub(super) use crate::image::nbd::CHUNK;
 
-/// The most bytes of one read or write.
-pub(super) const CHUNK: usize = 1 << 20;
 /// Zeroes are looked for in steps of this: finer ones would make more, smaller writes than they save.
 const ZERO_STEP: usize = 64 << 10;
 /// What fallocate is asked for is aligned to this: no logical block is larger.
@@ -21,9 +18,9 @@ const BLOCK: u64 = 4096;
 
 /// What is copied from and to.
 pub(super) struct Ends {
-    pub source: File,
+    pub source: End,
     pub source_path: PathBuf,
-    pub target: File,
+    pub target: End,
     pub target_path: PathBuf,
     /// Whether zeroes have to be made in the target, or are there already.
     pub write_holes: bool,
@@ -95,44 +92,44 @@ impl Transfer {
         let first = start.next_multiple_of(BLOCK).min(end);
         let last = (end & !(BLOCK - 1)).max(first);
         self.write_zeroes(&ends.target, start, first).await?;
-        if first < last && !punch(&ends.target, first, last).await {
+        if first < last && !ends.target.zero(first, last).await {
             self.write_zeroes(&ends.target, first, last).await?;
         }
         self.write_zeroes(&ends.target, last, end).await
     }
 
-    async fn write_zeroes(&mut self, file: &File, mut start: u64, end: u64) -> io::Result<()> {
+    async fn write_zeroes(&mut self, target: &End, mut start: u64, end: u64) -> io::Result<()> {
         if start < end {
             self.buffer.clear();
             self.buffer.resize(CHUNK, 0);
         }
         while start < end {
             let length = (end - start).min(CHUNK as u64);
-            self.write(file, start, 0..length as usize).await?;
+            self.write(target, start, 0..length as usize).await?;
             start += length;
         }
         Ok(())
     }
 
     /// Fills the first `length` bytes of the buffer, however many reads it takes.
-    async fn read(&mut self, file: &File, start: u64, length: usize) -> io::Result<()> {
+    async fn read(&mut self, source: &End, start: u64, length: usize) -> io::Result<()> {
         let mut done = 0;
         while done < length {
-            let slice = std::mem::take(&mut self.buffer).slice(done..length);
-            let (result, slice) = file.read_at(slice, start + done as u64).await;
-            self.buffer = slice.into_inner();
+            let buffer = std::mem::take(&mut self.buffer);
+            let (result, buffer) = source.read(buffer, done..length, start + done as u64).await;
+            self.buffer = buffer;
             done += progress(result, io::ErrorKind::UnexpectedEof)?;
         }
         Ok(())
     }
 
     /// Writes `range` of the buffer at `start`, however many writes it takes.
-    async fn write(&mut self, file: &File, start: u64, range: Range<usize>) -> io::Result<()> {
+    async fn write(&mut self, target: &End, start: u64, range: Range<usize>) -> io::Result<()> {
         let mut done = 0;
         while done < range.len() {
-            let slice = std::mem::take(&mut self.buffer).slice(range.start + done..range.end);
-            let (result, slice) = file.write_at(slice, start + done as u64).submit().await;
-            self.buffer = slice.into_inner();
+            let (buffer, rest) = (std::mem::take(&mut self.buffer), range.start + done..range.end);
+            let (result, buffer) = target.write(buffer, rest, start + done as u64).await;
+            self.buffer = buffer;
             done += progress(result, io::ErrorKind::WriteZero)?;
         }
         Ok(())
@@ -146,20 +143,6 @@ fn progress(result: io::Result<usize>, stuck: io::ErrorKind) -> io::Result<usize
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
         other => other,
     }
-}
-
-/// Lets the device make the zeroes: by giving the space back if it then reads as zeroes, else by writing them itself.
-/// `false` if it can do neither.
-async fn punch(file: &File, start: u64, end: u64) -> bool {
-    for mode in [libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE] {
-        let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
-        match file.fallocate(start, end - start, mode).await {
-            Ok(()) => return true,
-            // Any other failure is met again by the writes that follow, and reported there.
-            Err(error) => log::debug!("fallocate({mode:#x}) of {start}..{end}: {error}"),
-        }
-    }
-    false
 }
 
 /// Cuts data into runs with and without anything but zeroes.
@@ -181,6 +164,7 @@ fn runs(data: &[u8]) -> Vec<(Range<usize>, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio_uring::fs::File;
 
     #[test]
     fn runs_cover_the_data() {
@@ -215,9 +199,9 @@ mod tests {
             let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).unwrap();
             runtime.block_on(async {
                 let ends = Ends {
-                    source: File::from_std(open()),
+                    source: End::File(File::from_std(open())),
                     source_path: path.clone(),
-                    target: File::from_std(open()),
+                    target: End::File(File::from_std(open())),
                     target_path: path.clone(),
                     write_holes: true,
                     detect_zeroes: false,

@@ -1,0 +1,332 @@
+//! An export of an NBD server as an end of a copy: the engine's own client, on a thread with a ring of its own.
+//!
+//! The copy's tasks send their orders through a channel, ring a bell that the thread's ring polls, and wait for the
+//! answers. Bytes are copied once on the way, between a task's buffer and the memory that the ring works on.
+
+#![forbid(unsafe_code)]
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::Ready;
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::ImageError;
+use crate::block::{Data, Errno, Flags, Format, Op, Request, SECTOR};
+use crate::engine::config::VolumeConfig;
+use crate::engine::{Attached, Flushers, OpenError, Volume, execute};
+use crate::ring::{Core, Io, Kind, Mapping, Ring, Setup, Sqe, Target, Tasks, Uring};
+
+/// The most bytes of one order.
+pub(super) const CHUNK: usize = 1 << 20;
+
+/// Orders carried out at once; more wait for their turn.
+const AT_ONCE: usize = 16;
+
+/// How long a connection may take to end in good order.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Whether it names an export, and not a file.
+pub(super) fn is_uri(path: &Path) -> bool {
+    let schemes = ["nbd://", "nbd+unix://", "nbds://", "nbds+unix://"];
+    path.to_str().is_some_and(|text| schemes.iter().any(|scheme| text.starts_with(scheme)))
+}
+
+/// A connected export.
+#[derive(Debug)]
+pub(super) struct Export {
+    /// As it was given.
+    pub uri: PathBuf,
+    /// Bytes.
+    pub size: u64,
+    /// What offsets and lengths are multiples of.
+    pub block: u32,
+    /// It takes no writes.
+    pub read_only: bool,
+    most_zeroes: u64,
+    orders: Option<Sender<Order>>,
+    bell: Arc<EventFd>,
+    ended: Receiver<()>,
+}
+
+/// What is to be done with `range` of a buffer, or so many bytes without one.
+#[derive(Debug)]
+struct Order {
+    op: Op,
+    offset: u64,
+    length: u64,
+    buffer: Vec<u8>,
+    range: Range<usize>,
+    reply: oneshot::Sender<(Result<(), Errno>, Vec<u8>)>,
+}
+
+impl Export {
+    /// Connects, and asks for the export.
+    ///
+    /// # Errors
+    /// A URI that is none, a server that is not there or refuses, no memory for a ring.
+    pub fn open(uri: &Path, read_only: bool) -> Result<Export, ImageError> {
+        let refuse = |reason: String| ImageError::unsuitable(uri, reason);
+        let settings = serde_json::json!({ "uri": uri.to_string_lossy(), "read-only": read_only });
+        let config = VolumeConfig::from_driver("nbd", settings).map_err(|error| refuse(error.to_string()))?;
+        config.check().map_err(|(_, reason)| refuse(reason))?;
+        let volume = Volume::open("image", &config).map_err(|error| match error {
+            OpenError::Nbd { source, .. } => refuse(source.to_string()),
+            other => refuse(other.to_string()),
+        })?;
+        let geometry = volume.geometry();
+        let (size, block, read_only) = (geometry.bytes(), geometry.logical_block, geometry.read_only);
+        let most_zeroes = u64::from(geometry.max_write_zeroes) * SECTOR;
+        let start = |source| ImageError::system("start a client for", uri)(source);
+        let bell = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(start)?);
+        let (orders, inbox) = channel();
+        let (end, ended) = channel();
+        let own = bell.clone();
+        let run = move || {
+            if let Err(error) = serve(&volume, inbox, own) {
+                log::error!("the client of an NBD server ended: {error}");
+            }
+            // Nobody may listen any more.
+            let _ = end.send(());
+        };
+        thread::Builder::new().name("ringblk-nbd".into()).spawn(run).map_err(start)?;
+        let uri = uri.to_owned();
+        Ok(Export { uri, size, block, read_only, most_zeroes, orders: Some(orders), bell, ended })
+    }
+
+    async fn order(
+        &self,
+        op: Op,
+        offset: u64,
+        length: u64,
+        buffer: Vec<u8>,
+        range: Range<usize>,
+    ) -> (io::Result<()>, Vec<u8>) {
+        let gone = || io::Error::other("the connection's thread has ended");
+        let (reply, answer) = oneshot::channel();
+        let Some(orders) = &self.orders else { return (Err(gone()), buffer) };
+        if orders.send(Order { op, offset, length, buffer, range, reply }).is_err() {
+            return (Err(gone()), Vec::new());
+        }
+        // Full after 2^64 orders that nobody looked at.
+        let _ = self.bell.write(1);
+        match answer.await {
+            Ok((result, buffer)) => {
+                (result.map_err(|errno| io::Error::from_raw_os_error(errno.raw())), buffer)
+            }
+            Err(_) => (Err(gone()), Vec::new()),
+        }
+    }
+
+    /// Fills `range` of the buffer, at most [`CHUNK`] bytes, whole blocks.
+    pub async fn read(
+        &self,
+        buffer: Vec<u8>,
+        range: Range<usize>,
+        offset: u64,
+    ) -> (io::Result<usize>, Vec<u8>) {
+        let length = range.len();
+        let (result, buffer) = self.order(Op::Read, offset, length as u64, buffer, range).await;
+        (result.map(|()| length), buffer)
+    }
+
+    /// Stores `range` of the buffer, at most [`CHUNK`] bytes, whole blocks.
+    pub async fn write(
+        &self,
+        buffer: Vec<u8>,
+        range: Range<usize>,
+        offset: u64,
+    ) -> (io::Result<usize>, Vec<u8>) {
+        let length = range.len();
+        let (result, buffer) = self.order(Op::Write, offset, length as u64, buffer, range).await;
+        (result.map(|()| length), buffer)
+    }
+
+    /// Makes whole blocks read as zeroes.
+    pub async fn zero(&self, mut start: u64, end: u64) -> io::Result<()> {
+        while start < end {
+            let length = (end - start).min(self.most_zeroes);
+            self.order(Op::WriteZeroes, start, length, Vec::new(), 0..0).await.0?;
+            start += length;
+        }
+        Ok(())
+    }
+
+    /// Brings what was written to stable storage.
+    pub async fn flush(&self) -> io::Result<()> {
+        self.order(Op::Flush, 0, 0, Vec::new(), 0..0).await.0
+    }
+
+    /// See [`Format::detect`].
+    pub async fn format(&self) -> io::Result<Option<Format>> {
+        let block = (self.block as usize).max(Format::LOOK);
+        let (head, first) = self.read(vec![0; block], 0..block, 0).await;
+        head?;
+        let (tail, last) = self.read(vec![0; block], 0..block, self.size - block as u64).await;
+        tail?;
+        Ok(Format::detect(&first[..Format::LOOK], &last[block - Format::LOOK..]))
+    }
+}
+
+impl Drop for Export {
+    fn drop(&mut self) {
+        self.orders = None;
+        let _ = self.bell.write(1);
+        // A server that does not answer is left to the end of the process.
+        let _ = self.ended.recv_timeout(GOODBYE);
+    }
+}
+
+/// What the thread's slots share.
+struct Desk {
+    inbox: Receiver<Order>,
+    bell: Arc<EventFd>,
+    orders: RefCell<VecDeque<Order>>,
+    /// Slots with nothing to do.
+    idle: RefCell<Vec<u32>>,
+    /// Slots that have not ended.
+    working: Cell<usize>,
+    /// There will be no more orders.
+    closed: Cell<bool>,
+}
+
+/// The thread: until nobody has orders any more.
+fn serve(volume: &Volume, inbox: Receiver<Order>, bell: Arc<EventFd>) -> io::Result<()> {
+    let core = Core::new(Uring::new(Setup { entries: 128, completions: 1024, ..Setup::default() })?);
+    let mut tasks: Tasks<Uring, Ready<()>> = Tasks::new(core.clone());
+    let attached = Rc::new(volume.attach(&core, false));
+    let flushers = Rc::new(Flushers::new(volume, 1));
+    let desk = Rc::new(Desk {
+        inbox,
+        bell,
+        orders: RefCell::default(),
+        idle: RefCell::default(),
+        working: Cell::new(AT_ONCE),
+        closed: Cell::new(false),
+    });
+    let listener = desk.clone();
+    let of_listener = core.clone();
+    core.spawn(|io| listen(io, of_listener, listener));
+    for _ in 0..AT_ONCE {
+        let memory = Mapping::anonymous(CHUNK)?;
+        let (attached, flushers, desk) = (attached.clone(), flushers.clone(), desk.clone());
+        core.spawn(|io| work(io, memory, attached, flushers, desk));
+    }
+    while desk.working.get() > 0 {
+        pass(&core, &mut tasks)?;
+    }
+    drop((attached, desk));
+    let limit = Instant::now() + GOODBYE / 2;
+    tasks.run_ready();
+    while core.in_flight() > 0 && Instant::now() < limit {
+        core.ring().enter(false)?;
+        reap(&core, &mut tasks);
+        tasks.run_ready();
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
+}
+
+fn pass(core: &Rc<Core<Uring>>, tasks: &mut Tasks<Uring, Ready<()>>) -> io::Result<()> {
+    tasks.run_ready();
+    core.ring().enter(core.is_quiet())?;
+    reap(core, tasks);
+    Ok(())
+}
+
+fn reap(core: &Rc<Core<Uring>>, tasks: &mut Tasks<Uring, Ready<()>>) {
+    let mut completions = Vec::new();
+    core.ring().reap(&mut completions);
+    for completion in completions.iter().filter(|done| done.user_data.kind() == Some(Kind::Slot)) {
+        tasks.complete(completion);
+    }
+}
+
+/// Takes orders in.
+async fn listen(io: Io<Uring>, core: Rc<Core<Uring>>, desk: Rc<Desk>) {
+    while !desk.closed.get() {
+        loop {
+            match desk.inbox.try_recv() {
+                Ok(order) => desk.orders.borrow_mut().push_back(order),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => {
+                    desk.closed.set(true);
+                    break;
+                }
+            }
+        }
+        let all = desk.closed.get();
+        let wanted = if all { usize::MAX } else { desk.orders.borrow().len() };
+        for _ in 0..wanted {
+            let Some(slot) = desk.idle.borrow_mut().pop() else { break };
+            core.wake(slot);
+        }
+        if !all {
+            io.submit(&Sqe::PollOnce { file: Target::Fd(desk.bell.as_raw_fd()) }).await;
+            // Empty already when it was rung for an order that was taken before.
+            let _ = desk.bell.read();
+        }
+    }
+}
+
+/// Carries orders out, one after the other.
+async fn work(
+    io: Io<Uring>,
+    memory: Mapping,
+    volume: Rc<Attached<Uring>>,
+    flushers: Rc<Flushers>,
+    desk: Rc<Desk>,
+) {
+    loop {
+        let next = desk.orders.borrow_mut().pop_front();
+        match next {
+            Some(mut order) => {
+                let result = carry_out(&io, &memory, &volume, &flushers, &mut order).await;
+                // Whoever asked may have been interrupted.
+                let _ = order.reply.send((result, order.buffer));
+            }
+            None if desk.closed.get() => break,
+            None => {
+                desk.idle.borrow_mut().push(io.slot());
+                io.park().await;
+            }
+        }
+    }
+    desk.working.set(desk.working.get() - 1);
+}
+
+async fn carry_out(
+    io: &Io<Uring>,
+    memory: &Mapping,
+    volume: &Attached<Uring>,
+    flushers: &Flushers,
+    order: &mut Order,
+) -> Result<(), Errno> {
+    let bytes = order.buffer.get_mut(order.range.clone()).ok_or(Errno::EINVAL)?;
+    if bytes.len() > CHUNK {
+        return Err(Errno::EINVAL);
+    }
+    if order.op == Op::Write {
+        memory.copy_in(0, bytes);
+    }
+    let mut iovecs = [memory.iovec(0, bytes.len())];
+    let data = if bytes.is_empty() { Data::None } else { Data::Iovecs(&mut iovecs) };
+    let (sector, sectors) = (order.offset / SECTOR, (order.length / SECTOR) as u32);
+    let flags = Flags { unmap: true, ..Flags::default() };
+    let mut request = Request { op: order.op, flags, sector, sectors, data };
+    execute(volume, io, flushers.queue(0), &mut request).await?;
+    if order.op == Op::Read {
+        memory.copy_out(0, bytes);
+    }
+    Ok(())
+}
