@@ -4,6 +4,7 @@
 mod common;
 
 use common::eventually;
+use common::nbd::Server;
 use common::service::Setup;
 use common::vmm::everyday;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -33,6 +34,8 @@ fn main() -> ExitCode {
         trial("a_limit_on_file_sizes_is_an_error", Ok(()), |()| limited()),
         trial("a_killed_copy_leaves_nothing", Ok(()), |()| killed(&[])),
         trial("a_killed_copy_without_nameless_files_is_cleared", Ok(()), |()| killed(&[libc::SYS_linkat])),
+        trial("exports_are_copied_from_and_to", common::nbd::server(), |()| exports()),
+        trial("an_export_that_cannot_be_an_end", common::nbd::server(), |()| unsuitable_exports()),
         trial("a_mounted_device_is_in_use", mounted(), |mount| in_use(&mount)),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
@@ -208,11 +211,11 @@ const LIST: &[u8] = b"\x02\0\0\0\
     \x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\x07\0\0\0\x04\0\x04\0\xff\xff\xff\xff\
     \x10\0\x04\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
 
-/// An attribute's name and its value.
-type Attribute = (&'static str, &'static [u8]);
+/// Names and values.
+type Attributes = Vec<(&'static str, &'static [u8])>;
 
 /// A place and the attributes that files can have there.
-fn attributes() -> Result<(TempDir, Vec<Attribute>), String> {
+fn attributes() -> Result<(TempDir, Attributes), String> {
     let dir = place();
     let probe = File::create(dir.path().join("disk")).map_err(|error| error.to_string())?;
     let mut can = vec![("user.comment", &b"mine"[..]), ("system.posix_acl_access", LIST)];
@@ -226,7 +229,7 @@ fn attributes() -> Result<(TempDir, Vec<Attribute>), String> {
     Ok((dir, can))
 }
 
-fn keeps_attributes((dir, attributes): (TempDir, Vec<(&'static str, &'static [u8])>)) {
+fn keeps_attributes((dir, attributes): (TempDir, Attributes)) {
     let (source, disk) = (dir.path().join("source"), dir.path().join("disk"));
     image(&source, &[1; 4096], 4096);
     let before = fs::metadata(&disk).unwrap();
@@ -376,6 +379,82 @@ fn killed(calls: &[i64]) {
         assert_eq!(code, 0, "{error}");
         names(dir.path()) == [".ringblk-1-1.tmp", "source", "target"]
     });
+}
+
+/// A server of what is in memory, of 16 MiB.
+fn exports() {
+    let dir = place();
+    let (source, back) = (dir.path().join("source"), dir.path().join("back"));
+    image(&source, &vec![1; 3 << 20], 16 * MIB);
+    let file = File::options().write(true).open(&source).unwrap();
+    file.write_all_at(&[2; 5000], 9 << 20).unwrap();
+    file.write_all_at(&[3; 512], (16 << 20) - 512).unwrap();
+    for filters in [
+        &[][..],
+        &[
+            "--filter=blocksize-policy",
+            "blocksize-minimum=4096",
+            "blocksize-preferred=4096",
+            "blocksize-maximum=64K",
+            "blocksize-error-policy=error",
+        ],
+    ] {
+        let (one, two) = (Server::start(filters), Server::start(filters));
+        let [one_uri, two_uri] = [&one, &two].map(|server| PathBuf::from(server.uri()));
+        let (code, error) = copy(&[], &source, &one_uri);
+        assert!(code == 1 && error.contains("already exists"), "{error}");
+        for (from, to) in [(&source, &one_uri), (&one_uri, &two_uri), (&two_uri, &back)] {
+            let (code, error) = copy(&["--force", "--depth", "40"], from, to);
+            assert!(code == 0 && error.is_empty(), "{} -> {}: {code}: {error}", from.display(), to.display());
+        }
+        assert!(fs::read(&source).unwrap() == fs::read(&back).unwrap());
+        assert!(one.find("Zero*count=").is_some() || !filters.is_empty(), "holes are not written");
+        assert!(one.find("Flush").is_some(), "it ends with a flush");
+        assert!(two.find("Write").is_some());
+        fs::remove_file(&back).unwrap();
+        // What was there is overwritten, with the holes.
+        image(&source, &[4; 4096], 16 * MIB);
+        assert_eq!(copy(&["--force"], &source, &one_uri).0, 0);
+        assert_eq!(copy(&["--detect-zeroes"], &one_uri, &back).0, 0);
+        assert!(fs::read(&source).unwrap() == fs::read(&back).unwrap());
+        let found = fs::metadata(&back).unwrap();
+        assert!(found.blocks() * 512 < MIB && found.mode() & 0o777 == 0o600, "{found:?}");
+    }
+}
+
+fn unsuitable_exports() {
+    let dir = place();
+    let (source, new) = (dir.path().join("source"), dir.path().join("new"));
+    image(&source, b"QFI\xfb\0\0\0\x03", 16 * MIB);
+    let mut server = Server::start(&[]);
+    let uri = PathBuf::from(server.uri());
+    let refused = |options: &[&str], from: &Path, to: &Path, word: &str| {
+        let (code, error) = copy(options, from, to);
+        assert!(code == 1 && error.contains(word), "{code}: {error}");
+        assert!(!new.exists());
+    };
+    refused(&["--force"], &uri, &uri, "are the same");
+    assert_eq!(copy(&["--force", "--format=raw"], &source, &uri).0, 0);
+    refused(&[], &uri, &new, "qcow2");
+    image(&source, &[], 17 * MIB);
+    refused(&["--force"], &source, &uri, "17825792");
+    image(&source, &[], 1000);
+    refused(&["--force"], &source, &uri, "whole blocks of 512");
+    image(&source, &[], MIB);
+    server.crash();
+    refused(&["--force"], &source, &uri, "cannot connect");
+    refused(&[], Path::new("nbd+unix:///?socket=relative"), &new, "not an absolute path");
+    // It goes in the middle: after 20 MiB at most of what is read in pieces of 1 MiB.
+    let slow = Server::start(&["--filter=delay", "rdelay=20ms"]);
+    let uri = PathBuf::from(slow.uri());
+    let job = copy_command(&["--depth", "1"], &uri, &new).stderr(Stdio::piped()).spawn().unwrap();
+    eventually("it reads", || slow.find("Read*offset=0x100000").is_some());
+    drop(slow);
+    let (code, error) = said(job.wait_with_output().unwrap());
+    assert!(code == 1 && error.contains("cannot read from nbd+unix:"), "{code}: {error}");
+    assert_eq!(names(dir.path()), ["source"]);
+    let writable = Server::start(&["--readonly"]);
+    refused(&["--force"], &source, Path::new(&writable.uri()), "read-only");
 }
 
 /// A file system on a loop device, mounted; gone when this is dropped.
