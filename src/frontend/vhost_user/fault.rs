@@ -27,9 +27,9 @@ static TABLE: Table = Table::new();
 /// What SIGBUS did before; the kernel's refusal when it took no handler.
 static BEFORE: OnceLock<Result<SigAction, Errno>> = OnceLock::new();
 
-/// Each thread that had touched a region may replace it once. One that is replaced more often does not get better
-/// by it.
-const MOST_REPAIRS: u32 = 4096;
+/// Each thread that had touched a region, or one of its pages, may replace it once. One that is replaced more often does
+/// not get better by it.
+const MOST_REPAIRS: usize = 4096;
 
 /// A region that may go away under us without harm.
 pub(super) struct Guard {
@@ -127,16 +127,35 @@ fn give_way(code: i32) {
 /// Replaces the guarded region that `at` is in, and hangs up on its VMM. False when there is none, or it did not help.
 fn repair(at: usize) -> bool {
     let Some((place, region)) = TABLE.find(at) else { return false };
-    if place.lose() >= MOST_REPAIRS {
+    // Where not all of it can be replaced, each of its pages may be touched.
+    let pages = region.len.div_ceil(region.page);
+    if place.lose() >= pages.saturating_add(MOST_REPAIRS) {
         return false;
     }
-    // All of it, so that there is one fault for each region and not one for each page. Where so much memory cannot be
-    // had (`vm.overcommit_memory` of 2 counts it), the page that was touched.
-    let page = region.start + (at - region.start) / region.page * region.page;
-    let replaced = replace(region.start, region.len) || replace(page, region.page);
+    let replaced = replace_around(&region, at, |start, len| replace(start, len));
     // SAFETY: takes no memory; the guard keeps the descriptor open.
     unsafe { libc::shutdown(region.socket, libc::SHUT_RDWR) };
     replaced
+}
+
+/// Has `replace` do so with as much of a region around `at` as it can. All of it, so that there is one fault for each region
+/// and not one for each page. Where so much memory cannot be had (`vm.overcommit_memory` of 2 counts it), a part: a VMM
+/// that is hung up on has its worker touch many pages yet, and each part is a mapping more.
+fn replace_around(region: &Region, at: usize, replace: impl Fn(usize, usize) -> bool) -> bool {
+    let pages = region.len.div_ceil(region.page);
+    let page = (at - region.start) / region.page;
+    let mut part = pages;
+    loop {
+        let first = page / part * part;
+        let (start, end) = (first * region.page, (first + part).saturating_mul(region.page).min(region.len));
+        if replace(region.start + start, end - start) {
+            return true;
+        }
+        if part == 1 {
+            return false;
+        }
+        part = (part / 8).max(1);
+    }
 }
 
 /// Puts zeroes in the place of a region, or of a part of one. Whether that went well.
@@ -264,6 +283,28 @@ mod tests {
     }
 
     #[test]
+    fn as_much_as_there_is_memory_for_is_replaced() {
+        const PAGE: usize = 4096;
+        let region = Region { start: 1 << 30, len: 1000 * PAGE + 17, page: PAGE, socket: -1 };
+        for most in [usize::MAX, 1001 * PAGE, 1000 * PAGE, 125 * PAGE, 10 * PAGE, PAGE] {
+            for page in [0, 1, 7, 124, 125, 500, 999, 1000] {
+                let at = region.start + page * PAGE + 16;
+                let done = std::cell::Cell::new((0, 0));
+                assert!(replace_around(&region, at, |start, len| {
+                    assert!(start >= region.start && start.is_multiple_of(PAGE));
+                    assert!(start + len <= region.start + region.len && start <= at && at < start + len);
+                    let end = start + len - region.start;
+                    assert!(end.is_multiple_of(PAGE) || end == region.len);
+                    done.set((start, len));
+                    len <= most
+                }));
+                assert!(page == 1000 || done.get().1 * 16 > most.min(region.len), "{most}: {:?}", done.get());
+            }
+        }
+        assert!(!replace_around(&region, region.start, |_, _| false));
+    }
+
+    #[test]
     fn a_fault_that_other_memory_does_not_mend_is_not_repaired_for_ever() {
         let (_file, mapping) = mapped();
         let _guard = guard(&mapping, UnixStream::pair().unwrap().0);
@@ -289,7 +330,8 @@ mod tests {
             }
         };
         ends_by_sigbus(|| faults(libc::BUS_ADRALN, 1));
-        ends_by_sigbus(|| faults(libc::BUS_ADRERR, MOST_REPAIRS + 1));
+        // Two pages.
+        ends_by_sigbus(|| faults(libc::BUS_ADRERR, 2 + MOST_REPAIRS as u32 + 1));
         // Other threads may have touched it before the first had replaced it.
         faults(libc::BUS_ADRERR, 8);
         faults(libc::BUS_MCEERR_AO, 8);

@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicUsize, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering, fence};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Places that are made at once: the regions of a dozen everyday VMMs.
@@ -37,7 +37,7 @@ pub struct Place {
     /// Some of it was taken away.
     lost: AtomicBool,
     /// How often it was replaced.
-    repairs: AtomicU32,
+    repairs: AtomicUsize,
 }
 
 impl Place {
@@ -79,7 +79,7 @@ impl Place {
     }
 
     /// Some of it was taken away. How often that was said before.
-    pub fn lose(&self) -> u32 {
+    pub fn lose(&self) -> usize {
         self.lost.store(true, Ordering::Release);
         self.repairs.fetch_add(1, Ordering::Relaxed)
     }
