@@ -312,13 +312,16 @@ impl InflightQueue {
                 return Err(refused(format!("its last batch has {given_back} of {} requests", self.size)));
             }
             let mut head = header.last_batch_head.load(Ordering::Relaxed);
+            // In one go: the VMM says how many there are, and others wait for this worker.
+            let mut ended = vec![false; self.size.into()];
             for _ in 0..given_back {
-                if head >= self.size {
+                let Some(ended) = ended.get_mut(usize::from(head)) else {
                     return Err(refused(format!("its last batch has head {head} of {}", self.size)));
-                }
-                in_flight.retain(|(_, other)| *other != head);
+                };
+                *ended = true;
                 head = self.entry(head).next.load(Ordering::Relaxed);
             }
+            in_flight.retain(|(_, head)| !ended[usize::from(*head)]);
         }
         in_flight.sort_unstable();
         let counter = in_flight.last().map_or(0, |(counter, _)| counter.wrapping_add(1));

@@ -95,6 +95,21 @@ fn new_notes_say_so() {
     assert!(queue.recover(0).unwrap().heads.is_empty());
 }
 
+/// The worker reads them, and the VMM has written them: every head in flight, and all of them in the last batch.
+#[test]
+fn the_largest_notes_are_read_in_no_time() {
+    const SIZE: u16 = MAX_QUEUE_SIZE;
+    let (_, inflight) = region(1, SIZE);
+    let queue = inflight.queue(0).unwrap();
+    let (before, _) = notes(&queue, 0);
+    (0..SIZE).for_each(|head| before.taken(head));
+    (0..SIZE).for_each(|head| before.finished(head));
+    let begun = std::time::Instant::now();
+    assert!(queue.recover(SIZE).unwrap().heads.is_empty());
+    // Looking at all for each would be a thousand million steps.
+    assert!(begun.elapsed().as_secs() < 3, "{:?}", begun.elapsed());
+}
+
 #[test]
 fn notes_that_make_no_sense_are_refused() {
     let header = |version: u16, heads: u16, last: u16, used: u16| {

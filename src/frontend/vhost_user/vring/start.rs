@@ -10,6 +10,7 @@ use crate::frontend::vhost_user::memory::Memory;
 use crate::frontend::vhost_user::notify::CallFd;
 use crate::ring::{Kind, UserData};
 use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -78,7 +79,8 @@ impl VringSetup {
         }
         let notes = Notes::new(queue, found.counter);
         // Those that we had without notes, or in others: the VMM has only now given us these.
-        heads.retain(|head| !found.heads.contains(head));
+        let noted: HashSet<u16> = found.heads.iter().copied().collect();
+        heads.retain(|head| !noted.contains(head));
         if heads.iter().all(|head| *head < self.size) {
             heads.iter().for_each(|head| notes.taken(*head));
         }
