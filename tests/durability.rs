@@ -79,10 +79,14 @@ impl World {
 
     /// Whether a write of this guest is on stable storage when it is acknowledged.
     fn writes_durably(&self, guest: &mut Played) -> bool {
+        self.writes_durably_on(guest, 0)
+    }
+
+    fn writes_durably_on(&self, guest: &mut Played, queue: usize) -> bool {
         // The server writes its log in its own time: each write has a place of its own there.
         self.writes.set(self.writes.get() + 1);
         let sector = 8 * self.writes.get();
-        write(guest, 0, sector);
+        write(guest, queue, sector);
         let asked = format!(" Write id=* offset={:#x} ", sector * 512);
         let mut line = None;
         eventually("the server tells of the write", || {
@@ -132,17 +136,20 @@ fn write_through_belongs_to_its_vmm() {
     }
 }
 
+/// Be it that the first queue has never been used, and stands where that of a new driver does.
 fn no_notes() {
-    let mut world = World::new(&[]);
-    let mut guest = world.guest(&QEMU_OLD);
-    assert!(guest.vmm.inflight.is_none());
-    assert!(!world.writes_durably(&mut guest));
-    choose_write_through(&mut guest);
-    world.service.restart(Signal::SIGKILL);
-    world.back(&mut guest);
-    assert!(world.writes_durably(&mut guest));
-    drop(guest);
-    assert!(!world.writes_durably(&mut world.guest(&CROSVM)), "the next VMM");
+    for queue in [0, 1] {
+        let mut world = World::new(&[]);
+        let mut guest = world.guest(&QEMU_OLD);
+        assert!(guest.vmm.inflight.is_none());
+        assert!(!world.writes_durably_on(&mut guest, queue));
+        choose_write_through(&mut guest);
+        world.service.restart(Signal::SIGKILL);
+        world.back(&mut guest);
+        assert!(world.writes_durably_on(&mut guest, queue), "queue {queue}");
+        drop(guest);
+        assert!(!world.writes_durably(&mut world.guest(&CROSVM)), "the next VMM");
+    }
 }
 
 /// The VMM forgets its notes at a reset, and what it shows the next driver is the old mode.

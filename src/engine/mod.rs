@@ -30,7 +30,7 @@ mod volume;
 pub use attached::Attached;
 pub use execute::execute;
 pub use identity::Identity;
-pub use losses::{Flusher, Flushers};
+pub use losses::{Flusher, Flushers, QueueStart};
 pub use policy::PolicyState;
 pub use resize::{Exports, ResizeError, Resized};
 pub use volume::{OpenError, Opener, Volume};

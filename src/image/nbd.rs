@@ -319,12 +319,12 @@ async fn carry_out(
     if order.op == Op::Write {
         memory.copy_in(0, bytes);
     }
-    let mut iovecs = [memory.iovec(0, bytes.len())];
-    let data = if bytes.is_empty() { Data::None } else { Data::Iovecs(&mut iovecs) };
+    let iovecs = [memory.iovec(0, bytes.len())];
+    let data = if bytes.is_empty() { Data::None } else { Data::of(&iovecs) };
     let (sector, sectors) = (order.offset / SECTOR, (order.length / SECTOR) as u32);
     let flags = Flags { unmap: true, ..Flags::default() };
-    let mut request = Request { op: order.op, flags, sector, sectors, data };
-    execute(volume, io, flushers.queue(0), &mut request).await?;
+    let request = Request { op: order.op, flags, sector, sectors, data };
+    execute(volume, io, flushers.queue(0), &request).await?;
     if order.op == Op::Read {
         memory.copy_out(0, bytes);
     }

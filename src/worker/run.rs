@@ -7,7 +7,7 @@ use super::slot::{Client, Queue, Seat, sit};
 use super::watch::{Watch, Watchdog};
 use super::{Command, Habits, Lent, Reply, VringId};
 use crate::block::Errno;
-use crate::engine::{Attached, Volume};
+use crate::engine::{Attached, QueueStart, Volume};
 use crate::frontend::{ublk, vhost_user};
 use crate::ring::{
     Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData, set_io_flusher,
@@ -346,8 +346,13 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         let (log, client) = (attached.clone(), Client { flushers: lent.flushers, queue: setup.index });
         self.kicks = self.kicks.wrapping_add(1);
         let vring = Rc::new(vhost_user::Vring::new(setup)?);
-        let (at_beginning, doubtful) = (vring.next_avail() == 0, vring.is_doubtful());
-        if client.flushers.start(&lent.volume, client.queue, at_beginning, doubtful) {
+        let start = QueueStart {
+            vmm: vring.vmm(),
+            at: vring.next_avail(),
+            noted: vring.is_noted(),
+            doubtful: vring.is_doubtful(),
+        };
+        if client.flushers.start(&lent.volume, client.queue, start) {
             let vring = vring.label();
             let message = format_args!(
                 "{vring}: writes that were not flushed before this service began may be lost with their server: the next flush fails"
@@ -495,8 +500,8 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     fn remove(&mut self, at: u32) -> Option<Place> {
         let place = self.places[at as usize].take()?;
         self.active.retain(|active| *active != at);
-        if let Queue::Vring(_) = place.queue {
-            place.client.flushers.stop();
+        if let Queue::Vring(vring) = &place.queue {
+            place.client.flushers.stop(place.client.queue, vring.next_avail());
         }
         place.export_slots.set(place.export_slots.get() - place.slots.len());
         for slot in &place.slots {

@@ -1,8 +1,8 @@
 //! Writes that were acknowledged and lost: everybody who flushes hears of it, once, whoever the store told.
 
 use super::*;
-use crate::engine::{Flushers, execute};
-use crate::ring::{Io, Tasks};
+use crate::engine::{Flushers, QueueStart, execute};
+use crate::ring::{Io, Ring, Tasks};
 use std::cell::Cell;
 
 const LOSING: Faults = Faults { sync_error: 100, ..NONE };
@@ -137,31 +137,106 @@ fn syncs_that_overlap_fail_together() {
     assert!((50..290).contains(&failed), "{failed} of 300 were to tell");
 }
 
+fn begin(vmm: u64) -> QueueStart {
+    QueueStart { vmm, at: 0, noted: false, doubtful: false }
+}
+
+impl World {
+    /// A write is lost, and a request that is no flush is told.
+    fn lose(&self) {
+        self.core.ring().set_faults(LOSING);
+        assert_eq!(self.together(&[(0, 0, Op::WriteZeroes, true)]), [Err(Errno::EIO)]);
+        self.core.ring().set_faults(NONE);
+    }
+
+    fn start(&self, queue: usize, start: QueueStart) -> bool {
+        self.exports[0].start(&self.volume, queue, start)
+    }
+
+    fn stop(&self, queue: usize, at: u16) {
+        self.exports[0].stop(queue, at);
+    }
+
+    fn flush_both(&self) -> [Result<(), Errno>; 2] {
+        [self.flush(0, 0), self.flush(0, 1)]
+    }
+}
+
+const LOST: [Result<(), Errno>; 2] = [Err(Errno::EIO); 2];
+
 #[test]
-fn a_driver_that_begins_has_lost_nothing() {
+fn a_new_vmms_driver_has_lost_nothing() {
     let world = World::new(4, 1);
-    let [lose, calm] = [LOSING, NONE].map(|faults| move |world: &World| world.core.ring().set_faults(faults));
-    let lost = |world: &World| {
-        lose(world);
-        assert_eq!(world.together(&[(0, 0, Op::WriteZeroes, true)]), [Err(Errno::EIO)]);
-        calm(world);
-    };
-    let flushers = &world.exports[0];
+    world.start(0, begin(1));
+    world.lose();
+    world.stop(0, 9);
     // It goes on where its rings are: the same driver as before, whatever stopped in between.
-    flushers.start(&world.volume, 0, true, false);
-    lost(&world);
-    flushers.stop();
-    flushers.start(&world.volume, 0, false, false);
+    world.start(0, QueueStart { at: 9, ..begin(1) });
     assert_eq!(world.flush(0, 0), Err(Errno::EIO));
     // Another queue of the same driver begins: it must hear of the first one's writes.
-    flushers.start(&world.volume, 1, true, false);
+    world.start(1, begin(1));
     assert_eq!(world.flush(0, 1), Err(Errno::EIO));
-    lost(&world);
-    flushers.stop();
-    flushers.stop();
-    // All of them begin: another driver.
-    flushers.start(&world.volume, 0, true, false);
-    assert_eq!((world.flush(0, 0), world.flush(0, 1)), (Ok(()), Ok(())));
+    world.lose();
+    world.stop(0, 10);
+    world.stop(1, 1);
+    // All of them begin, of another VMM.
+    world.start(0, begin(2));
+    world.start(1, begin(2));
+    assert_eq!(world.flush_both(), [Ok(()); 2]);
+    world.lose();
+    assert_eq!(world.flush_both(), LOST);
+}
+
+/// A queue that nobody has used stands at its beginning, whoever its driver is: after a change of memory, a stop of the
+/// machine, a reconnect.
+#[test]
+fn an_idle_queue_that_starts_again_is_no_new_driver() {
+    for (vmm, noted) in [(1, false), (2, false), (2, true)] {
+        let world = World::new(7, 1);
+        world.start(0, begin(1));
+        world.start(1, begin(1));
+        world.lose();
+        world.stop(0, 0);
+        world.stop(1, 5);
+        world.start(0, QueueStart { noted, ..begin(vmm) });
+        world.start(1, QueueStart { at: 5, noted, ..begin(vmm) });
+        assert_eq!(world.flush_both(), LOST, "VMM {vmm}, noted: {noted}");
+    }
+    // The service was killed: only the notes tell.
+    let world = World::new(8, 1);
+    world.lose();
+    world.start(0, QueueStart { noted: true, ..begin(1) });
+    assert_eq!(world.flush_both(), LOST);
+    // One that takes another's place is proven by the queue that began anew.
+    let world = World::new(9, 1);
+    world.start(0, begin(1));
+    world.start(1, begin(1));
+    world.stop(0, 0);
+    world.stop(1, 5);
+    world.lose();
+    world.start(0, begin(2));
+    world.start(1, begin(2));
+    assert_eq!(world.flush_both(), [Ok(()); 2]);
+}
+
+/// A guest that reboots, or wakes up, has its driver begin anew. What it was not told of it still hears, and what one of
+/// its queues was told of it does not hear again.
+#[test]
+fn a_driver_answers_for_the_one_before_it() {
+    for told in [false, true] {
+        let world = World::new(10, 1);
+        world.start(0, begin(1));
+        world.start(1, begin(1));
+        world.lose();
+        if told {
+            assert_eq!(world.flush(0, 1), Err(Errno::EIO));
+        }
+        world.stop(0, 7);
+        world.stop(1, 5);
+        world.start(0, begin(1));
+        world.start(1, begin(1));
+        assert_eq!(world.flush_both(), if told { [Ok(()); 2] } else { LOST });
+    }
 }
 
 /// The service's own flush at a change of the cache mode: it fails if the client has not heard of a loss, and does not
@@ -183,15 +258,52 @@ fn a_flush_on_behalf_of_a_client_tells_it_nothing() {
 /// A process before this one has acknowledged writes of which nobody knows what became.
 #[test]
 fn a_doubt_is_told_once_to_each_queue() {
-    let world = World::new(6, 1);
-    let flushers = &world.exports[0];
-    assert!(!flushers.start(&world.volume, 0, true, true), "a driver that begins has written nothing");
+    let mut world = World::new(6, 1);
+    let doubtful = QueueStart { at: 3, doubtful: true, ..begin(1) };
+    assert!(!world.start(0, QueueStart { at: 0, ..doubtful }), "a driver that begins has written nothing");
     assert_eq!(world.flush(0, 0), Ok(()));
-    flushers.stop();
-    assert!(!flushers.start(&world.volume, 0, false, true), "this process served it before");
-    assert!(flushers.start(&world.volume, 1, false, true));
+    world.stop(0, 3);
+    assert!(!world.start(0, doubtful), "this process served it before");
+    assert!(world.start(1, doubtful));
+    world.exports.push(Rc::new(world.exports[0].on_behalf()));
+    assert_eq!(world.flush(1, 0), Err(Errno::EIO), "nobody was told, and what is in doubt stays so");
+    world.exports.truncate(1);
     for queue in [0, 1] {
         assert_eq!(world.flush(0, queue), Err(Errno::EIO));
         assert_eq!(world.flush(0, queue), Ok(()));
+    }
+}
+
+/// A sync of another client may be with a server that does not answer.
+#[test]
+fn a_flush_that_stops_does_not_wait_for_others() {
+    for op in [Op::Flush, Op::Write] {
+        let world = World::new(11, 1);
+        let other = world.volume.losses().unwrap().begin();
+        let (mut tasks, outcome) = (Tasks::new(world.core.clone()), Outcome::default());
+        let (attached, flushers, give) = (world.attached.clone(), world.exports[0].clone(), outcome.clone());
+        let slot = tasks.add(|io: Io<Double>| async move {
+            let memory = Mapping::anonymous(512).unwrap();
+            let iovecs = [memory.iovec(0, 512)];
+            let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
+            let (flags, sectors) = (Flags { fua: true, unmap: false }, u32::from(op == Op::Write));
+            let request = Request { op, flags, sector: 7, sectors, data };
+            give.set(Some(execute(&attached, &io, flushers.queue(0), &request).await));
+        });
+        let mut pass = || {
+            let mut cqes = Vec::new();
+            tasks.run_ready();
+            world.core.ring().enter(world.core.in_flight() > 0).unwrap();
+            world.core.ring().reap(&mut cqes);
+            cqes.drain(..).for_each(|cqe| tasks.complete(&cqe));
+        };
+        (0..100).for_each(|_| pass());
+        assert_eq!(outcome.get(), None, "it waits for the other");
+        world.core.interrupt(slot);
+        (0..100).for_each(|_| pass());
+        assert_eq!(outcome.get(), Some(Err(Errno::ERESTART)));
+        drop(other);
+        let expected = world.flush(0, 0);
+        assert_eq!(expected, Ok(()), "there was no loss");
     }
 }

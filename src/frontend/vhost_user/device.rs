@@ -5,20 +5,27 @@
 use crate::block::Geometry;
 use crate::log_limit::LogLimit;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// `VIRTIO_BLK_ID_BYTES`.
 const ID_LEN: usize = 20;
 
+/// Devices made so far.
+static DEVICES: AtomicU64 = AtomicU64::new(0);
+
 /// A device as one VMM has it.
 pub struct Device {
     name: String,
+    /// Of the VMM's connection.
+    vmm: u64,
     id: [u8; ID_LEN],
     geometry: Geometry,
     /// `writeback` of the configuration space. It is the VMM's, and no other's, for as long as that lives.
     writeback: AtomicBool,
     /// It is known: chosen, left by an earlier process, or as a device begins.
     decided: AtomicBool,
+    /// It is known from somebody else than us.
+    chosen: AtomicBool,
     /// Of the export: a VMM that reconnects gets no new lines by that.
     log: Arc<LogLimit>,
 }
@@ -33,19 +40,34 @@ impl Device {
         let writeback = AtomicBool::new(geometry.volatile_cache);
         let name = format!("vhost-user:{socket}");
         let log = Arc::new(LogLimit::new(name.clone()));
-        Device { name, id, geometry, writeback, decided: false.into(), log }
+        Device {
+            name,
+            vmm: next(),
+            id,
+            geometry,
+            writeback,
+            decided: false.into(),
+            chosen: false.into(),
+            log,
+        }
     }
 
     /// The same device for the next VMM.
     pub fn renewed(&self) -> Device {
         let writeback = AtomicBool::new(self.geometry.volatile_cache);
         let (name, id, geometry) = (self.name.clone(), self.id, self.geometry.clone());
-        Device { name, id, geometry, writeback, decided: false.into(), log: self.log.clone() }
+        let (vmm, decided, chosen, log) = (next(), false.into(), false.into(), self.log.clone());
+        Device { name, vmm, id, geometry, writeback, decided, chosen, log }
     }
 
     /// For messages.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Names the VMM's connection: no two have the same.
+    pub fn vmm(&self) -> u64 {
+        self.vmm
     }
 
     /// For every line that its VMM or its driver can cause. The lines begin with the device's name.
@@ -78,9 +100,19 @@ impl Device {
         self.decided.swap(true, Ordering::Relaxed)
     }
 
+    /// Whether the driver, or an earlier process, said so.
+    pub fn is_chosen(&self) -> bool {
+        self.chosen.load(Ordering::Relaxed)
+    }
+
     /// The driver's decision. One that never asked for FLUSH has no cache to turn on.
     pub fn set_writeback(&self, on: bool) {
         self.decided.store(true, Ordering::Relaxed);
+        self.chosen.store(true, Ordering::Relaxed);
         self.writeback.store(on && self.geometry.volatile_cache, Ordering::Release);
     }
+}
+
+fn next() -> u64 {
+    DEVICES.fetch_add(1, Ordering::Relaxed)
 }

@@ -62,16 +62,17 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// A vring starts at `base` of its ring, and the first of them says whether its driver began with us. One that had a cache
-    /// mode before us, of which nobody tells, may count on every write being durable.
-    fn decide_writeback(&self, base: u16) {
-        if self.device.decide() {
-            return;
-        }
-        if base != 0 {
+    /// A vring starts at `base` of its ring, for the `first` time in this session. One that is not at its beginning had a
+    /// cache mode before us: where nobody tells of that, its driver may count on every write being durable.
+    fn decide_writeback(&self, base: u16, first: bool) {
+        let known = self.device.decide();
+        let goes_on = first && base != 0 && !self.device.is_chosen();
+        if goes_on {
             self.device.set_writeback(false);
         }
-        if let Some(inflight) = &*lock(&self.inflight) {
+        if (goes_on || !known)
+            && let Some(inflight) = &*lock(&self.inflight)
+        {
             inflight.set_writeback(self.device.writeback());
         }
     }
@@ -89,6 +90,8 @@ struct VringLink {
     shared: Arc<Shared>,
     /// The VMM has said where its rings are: until then they are not at address 0.
     placed: AtomicBool,
+    /// It has been started.
+    begun: AtomicBool,
     kick: Mutex<Option<Arc<File>>>,
     call: Mutex<Option<Arc<File>>>,
     err: Mutex<Option<Arc<File>>>,
@@ -132,7 +135,8 @@ impl SessionVring {
             let ready = queue.ready() && link.placed.load(Ordering::Relaxed);
             let (true, Some(kick)) = (ready, lock(&link.kick).clone()) else { return };
             let Some(memory) = lock(&link.shared.memory).clone() else { return };
-            link.shared.decide_writeback(queue.next_avail());
+            let first = !link.begun.swap(true, Ordering::Relaxed);
+            link.shared.decide_writeback(queue.next_avail(), first);
             let call = match lock(&link.call).as_deref().map(CallFd::new).transpose() {
                 Ok(call) => call,
                 Err(error) => return self.complain("its driver cannot be called", &error),
@@ -236,6 +240,7 @@ impl VringT<Table> for SessionVring {
                 index: nursery.made.len(),
                 shared: nursery.shared.clone(),
                 placed: AtomicBool::new(false),
+                begun: AtomicBool::new(false),
                 kick: Mutex::new(None),
                 call: Mutex::new(None),
                 err: Mutex::new(None),

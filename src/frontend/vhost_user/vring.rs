@@ -70,6 +70,8 @@ pub struct Vring {
     in_flight: Cell<u16>,
     /// What is in flight, noted for whoever comes after us.
     notes: Option<Notes>,
+    /// There were notes of it from before.
+    noted: bool,
     /// Writes that an earlier process acknowledged may be lost with a server.
     doubtful: bool,
     /// Who keeps writes that are not flushed, where that is to be noted.
@@ -118,6 +120,16 @@ impl Vring {
     /// server that may be another one by now.
     pub fn is_doubtful(&self) -> bool {
         self.doubtful
+    }
+
+    /// Whether it found notes of its requests from before.
+    pub fn is_noted(&self) -> bool {
+        self.noted
+    }
+
+    /// See [`Device::vmm`](super::Device).
+    pub fn vmm(&self) -> u64 {
+        self.setup.device.vmm()
     }
 
     /// Whether the guest broke it: it takes nothing more.

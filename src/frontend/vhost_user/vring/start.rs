@@ -59,10 +59,11 @@ impl VringSetup {
         Err(io::Error::new(io::ErrorKind::InvalidInput, message))
     }
 
-    /// Finds what was in flight: the heads in the order in which they were taken, and the notes brought up to date.
-    fn recover(&mut self, next_used: u16) -> io::Result<(Vec<u16>, Option<Notes>)> {
+    /// Finds what was in flight: the heads in the order in which they were taken, the notes brought up to date, and whether
+    /// there were any from before.
+    fn recover(&mut self, next_used: u16) -> io::Result<(Vec<u16>, Option<Notes>, bool)> {
         let mut heads = std::mem::take(&mut self.unfinished);
-        let Some(queue) = self.inflight.take() else { return Ok((heads, None)) };
+        let Some(queue) = self.inflight.take() else { return Ok((heads, None, false)) };
         if queue.size() < self.size {
             let (size, room) = (self.size, queue.size());
             return self.refuse(&format!("{size} descriptors, but room to note {room} in flight"));
@@ -84,7 +85,7 @@ impl VringSetup {
         if heads.iter().all(|head| *head < self.size) {
             heads.iter().for_each(|head| notes.taken(*head));
         }
-        Ok(([found.heads, heads].concat(), Some(notes)))
+        Ok(([found.heads, heads].concat(), Some(notes), !found.fresh))
     }
 }
 
@@ -114,7 +115,7 @@ impl Vring {
         let server = setup.device.geometry().server.clone();
         let mark = setup.inflight.as_ref().map_or(Mark::default(), InflightQueue::mark);
         let doubtful = server.as_ref().is_some_and(|server| mark.is_doubtful(server.get()));
-        let (mut again, notes) = setup.recover(next_used)?;
+        let (mut again, notes, noted) = setup.recover(next_used)?;
         if again.iter().any(|head| *head >= size) {
             return setup.refuse("a descriptor that it does not have is noted as in flight");
         }
@@ -142,6 +143,7 @@ impl Vring {
             in_flight: Cell::new(0),
             server: server.filter(|_| notes.is_some()),
             notes,
+            noted,
             doubtful,
             again: RefCell::new(again),
             unfinished: RefCell::default(),
