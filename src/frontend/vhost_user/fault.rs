@@ -132,7 +132,7 @@ fn repair(at: usize) -> bool {
     if place.lose() >= pages.saturating_add(MOST_REPAIRS) {
         return false;
     }
-    let replaced = replace_around(&region, at, |start, len| replace(start, len));
+    let replaced = replace_around(&region, at, replace);
     // SAFETY: takes no memory; the guard keeps the descriptor open.
     unsafe { libc::shutdown(region.socket, libc::SHUT_RDWR) };
     replaced
