@@ -19,6 +19,7 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
 
 const BYTES: u64 = 4 << 20;
 const OK: u8 = 0;
@@ -35,6 +36,10 @@ fn main() -> ExitCode {
         trial("nbdkit_agrees_with_the_model", "nbdkit", nbdkit),
         trial("a_server_that_comes_back_larger_makes_the_volume_larger", "nbdkit", grown),
         trial("a_server_that_is_down_keeps_no_other_volume_down", "nbdkit", down),
+        Trial::test("silent_servers_are_not_waited_for_one_by_one", || {
+            silent();
+            Ok(())
+        }),
         Trial::test("what_is_not_there_is_waited_for_or_refused_as_it_is_asked", || {
             required();
             Ok(())
@@ -287,6 +292,24 @@ fn down() {
     // Its end is clean: the sockets go, although nobody ever listened on them.
     assert_eq!(waits(&service).iter().filter(|waits| **waits).count(), 3);
     service.stop();
+}
+
+/// Many servers that say nothing cost the others no more than one.
+fn silent() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("nbd://{}", listener.local_addr().unwrap());
+    let mut setup = Setup::new().volume("near", "memory:4M").door("near", "near", "");
+    for number in 0..16 {
+        let name = format!("far{number}");
+        setup = setup.volume(&name, &format!("nbd:{uri}")).door(&name, &name, "");
+    }
+    let begun = Instant::now();
+    let service = setup.start();
+    // One after the other they would take ten seconds each, or three.
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    works(&service, "near");
+    assert_eq!(waits(&service).iter().filter(|waits| **waits).count(), 16);
+    assert!(why(&service, "far7").unwrap().contains("silent during the handshake"));
 }
 
 fn required() {

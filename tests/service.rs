@@ -11,9 +11,10 @@ use nix::sys::signal::Signal;
 use ringblk::service::client::{Client, ClientError};
 use ringblk::service::status::ExportStatus;
 use std::fs;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
@@ -479,6 +480,29 @@ fn a_signal_under_load_drains_and_flushes() {
         }
         assert!(service.log().contains("stopped"), "{}", service.log());
     }
+}
+
+/// It listens whether we want it or not: whoever connects is sent away.
+#[test]
+fn a_socket_of_systemd_takes_nobody_before_its_volume_is_there() {
+    let setup = Setup::new()
+        .volume("root", "memory:1M")
+        .door("root", "b", "")
+        .volume("far", "nbd:nbd+unix:///?socket=/no/such/socket")
+        .door("far", "a", "");
+    let listener = UnixListener::bind(setup.path("a")).unwrap();
+    let mut command = Command::new("/bin/sh");
+    let exec = "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$@\"";
+    command.args(["-c", exec, "sh", env!("CARGO_BIN_EXE_ringblk")]).args(setup.arguments());
+    command.stdin(OwnedFd::from(listener));
+    let service = setup.start_as(command);
+    let mut vmm = UnixStream::connect(service.path("a")).unwrap();
+    vmm.set_read_timeout(Some(common::PATIENCE)).unwrap();
+    assert_eq!(vmm.read(&mut [0]).unwrap(), 0);
+    let kept = service.path("").with_extension("kept");
+    let a = service.path("a");
+    service.stop_keeping(&a, &kept);
+    fs::remove_file(&kept).unwrap();
 }
 
 #[test]

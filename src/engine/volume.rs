@@ -14,6 +14,7 @@ use crate::ring::{Core, Ring};
 use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// An opened volume: what all workers share of it.
 pub struct Volume {
@@ -69,14 +70,20 @@ impl Opener {
         &self.policy
     }
 
-    /// Opens the volume. Nothing is changed in the store.
+    /// Opens the volume. Nothing is changed in the store. A server that does not answer is waited for as long as `limit`,
+    /// and not for ever.
     ///
     /// # Errors
     /// See [`Volume::open`] and [`Volume::with_topology`].
-    pub fn open(&self) -> Result<Volume, OpenError> {
-        let volume =
-            Volume::open_at(&self.name, &self.config, self.target.as_ref())?.with_topology(self.topology)?;
+    pub fn open(&self, limit: Duration) -> Result<Volume, OpenError> {
+        let target = self.target.as_ref().map(|target| (target, limit));
+        let volume = Volume::open_at(&self.name, &self.config, target)?.with_topology(self.topology)?;
         Ok(volume.with_policy(self.policy))
+    }
+
+    /// Whether a service may begin without the volume at all, if others can be served.
+    pub fn may_be_late(&self) -> bool {
+        self.policy.required != Some(true)
     }
 
     /// Whether a service may begin without the volume, which cannot be opened because of `error`. `others`: other volumes
@@ -149,7 +156,7 @@ pub enum OpenError {
 impl OpenError {
     /// It may be there in a moment, and nothing is wrong with the configuration: a server that does not answer.
     fn is_unreachable(&self) -> bool {
-        matches!(self, OpenError::Nbd { source: nbd::Error::Connect(_) | nbd::Error::Io(_), .. })
+        matches!(self, OpenError::Nbd { source, .. } if source.is_passing())
     }
 
     /// A client of the volume can bring it about by what it writes: no reason to keep others from theirs.
@@ -167,7 +174,11 @@ impl Volume {
         Volume::open_at(name, config, None)
     }
 
-    fn open_at(name: &str, config: &VolumeConfig, target: Option<&nbd::Target>) -> Result<Volume, OpenError> {
+    fn open_at(
+        name: &str,
+        config: &VolumeConfig,
+        target: Option<(&nbd::Target, Duration)>,
+    ) -> Result<Volume, OpenError> {
         let geometry_error = |source| OpenError::Geometry { name: name.into(), source };
         let driver = config.driver();
         let (store, geometry, identity) = match config {
@@ -201,7 +212,7 @@ impl Volume {
             }
             VolumeConfig::Nbd(options) => {
                 let opened = match target {
-                    Some(target) => NbdVolume::open_at(options, target),
+                    Some((target, limit)) => NbdVolume::open_at(options, target, limit),
                     None => NbdVolume::open(options),
                 };
                 let (volume, geometry) = opened.map_err(|source| OpenError::Nbd {

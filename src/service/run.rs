@@ -29,11 +29,12 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signals::Signals;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
@@ -173,10 +174,14 @@ impl Opened {
     /// Opens every volume.
     fn of(config: &Config) -> Result<Opened, OpenError> {
         let mut opened = Opened { volumes: BTreeMap::new(), waiting: BTreeMap::new(), attempts: Vec::new() };
-        let mut failed = Vec::new();
+        let mut openers = Vec::new();
         for (name, volume) in &config.volumes {
-            let opener = Opener::new(name, volume, config.policies[name], config.topologies[name])?;
-            match opener.open() {
+            openers.push(Opener::new(name, volume, config.policies[name], config.topologies[name])?);
+        }
+        let mut failed = Vec::new();
+        let results = open_all(&openers);
+        for (((name, volume), opener), result) in config.volumes.iter().zip(openers).zip(results) {
+            match result {
                 Ok(volume) => {
                     opened.volumes.insert(name.clone(), volume);
                 }
@@ -184,9 +189,16 @@ impl Opened {
                 Err(error) => return Err(error),
             }
         }
-        let others = !opened.volumes.is_empty();
-        for (name, volume, opener, error) in failed {
-            if !opener.may_wait(&error, others) {
+        for (name, volume, opener, mut error) in failed {
+            if !opener.may_wait(&error, !opened.volumes.is_empty()) {
+                // It is all that there is, so there is time.
+                match opener.open(Duration::MAX) {
+                    Ok(volume) => {
+                        opened.volumes.insert(name.clone(), volume);
+                        continue;
+                    }
+                    Err(again) => error = again,
+                }
                 log::info!("volume {name}: with required=no, or reconnect=SECONDS, it would be waited for");
                 return Err(error);
             }
@@ -196,6 +208,29 @@ impl Opened {
         }
         Ok(opened)
     }
+}
+
+/// Opens all at once, and none for long where that can be made up for: nobody is kept waiting by somebody else's server.
+fn open_all(openers: &[Opener]) -> Vec<Result<Volume, OpenError>> {
+    let several = openers.len() > 1;
+    let open = |opener: &Opener| {
+        let hasty = several && opener.may_be_late();
+        opener.open(if hasty { FIRST_LOOK } else { Duration::MAX })
+    };
+    let open = &open;
+    thread::scope(|scope| {
+        let begin = |opener| {
+            let begun = thread::Builder::new().spawn_scoped(scope, move || open(opener));
+            // Without a thread, here and now.
+            begun.map_err(|_| Box::new(open(opener)))
+        };
+        let begun: Vec<_> = openers.iter().map(begin).collect();
+        let end = |begun: Result<ScopedJoinHandle<'_, _>, Box<_>>| match begun {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(opened) => *opened,
+        };
+        begun.into_iter().map(end).collect()
+    })
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -513,6 +548,9 @@ impl Shared {
         (busy.sum::<usize>() > 0).then(|| names.join(", "))
     }
 }
+
+/// How long the first attempt to reach a server may take where others wait for it.
+const FIRST_LOOK: Duration = Duration::from_secs(3);
 
 /// Between two lines about requests that a stop waits for because the store failed.
 const HELD_UP_EVERY: Duration = Duration::from_secs(5);

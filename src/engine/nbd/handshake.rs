@@ -47,6 +47,9 @@ pub struct Agreed {
     pub structured: bool,
 }
 
+/// A server's reason that goes by itself.
+pub const SHUTTING_DOWN: &str = "it is shutting down";
+
 /// What the server did when the stream failed.
 pub fn failure(error: &io::Error) -> &'static str {
     match error.kind() {
@@ -255,7 +258,7 @@ fn reason(code: u32) -> &'static str {
         NBD_REP_ERR_PLATFORM => "not possible there",
         NBD_REP_ERR_TLS_REQD => "it requires TLS: write nbds:// or nbds+unix:// in the URI",
         NBD_REP_ERR_UNKNOWN => "no such export",
-        NBD_REP_ERR_SHUTDOWN => "it is shutting down",
+        NBD_REP_ERR_SHUTDOWN => SHUTTING_DOWN,
         NBD_REP_ERR_BLOCK_SIZE_REQD => "it wants other block sizes",
         _ => "for a reason of its own",
     }

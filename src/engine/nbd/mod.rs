@@ -116,6 +116,17 @@ pub enum Error {
     Geometry(#[from] GeometryError),
 }
 
+impl Error {
+    /// It may be there in a moment, and nothing is wrong with the configuration: the server cannot be reached, or goes away.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Error::Connect(_) | Error::Io(_) => true,
+            Error::Refused { reason, .. } => *reason == handshake::SHUTTING_DOWN,
+            _ => false,
+        }
+    }
+}
+
 /// The server that `uri` names.
 ///
 /// # Errors
@@ -201,17 +212,22 @@ impl NbdVolume {
     /// # Errors
     /// When the server cannot be reached, refuses, makes no sense, or has something that is no disk.
     pub fn open(config: &NbdConfig) -> Result<(NbdVolume, Geometry), Error> {
-        NbdVolume::open_at(config, &Target::of(config)?)
+        NbdVolume::open_at(config, &Target::of(config)?, CONNECT_TIME)
     }
 
-    /// The same, where all that could be done beforehand is done.
+    /// The same, where all that could be done beforehand is done, within `limit` (and no longer than it may always take).
     ///
     /// # Errors
     /// See [`open`](Self::open).
-    pub fn open_at(config: &NbdConfig, target: &Target) -> Result<(NbdVolume, Geometry), Error> {
+    pub fn open_at(
+        config: &NbdConfig,
+        target: &Target,
+        limit: Duration,
+    ) -> Result<(NbdVolume, Geometry), Error> {
         let Target { uri: Uri { address, name, .. }, tls } = target.clone();
         let timeout = Duration::from_secs(config.timeout.min(NbdConfig::MAX_TIMEOUT));
-        let limit = if timeout.is_zero() { CONNECT_TIME } else { CONNECT_TIME.min(timeout) };
+        let most = limit.min(CONNECT_TIME);
+        let limit = if timeout.is_zero() { most } else { most.min(timeout) };
         let connected = address.connect(&name, tls.as_ref(), limit)?;
         let export = connected.agreed.export.clone();
         let mut geometry = geometry(&export)?;

@@ -201,7 +201,7 @@ pub fn relay(client: ClientConnection, server: Stream, label: &str) -> io::Resul
     let label = label.to_owned();
     RELAYS.fetch_add(1, Ordering::SeqCst);
     let alive = Alive;
-    let relay = Relay { client, server, local, inward: Vec::with_capacity(BUFFER), taken: 0 };
+    let relay = Relay { client, server, local, inward: vec![0; BUFFER].into(), taken: 0, filled: 0 };
     thread::Builder::new().name("ringblk-tls".into()).spawn(move || {
         let _alive = alive;
         if let Err(error) = relay.run() {
@@ -236,9 +236,10 @@ struct Relay {
     server: Stream,
     /// The worker is at its other end.
     local: UnixStream,
-    /// What the server said, of which the worker has taken so much.
-    inward: Vec<u8>,
+    /// What the server said, from the first byte on that the worker has not taken.
+    inward: Box<[u8]>,
     taken: usize,
+    filled: usize,
 }
 
 /// Whether a side goes on.
@@ -277,7 +278,7 @@ impl Relay {
     /// Sleeps until there is something to be done: what happened to the server's and to the worker's socket.
     fn wait(&self) -> io::Result<(PollFlags, PollFlags)> {
         let (mut server, mut local) = (PollFlags::empty(), PollFlags::empty());
-        match self.inward.is_empty() {
+        match self.taken == self.filled {
             true => server |= PollFlags::POLLIN,
             false => local |= PollFlags::POLLOUT,
         }
@@ -328,7 +329,7 @@ impl Relay {
 
     /// Takes records from the server, when all that was in the last ones has been passed on.
     fn receive(&mut self) -> io::Result<Flow> {
-        if !self.inward.is_empty() {
+        if self.taken < self.filled {
             return Ok(Flow::On);
         }
         match self.client.read_tls(&mut self.server) {
@@ -350,25 +351,21 @@ impl Relay {
     /// Passes on to the worker what was received, as far as it takes it.
     fn pass_in(&mut self) -> io::Result<Flow> {
         loop {
-            if self.taken == self.inward.len() {
-                self.inward.resize(BUFFER, 0);
-                self.taken = 0;
-                let got = self.client.reader().read(&mut self.inward);
-                self.inward.truncate(*got.as_ref().unwrap_or(&0));
-                match got {
+            if self.taken == self.filled {
+                match self.client.reader().read(&mut self.inward) {
                     // It said good-bye.
                     Ok(0) => return Ok(Flow::Ended),
-                    Ok(_) => {}
+                    Ok(count) => (self.taken, self.filled) = (0, count),
                     Err(error) if later(&error) => return Ok(Flow::On),
                     Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Flow::Ended),
                     Err(error) => return Err(error),
                 }
             }
-            match self.local.write(&self.inward[self.taken..]) {
+            match self.local.write(&self.inward[self.taken..self.filled]) {
                 Ok(count) => self.taken += count,
                 Err(error) if later(&error) => return Ok(Flow::On),
                 // The worker does not want it any more. What it has said last is still to be sent.
-                Err(_) => self.taken = self.inward.len(),
+                Err(_) => self.taken = self.filled,
             }
         }
     }

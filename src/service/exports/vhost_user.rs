@@ -63,6 +63,16 @@ impl Endpoint {
         }
     }
 
+    /// Turns away who connects to a socket that systemd keeps listening, while its volume is not there: a VMM waits for
+    /// what nobody says, and its machine with it.
+    pub fn turn_away(&self) {
+        if let Endpoint::Passed(listener) = self
+            && listener.set_nonblocking(true).is_ok()
+        {
+            while listener.accept().is_ok() {}
+        }
+    }
+
     fn listener(&self) -> io::Result<UnixListener> {
         match self {
             Endpoint::Ours(socket) => socket.listener(),

@@ -114,6 +114,15 @@ impl Waiting {
         })
     }
 
+    /// Sends those away who cannot be kept from connecting.
+    fn turn_away(&self) {
+        for export in &self.exports {
+            if let WaitingExport::VhostUser { endpoint, .. } = export {
+                endpoint.turn_away();
+            }
+        }
+    }
+
     /// Why it cannot be used.
     pub fn cause(&self) -> String {
         self.status.unavailable.clone().unwrap_or_default()
@@ -138,7 +147,9 @@ impl Attempts {
             let result = match opened {
                 None => return,
                 Some(true) => Ok(None),
-                Some(false) => self.opener.open().map(Some).map_err(|error| Causes(&error).to_string()),
+                Some(false) => {
+                    self.opener.open(Duration::MAX).map(Some).map_err(|error| Causes(&error).to_string())
+                }
             };
             let Some(shared) = shared.upgrade() else { return };
             match result.and_then(|volume| shared.bring_up(&self.name, volume)) {
@@ -150,6 +161,7 @@ impl Attempts {
                     log::log!(level, "attempt {failures}: {cause}");
                     if let Some(waiting) = lock(&shared.waiting).get_mut(&self.name) {
                         waiting.status.unavailable = Some(cause.clone());
+                        waiting.turn_away();
                     }
                     self.cause = cause;
                 }
