@@ -57,10 +57,12 @@ pub enum Error {
     #[error(transparent)]
     Ublk(#[from] super::exports::ublk::Error),
     /// A worker could not be made.
-    #[error("worker {number} cannot be started")]
+    #[error("worker {number} of {workers} cannot be started")]
     Worker {
-        /// Counted from 0.
+        /// Counted from 1.
         number: usize,
+        /// How many there are to be.
+        workers: usize,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -283,7 +285,8 @@ impl Service {
         let mut workers = Vec::new();
         for number in 0..placement.workers() {
             let worker = Worker::start(number, habits(number));
-            workers.push(worker.map_err(|source| Error::Worker { number, source })?);
+            let failed = |source| Error::Worker { number: number + 1, workers: placement.workers(), source };
+            workers.push(worker.map_err(failed)?);
         }
         let shared = Shared {
             exports: Mutex::default(),
