@@ -75,7 +75,12 @@ fn render(status: &Status) -> String {
                 (queues, ublk.read_only, ublk.workers, "waiting for its volume".to_owned())
             }
             ExportStatus::Ublk(ublk) => {
-                let copy = if ublk.zero_copy { "zero copy" } else { "copy" };
+                let buffers = Size(ublk.buffer_bytes).approx();
+                let copy = match (ublk.zero_copy, ublk.buffers_locked) {
+                    (true, _) => "zero copy".to_owned(),
+                    (false, true) => format!("copy, {buffers} locked"),
+                    (false, false) => format!("copy, {buffers} not locked"),
+                };
                 let (device, link) = (ublk.device.display(), ublk.link.display());
                 let state = format!("{link} -> {device}, {copy}");
                 (format!("{} x {}", ublk.queues, ublk.depth), ublk.read_only, ublk.workers, state)

@@ -43,6 +43,41 @@ impl Mapping {
         Ok(mapping)
     }
 
+    /// Keeps all of it in memory, for as long as it is mapped.
+    ///
+    /// # Errors
+    /// `ENOMEM` or `EPERM` where so much may not be locked.
+    pub fn lock(&self) -> io::Result<()> {
+        // SAFETY: the mapping's own range, of which no byte is changed.
+        let result = unsafe { libc::mlock(self.base.as_ptr().cast(), self.len) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Makes all of it resident.
+    ///
+    /// # Errors
+    /// When there is not so much memory.
+    pub fn populate(&self) -> io::Result<()> {
+        // SAFETY: as in `lock`.
+        let result = unsafe { libc::madvise(self.base.as_ptr().cast(), self.len, libc::MADV_POPULATE_WRITE) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+
+    /// Bytes of it that are in memory.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn resident(&self) -> io::Result<usize> {
+        const PAGE: usize = 4096;
+        let mut pages = vec![0u8; self.len.div_ceil(PAGE)];
+        // SAFETY: the mapping's own range, and a byte of ours for each of its pages.
+        let result = unsafe { libc::mincore(self.base.as_ptr().cast(), self.len, pages.as_mut_ptr()) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(pages.iter().filter(|page| **page & 1 == 1).count() * PAGE)
+    }
+
     /// Maps `len` bytes of `fd` from `offset`, shared and read-only.
     ///
     /// # Errors

@@ -20,6 +20,7 @@ pub mod double;
 mod fair;
 mod file_size;
 mod flusher;
+mod locked;
 mod pool;
 mod refused;
 mod runtime;
@@ -35,6 +36,7 @@ pub use file_size::ignore_file_size_signal;
 pub use flusher::set_io_flusher;
 /// A time for [`Sqe::Timeout`].
 pub use io_uring::types::Timespec;
+pub use locked::{NotLocked, is_locked, lock_process, use_stack};
 pub use pool::{Buffer, Pool};
 pub use runtime::runtime;
 pub use signal::EventSignal;

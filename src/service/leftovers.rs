@@ -130,8 +130,11 @@ fn links_in(dir: &Path) -> io::Result<Vec<(PathBuf, PathBuf)>> {
     let mut links = Vec::new();
     for entry in entries {
         let link = entry?.path();
-        if let Ok(target) = fs::read_link(&link) {
-            links.push((link, dir.join(target)));
+        let Ok(target) = ublk::target_of(&link) else { continue };
+        // Links to partitions are udev's alone.
+        let disk = |target: &Path| target.to_str()?.strip_prefix("/dev/ublkb")?.parse::<u32>().ok();
+        if disk(&target).is_some() {
+            links.push((link, target));
         }
     }
     Ok(links)

@@ -8,6 +8,7 @@ pub mod control;
 mod exports;
 pub mod features;
 pub mod leftovers;
+pub mod namespace;
 pub mod preflight;
 mod run;
 pub mod sandbox;

@@ -12,6 +12,7 @@ use super::config::{Config, ConfigError, DEFAULT_CONTROL};
 use super::control;
 use super::exports::vhost_user::{Endpoint, VhostUserExport, passed_sockets};
 use super::exports::{Export, Farewell, Placement};
+use super::namespace;
 use super::sandbox;
 use super::socket::{Access, SocketError, SocketFile};
 use super::status::{SandboxStatus, VolumeStatus};
@@ -243,6 +244,16 @@ impl Service {
     /// Opens every volume and takes every socket, then starts workers and exports. An error on the way takes
     /// away what was made.
     fn start(config: &Config) -> Result<Service, Error> {
+        if !config.ublk.is_empty() {
+            namespace::leave_mounts();
+            // Before anything large is mapped.
+            match ring::lock_process() {
+                Ok(()) => {}
+                Err(error) => log::warn!(
+                    "the service is not locked in memory, so where memory is short it may wait for its own disks: {error}"
+                ),
+            }
+        }
         let Opened { mut volumes, waiting, attempts } = Opened::of(config)?;
         let mut passed = passed_sockets();
         let control = SocketFile::bind(&config.control, Access::PRIVATE).map_err(|error| match error {

@@ -110,6 +110,12 @@ pub struct UblkStatus {
     pub depth: u16,
     /// Whether zero copy is in use.
     pub zero_copy: bool,
+    /// Memory of the requests' own, which the kernel copies to and from: none with zero copy.
+    #[serde(default)]
+    pub buffer_bytes: u64,
+    /// Whether that is sure to stay in memory, so that the disk may be swapped to.
+    #[serde(default)]
+    pub buffers_locked: bool,
     /// Writes are refused.
     pub read_only: bool,
     /// Workers of its own; `None`: it shares those of the service.
@@ -278,6 +284,8 @@ pub(crate) fn sample() -> Status {
                 queues: 2,
                 depth: 128,
                 zero_copy: true,
+                buffer_bytes: 0,
+                buffers_locked: true,
                 read_only: false,
                 workers: None,
                 waiting: false,

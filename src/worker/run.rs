@@ -10,7 +10,7 @@ use crate::block::Errno;
 use crate::engine::{Attached, QueueStart, Volume};
 use crate::frontend::{ublk, vhost_user};
 use crate::ring::{
-    Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData, set_io_flusher,
+    Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData, set_io_flusher, use_stack,
 };
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -70,6 +70,7 @@ impl Run {
     pub fn new(mailbox: &Arc<Mailbox>, habits: Habits) -> io::Result<Run> {
         let ring = Uring::new(Setup { buffers: BUFFERS, ..Setup::default() })?;
         set_io_flusher();
+        use_stack();
         let core = Core::new(ring);
         core.set_shared(habits.shared);
         Ok(Run { core, mailbox: mailbox.clone(), habits })

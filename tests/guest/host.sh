@@ -107,7 +107,8 @@ one_kernel() {
     check "$p/vmm-killed/same-sum" same_sum two | report
 
     extra=()
-    plain_disk one ,snapshot=on; plain_disk y ""
+    truncate -s 256M "$work/swap.img"
+    plain_disk one ,snapshot=on; plain_disk y ""; plain_disk swap ""
     boot ublk --memory 2G --module virtio_blk "${ublk_tools[@]}" "${extra[@]}" "$suite/ublk.sh" "$p/ublk" "$series"
     ended
     check "$p/ublk/all-said" ended_well ublk | report

@@ -158,6 +158,44 @@ many() {
     rm /tmp/many*.img
 }
 
+# A server that is killed with its whole mount namespace, in which its disk is mounted, as a container's is.
+last_in_namespace() {
+    local inner device server
+    rm -f /tmp/p.img
+    truncate -s "$small" /tmp/p.img
+    rm -f /tmp/inner.sh
+    SERVED=(--volume p=file:/tmp/p.img --ublk p,queues=1)
+    cat >/tmp/inner.sh <<'I'
+ringblk serve --control /run/inner.control "$@" 2>/tmp/inner.log &
+echo $! >/tmp/inner.pid
+until [ -b /dev/ringblk/p ]; do sleep 0.2; done
+mkfs.ext4 -q /dev/ringblk/p
+mkdir -p /tmp/inside
+mount /dev/ringblk/p /tmp/inside
+dd if=/dev/zero of=/tmp/inside/dirty bs=64k count=16
+touch /tmp/inner.up
+exec sleep 1000
+I
+    rm -f /tmp/inner.up
+    busybox unshare -m bash /tmp/inner.sh "${SERVED[@]}" &
+    inner=$!
+    wait_for 40 test -e /tmp/inner.up
+    server=$(</tmp/inner.pid)
+    device=$(readlink -f /dev/ringblk/p)
+    # The server last: it must not have to unmount what it serves.
+    kill -KILL $inner
+    sleep 1
+    kill -KILL "$server"
+    wait_for 20 dead "$server" || { cat "/proc/$server/stack"; fail "the server cannot end"; }
+    serve
+    up p
+    equal "the device" "$(readlink -f /dev/ringblk/p)" "$device"
+    wait_for 20 unused p
+    service_stop /dev/ringblk/p
+}
+dead() { ! [ -e "/proc/$1" ] || grep -q '^State:.*[ZX]' "/proc/$1/status"; }
+unused() { [ -z "$(ls -d /sys/fs/ext4/ublkb* 2>/dev/null)" ]; }
+
 # in_use PREFIX KERNEL-SERIES
 in_use() {
     check "$1/used/mounted" mounted_stays
@@ -168,4 +206,5 @@ in_use() {
     check "$1/used/cannot-stay" cannot_stay
     check "$1/used/and-unused" used_and_unused
     check "$1/many-at-once" many
+    check "$1/last-in-namespace" last_in_namespace
 }

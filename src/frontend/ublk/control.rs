@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::brake::Brake;
+use super::buffers::BufferUse;
 use super::driver::{Driver, Failed};
 use super::error::{Error, Verb};
 use super::info::{Info, Standing};
@@ -40,6 +41,7 @@ pub struct Device {
     /// The character device, until we let go of it.
     file: Option<Arc<File>>,
     brake: Arc<Brake>,
+    memory: Arc<BufferUse>,
     /// Another server had it before us.
     recovered: bool,
     orders: Orders,
@@ -123,6 +125,7 @@ impl Device {
             cpus,
             file: Some(Arc::new(file)),
             brake: Arc::default(),
+            memory: Arc::default(),
             recovered,
             orders: Orders::new(info.id, params)?,
         })
@@ -170,9 +173,15 @@ impl Device {
             read_only: self.read_only,
             recoverable: self.info.has(sys::UBLK_F_USER_RECOVERY),
             brake: self.brake.clone(),
+            memory: self.memory.clone(),
             cpus: self.cpus.get(usize::from(queue)).cloned().unwrap_or_default(),
         };
         (0..self.info.queues).map(setup).collect()
+    }
+
+    /// What the buffers of its queues take.
+    pub fn memory(&self) -> &BufferUse {
+        &self.memory
     }
 
     /// What stops the queues from taking requests.

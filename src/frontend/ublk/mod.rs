@@ -15,6 +15,7 @@
 //! [`support`] tells what the running kernel offers, and [`StableName`] keeps `/dev/ringblk/NAME`.
 
 mod brake;
+mod buffers;
 mod control;
 mod descriptor;
 mod driver;
@@ -32,11 +33,12 @@ mod users;
 mod wish;
 
 pub use brake::Brake;
+pub use buffers::{BufferUse, default_max_io};
 pub use control::Device;
 pub use descriptor::{Asked, Descriptor};
 pub use error::{Error, NoResize, Verb};
 pub use info::{Info, Mark, Standing, State};
-pub use name::{DIRECTORY as LINKS, NameError, StableName, link};
+pub use name::{DIRECTORY as LINKS, NameError, StableName, link, target_of};
 pub use orders::Answer;
 pub use queue::{Queue, QueueSetup, command};
 pub use record::Record;

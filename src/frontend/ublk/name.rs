@@ -72,7 +72,7 @@ impl StableName {
             return Err(NameError::NotAName(name.into()));
         }
         let path = directory.join(name);
-        if own.is_none() || fs::read_link(&path).ok().as_deref() != own {
+        if own.is_none() || target_of(&path).ok().as_deref() != own {
             is_stale(&path)?;
         }
         Ok(StableName { path, device: None })
@@ -100,14 +100,20 @@ impl StableName {
                 _ => {}
             }
         }
-        if fs::read_link(&self.path).is_ok_and(|target| target == device) {
+        if target_of(&self.path).is_ok_and(|target| target == device) {
             self.device = Some(device.into());
             return Ok(());
         }
         if is_stale(&self.path)? {
             fs::remove_file(&self.path).map_err(failed("remove the link of a device that is gone"))?;
         }
-        symlink(device, &self.path).map_err(failed("make the link"))?;
+        match symlink(device, &self.path) {
+            // udev was quicker.
+            Err(error)
+                if error.kind() == io::ErrorKind::AlreadyExists
+                    && target_of(&self.path).is_ok_and(|target| target == device) => {}
+            made => made.map_err(failed("make the link"))?,
+        }
         self.device = Some(device.into());
         Ok(())
     }
@@ -120,7 +126,7 @@ impl StableName {
     /// Removes the link, if it is still the one we made. Doing it twice is no error.
     pub fn remove(&mut self) {
         let Some(device) = self.device.take() else { return };
-        if fs::read_link(&self.path).is_ok_and(|target| target == device)
+        if target_of(&self.path).is_ok_and(|target| target == device)
             && let Err(error) = fs::remove_file(&self.path)
         {
             log::warn!("{}: the link stays: {error}", self.path.display());
@@ -134,6 +140,15 @@ impl Drop for StableName {
     }
 }
 
+/// Where a link leads. Ours are absolute, and udev's relative (see `systemd/60-ringblk.rules`).
+///
+/// # Errors
+/// When it is no link.
+pub fn target_of(path: &Path) -> io::Result<PathBuf> {
+    let target = fs::read_link(path)?;
+    Ok(target.strip_prefix("..").map(|device| Path::new("/dev").join(device)).unwrap_or(target))
+}
+
 /// Whether there is a link of ours whose device is gone; `false` when there is nothing at all.
 fn is_stale(path: &Path) -> Result<bool, NameError> {
     let io = |source| NameError::Io { what: "look at it", path: path.into(), source };
@@ -145,7 +160,7 @@ fn is_stale(path: &Path) -> Result<bool, NameError> {
     if !kind.is_symlink() {
         return Err(NameError::Foreign(path.into()));
     }
-    let target = fs::read_link(path).map_err(io)?;
+    let target = target_of(path).map_err(io)?;
     let number = target.to_str().and_then(|target| target.strip_prefix(DEVICE));
     if number.is_none_or(|number| number.parse::<u32>().is_err()) {
         return Err(NameError::Foreign(path.into()));
@@ -213,6 +228,19 @@ mod tests {
         fs::remove_file(dir.join("root")).unwrap();
         symlink("/dev/null", dir.join("root")).unwrap();
         assert!(StableName::check_in(&dir, "root", Some(own)).is_err(), "somebody else's");
+    }
+
+    #[test]
+    fn a_link_of_udevs_is_as_good_as_ours() {
+        let (_keep, dir) = directory();
+        fs::create_dir(&dir).unwrap();
+        symlink("../ublkb1048575", dir.join("root")).unwrap();
+        let own = Path::new(GONE);
+        let mut name = StableName::check_in(&dir, "root", Some(own)).unwrap();
+        name.point_to(own).unwrap();
+        assert_eq!(fs::read_link(dir.join("root")).unwrap(), Path::new("../ublkb1048575"));
+        name.remove();
+        assert!(dir.join("root").symlink_metadata().is_err());
     }
 
     #[test]

@@ -24,9 +24,10 @@ pub struct UblkConfig {
     pub zero_copy: ZeroCopy,
     /// N of `/dev/ublkbN`; `None`: the kernel picks.
     pub id: Option<u32>,
-    /// The largest request in bytes: whole pages of 4 KiB, up to [`UblkConfig::MAX_IO`].
-    #[serde(default = "default_max_io", deserialize_with = "bytes")]
-    pub max_io: u32,
+    /// The largest request in bytes: whole pages of 4 KiB, up to [`UblkConfig::MAX_IO`]; `None`: see
+    /// [`default_max_io`](super::default_max_io).
+    #[serde(default, deserialize_with = "bytes")]
+    pub max_io: Option<u32>,
     /// What becomes of the disk when the service dies; `None`: [`Recovery::Reissue`] where the volume's data outlives
     /// the service, else [`Recovery::Off`].
     pub recovery: Option<Recovery>,
@@ -65,10 +66,6 @@ fn default_depth() -> u16 {
     UblkConfig::DEFAULT_DEPTH
 }
 
-fn default_max_io() -> u32 {
-    UblkConfig::DEFAULT_MAX_IO
-}
-
 impl UblkConfig {
     /// UBLK_MAX_NR_QUEUES of `linux/ublk_cmd.h`.
     pub const MAX_QUEUES: u16 = 4096;
@@ -82,8 +79,6 @@ impl UblkConfig {
     pub const MAX_WORKERS: u16 = 256;
     /// Depth where none is given.
     pub const DEFAULT_DEPTH: u16 = 128;
-    /// Largest request where none is given.
-    pub const DEFAULT_MAX_IO: u32 = 512 << 10;
 
     /// An export of `volume` with the default settings.
     pub fn new(volume: impl Into<String>) -> UblkConfig {
@@ -93,7 +88,7 @@ impl UblkConfig {
             depth: UblkConfig::DEFAULT_DEPTH,
             zero_copy: ZeroCopy::Auto,
             id: None,
-            max_io: UblkConfig::DEFAULT_MAX_IO,
+            max_io: None,
             recovery: None,
             workers: None,
         }
@@ -115,8 +110,10 @@ impl UblkConfig {
             in_range("id", id, 0, UblkConfig::MAX_ID)?;
         }
         // The kernel refuses what is no multiple of its page; no page we run on is smaller than 4 KiB.
-        if self.max_io == 0 || !self.max_io.is_multiple_of(4096) || self.max_io > Self::MAX_IO {
-            let (given, most) = (Size(self.max_io.into()), Size(Self::MAX_IO.into()));
+        if let Some(max_io) = self.max_io
+            && (max_io == 0 || !max_io.is_multiple_of(4096) || max_io > Self::MAX_IO)
+        {
+            let (given, most) = (Size(max_io.into()), Size(Self::MAX_IO.into()));
             return Err(("max-io", format!("must be a multiple of 4K, at most {most}, not {given}")));
         }
         Ok(())
@@ -131,9 +128,10 @@ fn in_range(key: &'static str, value: u32, least: u32, most: u32) -> Result<(), 
 }
 
 /// Reads `max-io`: a [`Size`] that must fit in 32 bits.
-fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+fn bytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>, D::Error> {
     let size = Size::deserialize(deserializer)?;
     u32::try_from(size.bytes())
+        .map(Some)
         .map_err(|_| de::Error::custom(format_args!("max-io: {size} is too large, at most 32M")))
 }
 
@@ -200,7 +198,7 @@ mod tests {
     fn defaults_are_the_documented_ones() {
         let config = read(r#"{"volume": "root"}"#).unwrap();
         assert_eq!(config, UblkConfig::new("root"));
-        assert_eq!((config.depth, config.max_io), (128, 512 * 1024));
+        assert_eq!((config.depth, config.max_io), (128, None));
         config.check().unwrap();
     }
 

@@ -7,6 +7,7 @@
 //! The kernel wants a queue's commands from the thread that fetched first, which is the worker's.
 
 use super::brake::Brake;
+use super::buffers::{self, BufferUse};
 use super::descriptor::{Asked, Descriptor};
 use crate::block::{Data, Errno, Iovec, Request};
 use crate::frontend::Source;
@@ -38,6 +39,8 @@ pub struct QueueSetup {
     pub brake: Arc<Brake>,
     /// CPUs whose requests come to this queue.
     pub cpus: Vec<usize>,
+    /// What the device's buffers take.
+    pub memory: Arc<BufferUse>,
 }
 
 /// A queue being served. Dropped only when all its tags have ended, since the kernel copies into its memory
@@ -59,8 +62,8 @@ pub struct Queue {
 
 /// Where the data of requests is.
 enum Buffers {
-    /// `max_io` bytes a tag; the kernel copies. No memory until a tag is first used.
-    Copied(Mapping),
+    /// `max_io` bytes a tag; the kernel copies.
+    Copied(buffers::Buffers),
     /// A place in the ring's buffer table a tag; nobody copies.
     Registered(Vec<u16>),
 }
@@ -98,7 +101,8 @@ impl Queue {
     /// When the descriptors cannot be mapped, there is no address space for the buffers, (zero copy) the worker's
     /// buffer table has not `depth` places left, or (with recovery) its file table none.
     pub fn new(core: &Rc<Core<Uring>>, setup: QueueSetup) -> io::Result<Queue> {
-        let QueueSetup { device, queue, depth, max_io, zero_copy, recoverable, brake, cpus, .. } = setup;
+        let QueueSetup { device, queue, depth, max_io, zero_copy, recoverable, brake, cpus, memory, .. } =
+            setup;
         let bytes = usize::from(depth) * size_of::<Descriptor>();
         let descriptors = Mapping::shared_read(device.as_fd(), area(queue, page_size()), bytes)?;
         let buffers = if zero_copy {
@@ -110,7 +114,7 @@ impl Queue {
             })?;
             Buffers::Registered(places)
         } else {
-            Buffers::Copied(Mapping::sparse(usize::from(depth) * max_io as usize)?)
+            Buffers::Copied(buffers::Buffers::new(usize::from(depth) * max_io as usize, &memory)?)
         };
         let file = core.ring().register(device.as_raw_fd());
         // It is the file table that keeps the device ours until our last write to the store is over, whatever
@@ -180,7 +184,7 @@ impl Queue {
         }
     }
 
-    fn buffer(&self, memory: &Mapping, tag: u16) -> *mut u8 {
+    fn buffer(&self, memory: &buffers::Buffers, tag: u16) -> *mut u8 {
         memory.as_ptr().wrapping_add(usize::from(tag) * self.max_io as usize)
     }
 

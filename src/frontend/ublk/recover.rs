@@ -100,38 +100,47 @@ impl Found {
     }
 }
 
-/// The device that waits for a server of `wanted`'s volume; `volumes` are all that are served besides. Waits for a dead
-/// server to be gone; removes what is left of a device without a disk.
+/// The one of `all` that waits for a server of `wanted`'s volume; `volumes` are all that are served besides. Waits for a
+/// dead server to be gone; removes what is left of a device without a disk.
 ///
 /// # Errors
 /// When a process serves it, or it does not get free in a minute; when the store is that of a disk which waits for a
 /// volume of another name.
-pub fn find(wanted: &Record, volumes: &[&str]) -> Result<Option<Found>, Error> {
+pub fn find(wanted: &Record, volumes: &[&str], all: &[Found]) -> Result<Option<Found>, Error> {
     let volume = wanted.volume.as_str();
-    let since = Instant::now();
-    let mut told = false;
-    loop {
-        let mut all = ours()?;
-        let (mut found, others): (Vec<_>, Vec<_>) = all.drain(..).partition(|found| found.is_of(wanted));
-        if found.len() > 1 {
+    let (found, others): (Vec<_>, Vec<_>) = all.iter().partition(|found| found.is_of(wanted));
+    let found = match found[..] {
+        [found] => found,
+        [] => {
+            let other =
+                |found: &&Found| Some((found.info.path(), found.other_name(wanted, volumes)?.to_owned()));
+            return match others.iter().find_map(other) {
+                None => Ok(None),
+                Some((device, other)) => Err(Error::OtherName { device, other, volume: volume.into() }),
+            };
+        }
+        _ => {
             let devices =
                 found.iter().map(|found| found.info.path().display().to_string()).collect::<Vec<_>>();
             return Err(Error::Several { volume: volume.into(), devices: devices.join(", ") });
         }
-        let Some(found) = found.pop() else {
-            return match others.iter().find_map(|found| Some((found, found.other_name(wanted, volumes)?))) {
-                None => Ok(None),
-                Some((found, other)) => {
-                    let (device, other) = (found.info.path(), other.to_owned());
-                    Err(Error::OtherName { device, other, volume: volume.into() })
-                }
-            };
+    };
+    let refused = |failed| Error::of(Verb::Look, failed, Some(found.info.id), LOOK_LIMIT);
+    let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
+    let since = Instant::now();
+    let mut told = false;
+    loop {
+        let info = match driver.info(found.info.id, until(LOOK_LIMIT)) {
+            Ok(now) if now.mark == found.info.mark => now,
+            // Gone, or another device by now.
+            Ok(_) => return Ok(None),
+            Err(failed) if is_gone(failed) => return Ok(None),
+            Err(failed) => return Err(refused(failed)),
         };
-        let info = found.info;
         let device = info.path();
         match info.standing() {
             Standing::Served(pid) => return Err(Error::Served { device, volume: volume.into(), pid }),
-            Standing::Waiting => return Ok(Some(found)),
+            Standing::Waiting => return Ok(Some(Found { info, record: found.record.clone() })),
             Standing::Remains => {
                 remove_remains(&info, volume)?;
                 return Ok(None);

@@ -56,7 +56,10 @@ pub enum Unavailable {
     #[error("{CONTROL} may not be opened: run as root, or with CAP_SYS_ADMIN and access to that file")]
     NotPermitted(#[source] io::Error),
     /// Devices may be looked at, but not added.
-    #[error("adding ublk devices needs CAP_SYS_ADMIN: run as root")]
+    #[error(
+        "adding ublk devices needs CAP_SYS_ADMIN: run as root (the driver's unprivileged devices know no recovery and no \
+         zero copy, and a request that takes 30 s ends their server, so none are made)"
+    )]
     NoCapability,
     /// It does not open, for another reason.
     #[error("{CONTROL} cannot be opened")]

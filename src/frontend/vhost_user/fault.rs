@@ -14,6 +14,7 @@
 mod table;
 
 use super::budget::Charge;
+use crate::ring::is_locked;
 use nix::errno::Errno;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
 use std::io;
@@ -54,6 +55,12 @@ impl Guard {
         charge: Option<Charge>,
     ) -> io::Result<Guard> {
         install()?;
+        // A service that has disks of the host too keeps its own pages in memory (see `lock_process`): but these are the
+        // guest's, and its VMM's to keep.
+        if is_locked() {
+            // SAFETY: the caller's mapping, of which no byte changes.
+            unsafe { libc::munlock(start.cast(), len) };
+        }
         let place = TABLE.add(Region { start: start as usize, len, page, socket: socket.as_raw_fd() });
         Ok(Guard { place, _socket: socket.clone(), _charge: charge })
     }

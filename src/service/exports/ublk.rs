@@ -8,7 +8,7 @@ use crate::block::SECTOR;
 use crate::engine::Volume;
 use crate::frontend::ublk::options::{Recovery, UblkConfig, ZeroCopy};
 use crate::frontend::ublk::support::{self, NoZeroCopy, Offer};
-use crate::frontend::ublk::{self, Device, NoResize, Record, StableName, Wish};
+use crate::frontend::ublk::{self, Device, Found, NoResize, Record, StableName, Wish};
 use crate::service::status::UblkStatus;
 use crate::worker::{Lent, Link};
 use leave::Phase;
@@ -44,6 +44,8 @@ pub struct Others<'a> {
     pub volumes: Vec<&'a str>,
     /// Where the volume's store is, as the user wrote it.
     pub target: &'a str,
+    /// The devices that there are.
+    pub found: &'a [Found],
 }
 
 /// Why a volume is not behind the ublk door.
@@ -105,17 +107,18 @@ impl UblkExport {
         let recovery = offer.recovery(config.recovery, volume.persists()).map_err(|source| {
             ublk::Error::Recovery { wish: config.recovery.unwrap_or(Recovery::Reissue), source }
         })?;
+        let queues = u16::try_from(links.len()).unwrap_or(UblkConfig::MAX_QUEUES);
         let wish = Wish {
             record: Record::new(&config.volume, volume.identity().as_str(), others.target),
             id: config.id,
-            queues: u16::try_from(links.len()).unwrap_or(UblkConfig::MAX_QUEUES),
+            queues,
             depth: config.depth,
-            max_io: config.max_io,
+            max_io: config.max_io.unwrap_or_else(|| ublk::default_max_io(zero_copy, queues, config.depth)),
             zero_copy,
             recovery,
             features: offer.features,
         };
-        let found = ublk::find(&wish.record, &others.volumes)?;
+        let found = ublk::find(&wish.record, &others.volumes, others.found)?;
         let path = found.as_ref().map(|found| found.info.path());
         let name = StableName::check(&config.volume, path.as_deref())?;
         let device = match found {
@@ -139,6 +142,8 @@ impl UblkExport {
             queues: 0,
             depth: device.depth(),
             zero_copy: device.zero_copy(),
+            buffer_bytes: 0,
+            buffers_locked: true,
             read_only: volume.geometry().read_only,
             workers: config.workers.map(|workers| usize::from(workers).min(links.len())),
             waiting: false,
@@ -150,7 +155,8 @@ impl UblkExport {
 
     /// How it runs.
     pub fn status(&self) -> UblkStatus {
-        self.status.clone()
+        let memory = self.device.memory();
+        UblkStatus { buffer_bytes: memory.bytes(), buffers_locked: memory.locked(), ..self.status.clone() }
     }
 
     /// Whether the disk can be given another size.

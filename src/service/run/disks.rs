@@ -23,18 +23,19 @@ impl Shared {
     /// somebody waits for them; then the new ones, whose numbers follow the order of the configuration.
     pub(super) fn add_disks(&self, config: &Config, disks: &[Disk<'_>]) -> Result<(), Error> {
         let volumes: Vec<&str> = config.ublk.iter().map(|export| export.volume.as_str()).collect();
+        // Where the driver does not answer, the start of the first will say why.
+        let found = ublk::ours().unwrap_or_default();
         let start = |(export, volume, links): &Disk<'_>| {
             let target = config.volumes[&export.volume].target();
-            let others = Others { volumes: volumes.clone(), target: &target };
+            let others = Others { volumes: volumes.clone(), target: &target, found: &found };
             let started = UblkExport::start(export, volume, links, &others)?;
             log::info!("volume {} is served at {}", export.volume, started.status().link.display());
             Ok::<_, Error>(started)
         };
-        // Where the driver does not answer, the start of the first will say why.
-        let found = ublk::ours().unwrap_or_default().into_iter().filter_map(|found| found.record);
-        let known: BTreeSet<String> = found.map(|record| record.volume).collect();
+        let records = found.iter().filter_map(|found| found.record.as_ref());
+        let known: BTreeSet<&str> = records.map(|record| record.volume.as_str()).collect();
         let (waiting, new): (Vec<_>, Vec<_>) =
-            disks.iter().enumerate().partition(|(_, (export, ..))| known.contains(&export.volume));
+            disks.iter().enumerate().partition(|(_, (export, ..))| known.contains(export.volume.as_str()));
         let threads = waiting.len().min(AT_ONCE);
         let (queue, results) = (Mutex::new(waiting.into_iter()), Mutex::new(Vec::new()));
         let work = || {

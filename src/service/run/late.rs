@@ -107,6 +107,8 @@ impl Waiting {
                 queues: u16::try_from(on.len()).unwrap_or(u16::MAX),
                 depth: config.depth,
                 zero_copy: false,
+                buffer_bytes: 0,
+                buffers_locked: false,
                 read_only: self.status.read_only,
                 workers: config.workers.map(|workers| usize::from(workers).min(on.len())),
                 waiting: true,
@@ -214,7 +216,9 @@ impl Shared {
                     .map_err(|error| (format!("vhost-user:{}: {error}", config.socket.display()), None)),
                 WaitingExport::Ublk { config, on, beside, target } => {
                     let volumes = beside.iter().map(String::as_str).collect();
-                    let others = Others { volumes, target: &target };
+                    // Where the driver does not answer, the start will say why.
+                    let found = crate::frontend::ublk::ours().unwrap_or_default();
+                    let others = Others { volumes, target: &target, found: &found };
                     match UblkExport::start(&config, &served.volume, &self.links(&on), &others) {
                         Ok(export) => {
                             let link = export.status().link;

@@ -213,6 +213,9 @@ const LOOKING_UP: &[c_long] = &[nr::SYS_sendmmsg, nr::SYS_recvmmsg, nr::SYS_fadv
 const LINKING: &[c_long] = &[
     nr::SYS_symlinkat,
     nr::SYS_mkdirat,
+    // And their requests' memory stays in memory, but not that of a guest of the same service.
+    nr::SYS_mlock,
+    nr::SYS_munlock,
     #[cfg(target_arch = "x86_64")]
     nr::SYS_symlink,
     #[cfg(target_arch = "x86_64")]
