@@ -9,6 +9,7 @@ prefix=$1 series=$2
 . /suite/ublk-ends.sh
 . /suite/ublk-recovery.sh
 . /suite/ublk-use.sh
+. /suite/ublk-udev.sh
 . /suite/ublk-memory.sh
 
 check "$prefix/without-driver" without_driver
@@ -41,5 +42,6 @@ check "$prefix/nbd-server-lost" nbd_server_lost
 check "$prefix/nbd-reconnect" nbd_reconnect
 recovery "$prefix" "$series"
 in_use "$prefix" "$series"
+udev "$prefix"
 memory "$prefix" "$series"
 echo "end of ublk"
