@@ -8,7 +8,7 @@ use tokio_uring::fs::File;
 
 use super::interrupt::unless_interrupted;
 use super::target::NewFile;
-use super::{ImageError, run};
+use super::{ImageError, is_path, run};
 use crate::block::{Geometry, SECTOR, Size};
 
 /// Mode of a new image, less the umask.
@@ -19,6 +19,7 @@ const MODE: u32 = 0o666;
 /// # Errors
 /// A size that no block device has, a `path` that exists, the system's refusal, a signal.
 pub fn create(path: &Path, size: Size, preallocate: bool) -> Result<(), ImageError> {
+    is_path(path)?;
     let bytes = size.bytes();
     if bytes == 0 || !bytes.is_multiple_of(SECTOR) || bytes > Geometry::MAX_BYTES {
         return Err(ImageError::Setting(format!(

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
-use super::ImageError;
 use super::extents::Extents;
 use super::store::{Reading, Store};
+use super::{ImageError, is_path};
 use crate::block::{Format, SECTOR, Size};
 use crate::engine::file::format;
 
@@ -60,6 +60,7 @@ pub struct Layout {
 /// # Errors
 /// Anything else at that path, an image that somebody writes (without `force_share`), or the system's refusal.
 pub fn info(path: &Path, force_share: bool) -> Result<Info, ImageError> {
+    is_path(path)?;
     let store = Store::open_to_look(path, Reading { force_share, raw: true })?;
     let logical_block = store.logical_block().map_err(ImageError::system("find the block size of", path))?;
     Ok(Info {
@@ -162,6 +163,12 @@ mod tests {
         let found = info(&path, false).unwrap();
         assert_eq!((&*found.format, found.size_bytes), ("vhdx", 9));
         assert!(found.to_string().contains("format:     vhdx, "), "{found}");
+    }
+
+    #[test]
+    fn an_export_is_no_file() {
+        let error = info(Path::new("nbd://h/x"), false).unwrap_err().to_string();
+        assert!(error.contains("only `image copy` takes"), "{error}");
     }
 
     #[test]

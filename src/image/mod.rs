@@ -121,6 +121,14 @@ impl ImageError {
     }
 }
 
+/// Refuses an NBD URI where a path is wanted.
+fn is_path(path: &Path) -> Result<(), ImageError> {
+    match nbd::is_uri(path) {
+        true => Err(ImageError::unsuitable(path, "is an NBD server's, which only `image copy` takes")),
+        false => Ok(()),
+    }
+}
+
 /// Runs one job on `tokio-uring`'s runtime, `path` being what it is about.
 fn run<T>(path: &Path, job: impl Future<Output = Result<T, ImageError>>) -> Result<T, ImageError> {
     ring::runtime().map_err(ImageError::system("work on", path))?.block_on(job)
