@@ -56,7 +56,7 @@ fn render(status: &Status) -> String {
     let mut volumes =
         vec![["VOLUME", "DRIVER", "SIZE", "BLOCK", "MODE", "TARGET", "STATE"].map(String::from)];
     for volume in &status.volumes {
-        let there = |text: String| if volume.unavailable.is_some() { "-".to_owned() } else { text };
+        let there = |text: String| if volume.size_bytes == 0 { "-".to_owned() } else { text };
         volumes.push([
             volume.name.clone(),
             volume.driver.clone(),
@@ -203,6 +203,7 @@ vhost-user:/run/ringblk/root.sock  root    2 x 256  1 own    ro    waiting for a
     #[test]
     fn a_volume_that_is_not_there_yet_is_listed_with_its_cause() {
         let mut status = sample();
+        (status.volumes[0].size_bytes, status.volumes[0].block_size) = (0, 0);
         status.volumes[0].unavailable = Some("volume root: nbd://h/: cannot connect".into());
         for export in &mut status.exports {
             match export {

@@ -80,7 +80,8 @@ pub struct VolumeStatus {
     /// Requests that wait for that, or to be tried again.
     #[serde(default)]
     pub waiting: usize,
-    /// Why it is not served yet: it could not be opened, and is tried again. Its sizes are 0 then.
+    /// Why it is not served yet: it could not be opened, or an export of its not be started, and that is tried again. Its
+    /// sizes are 0 as long as it is not open.
     #[serde(default)]
     pub unavailable: Option<String>,
 }

@@ -191,6 +191,9 @@ impl Shared {
             if let Some(tell) = &*lock(&self.growth) {
                 served.volume.tell_growth(tell.clone());
             }
+            if let Some(waiting) = lock(&self.waiting).get_mut(name) {
+                waiting.status.unavailable = None;
+            }
             log::info!("volume {name}: it is there");
         }
         let Some(served) = self.served(name) else { return Ok(()) };

@@ -84,8 +84,11 @@ impl Shared {
         // In this order: it is served before it does not wait any more.
         let waiting = lock(&self.waiting).get(name).map(Waiting::volume_status);
         let Some(Served { volume, status, .. }) = self.served(name) else { return waiting };
+        // What it is served without, if there is such an export.
+        let unavailable = waiting.and_then(|status| status.unavailable);
         let PolicyState { paused, waiting, .. } = volume.policy_state();
-        Some(VolumeStatus { size_bytes: volume.geometry().bytes(), paused, waiting, ..status.clone() })
+        let size_bytes = volume.geometry().bytes();
+        Some(VolumeStatus { size_bytes, paused, waiting, unavailable, ..status.clone() })
     }
 
     /// The volume of this name.
