@@ -48,16 +48,19 @@ not_locked() {
 }
 
 swapped() { awk '$1 == "pswpout" { print $2 }' /proc/vmstat; }
-# swap OPTIONS UBLK-OPTIONS: more is used than there is, and what comes back is what was put there.
+# swap FILE OPTIONS UBLK-OPTIONS: more is used than there is, and what comes back is what was put there. FILE is on a file
+# system of /dev/vdc, or that itself.
 swap() {
-    local free=128 file=/mnt/swap/file before
-    mkdir -p /mnt/swap
+    local free=128 file=$1 before
     head -c $MiB /dev/urandom >/run/noise
-    mkfs.ext4 -q -F /dev/vdc
-    mount /dev/vdc /mnt/swap
-    # Written, not sparse: no block has to be found for it later.
-    noise 144 | dd of=$file bs=1M iflag=fullblock conv=fsync status=none
-    serve --volume "s=file:$file$1" --ublk "s,queues=1$2"
+    if [ "$file" != /dev/vdc ]; then
+        mkdir -p /mnt/swap
+        mkfs.ext4 -q -F /dev/vdc
+        mount /dev/vdc /mnt/swap
+        # Written, not sparse: no block has to be found for it later.
+        noise 144 | dd of="$file" bs=1M iflag=fullblock conv=fsync status=none
+    fi
+    serve --volume "s=file:$file$2" --ublk "s,queues=1$3"
     up s
     busybox mkswap /dev/ringblk/s
     busybox swapon /dev/ringblk/s
@@ -70,7 +73,7 @@ swap() {
     relax
     busybox swapoff /dev/ringblk/s
     service_stop /dev/ringblk/s
-    umount /mnt/swap
+    [ "$file" = /dev/vdc ] || umount /mnt/swap
 }
 
 # memory PREFIX KERNEL-SERIES
@@ -78,11 +81,14 @@ memory() {
     local p=$1/memory CHECK_TIMEOUT=240
     check "$p/locked" locked
     check "$p/not-locked" not_locked
+    check "$p/swap/device" swap /dev/vdc ,direct=on ,zero-copy=off
     if [ "$2" = 6.12 ]; then
         echo "skip $p/swap/zero-copy: kernel 6.12 has none"
-    else
-        check "$p/swap/zero-copy" swap ,direct=on ,zero-copy=on
+        echo "skip $p/swap/copy: on a file of ext4, a machine with kernel 6.12 was seen to stand still"
+        echo "skip $p/swap/buffered: as above"
+        return
     fi
-    check "$p/swap/copy" swap ,direct=on ,zero-copy=off
-    check "$p/swap/buffered" swap "" ,zero-copy=off
+    check "$p/swap/zero-copy" swap /mnt/swap/file ,direct=on ,zero-copy=on
+    check "$p/swap/copy" swap /mnt/swap/file ,direct=on ,zero-copy=off
+    check "$p/swap/buffered" swap /mnt/swap/file "" ,zero-copy=off
 }
