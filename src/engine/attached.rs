@@ -87,18 +87,27 @@ impl<R: Ring> Attached<R> {
         }
     }
 
-    /// Losses of acknowledged writes so far.
-    pub(super) fn loss_epoch(&self) -> u64 {
-        self.losses().map_or(0, Losses::epoch)
+    /// How often the store told of lost writes so far.
+    pub(super) fn loss_reports(&self) -> u64 {
+        self.losses().map_or(0, Losses::reports)
     }
 
-    /// Vouches for a durable write that the store has acknowledged, and that began when there were `before` losses.
+    /// Vouches for a durable write that the store has acknowledged, and that began when there were `before` reports of
+    /// losses.
     ///
     /// # Errors
     /// `EIO` when writes were lost meanwhile, which may be these; `ERESTART` when the slot is interrupted.
     pub(super) async fn vouch(&self, io: &Io<R>, before: u64) -> Result<(), Errno> {
         let Some(losses) = self.losses() else { return Ok(()) };
-        if losses.settle(io).await? == before { Ok(()) } else { Err(Errno::EIO) }
+        losses.settle(io).await?;
+        if losses.reports() == before { Ok(()) } else { Err(Errno::EIO) }
+    }
+
+    /// A write that is not durable is about to be acknowledged, and began when there were `before` reports of losses.
+    pub(super) fn catch_up(&self, before: u64) {
+        if let Some(losses) = self.losses() {
+            losses.catch_up(before);
+        }
     }
 
     /// Whether a flush that failed so may be tried again: it never left, and what it was to cover is still known.

@@ -26,7 +26,8 @@ pub async fn execute<R: Ring>(
     request: &Request<'_>,
 ) -> Result<(), Errno> {
     let policy = volume.policy();
-    let lost_before = if request.flags.fua { volume.loss_epoch() } else { 0 };
+    let stores = matches!(request.op, Op::Write | Op::WriteZeroes);
+    let lost_before = if stores || request.flags.fua { volume.loss_reports() } else { 0 };
     if policy.is_stopped() {
         // Boxed, as all that is rare: a slot's future has no room for it.
         Box::pin(queue_up(volume, io, request)).await?;
@@ -50,10 +51,13 @@ pub async fn execute<R: Ring>(
             other => reported(volume, io, request, other)?,
         }
     }
-    if !request.flags.fua {
-        return Ok(());
+    if request.flags.fua {
+        return reported(volume, io, request, volume.vouch(io, lost_before).await);
     }
-    reported(volume, io, request, volume.vouch(io, lost_before).await)
+    if stores {
+        volume.catch_up(lost_before);
+    }
+    Ok(())
 }
 
 /// Leaves a line in the log where the store failed.

@@ -10,8 +10,12 @@
 //! [settles](Losses::settle) before it is acknowledged: it waits for those that were with the store when it came back. One
 //! that begins later cannot have been told in its place.
 //!
-//! Costs two uncontended locks for each sync (a flush, a durable write), next to what the store takes for one; other
-//! requests never come here.
+//! A write may be lost before it is acknowledged, and the loss told while we still have it. Its acknowledgement would then
+//! come after the loss that everybody heard of, and the next flush would vouch for it; so it [counts](Losses::catch_up) as
+//! another loss.
+//!
+//! Costs two uncontended locks for each sync (a flush, a durable write), next to what the store takes for one, and two loads
+//! of a cache line that hardly ever changes for each write.
 
 #![forbid(unsafe_code)]
 
@@ -32,6 +36,8 @@ const LONGEST_LOOK: Duration = Duration::from_millis(1);
 #[derive(Debug, Default)]
 pub(super) struct Losses {
     epoch: AtomicU64,
+    /// What the store told; the epoch moves with each of these.
+    reports: AtomicU64,
     syncs: Mutex<Syncs>,
 }
 
@@ -63,9 +69,23 @@ impl Losses {
         self.epoch.load(Ordering::SeqCst)
     }
 
+    /// How often the store told of lost writes.
+    pub fn reports(&self) -> u64 {
+        self.reports.load(Ordering::SeqCst)
+    }
+
     /// The store told of lost writes. To be called while the [`Sync`] that it told is under way.
     pub fn report(&self) {
+        self.reports.fetch_add(1, Ordering::SeqCst);
         self.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A write is about to be acknowledged that the store had when there were `before` reports. What it told of meanwhile
+    /// may have been this write, and whoever was told of it did not count on that; so everybody hears of one more loss.
+    pub fn catch_up(&self, before: u64) {
+        if self.reports() != before {
+            self.epoch.fetch_add(1, Ordering::SeqCst);
+        }
     }
 
     /// A flush or a durable write is handed to the store.

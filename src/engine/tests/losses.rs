@@ -307,3 +307,39 @@ fn a_flush_that_stops_does_not_wait_for_others() {
         assert_eq!(expected, Ok(()), "there was no loss");
     }
 }
+
+/// The store has a write, loses it and tells somebody, and only then do we acknowledge it: after all that anybody was told.
+#[test]
+fn a_write_that_is_late_is_not_vouched_for() {
+    for (op, late) in
+        [(Op::WriteZeroes, true), (Op::Write, true), (Op::WriteZeroes, false), (Op::Discard, true)]
+    {
+        let world = World::new(12, 1);
+        let losses = world.volume.losses().unwrap();
+        let lose = || {
+            losses.report();
+            [0, 1].map(|queue| world.exports[0].queue(queue).hear(losses.epoch()));
+        };
+        let (mut tasks, outcome) = (Tasks::new(world.core.clone()), Outcome::default());
+        if !late {
+            lose();
+        }
+        let (attached, flushers, give) = (world.attached.clone(), world.exports[0].clone(), outcome.clone());
+        tasks.add(|io: Io<Double>| async move {
+            let memory = Mapping::anonymous(512).unwrap();
+            let iovecs = [memory.iovec(0, 512)];
+            let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
+            let request = Request { op, flags: Flags::default(), sector: 7, sectors: 1, data };
+            give.set(Some(execute(&attached, &io, flushers.queue(0), &request).await));
+        });
+        if late {
+            assert!(outcome.get().is_none(), "{op}: the store has it");
+            lose();
+        }
+        settle(&world.core, &mut tasks);
+        assert_eq!(outcome.get(), Some(Ok(())));
+        let expected = if late && op != Op::Discard { Err(Errno::EIO) } else { Ok(()) };
+        assert_eq!(world.flush_both(), [expected; 2], "{op}, late: {late}");
+        assert_eq!(world.flush_both(), [Ok(()); 2], "told once");
+    }
+}
