@@ -318,7 +318,7 @@ fn a_write_that_is_late_is_not_vouched_for() {
         let losses = world.volume.losses().unwrap();
         let lose = || {
             losses.report();
-            [0, 1].map(|queue| world.exports[0].queue(queue).hear(losses.epoch()));
+            [0, 1].into_iter().for_each(|queue| world.exports[0].queue(queue).hear(losses.epoch()));
         };
         let (mut tasks, outcome) = (Tasks::new(world.core.clone()), Outcome::default());
         if !late {

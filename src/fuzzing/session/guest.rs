@@ -236,7 +236,10 @@ impl<'a> Guest<'a> {
         }
         let at = ring.at;
         let avail = self.get(at.wrapping_add(AVAIL + 2)).map_or(0, u16::from_le_bytes);
-        let used = self.get(at.wrapping_add(USED + 2)).map_or(0, u16::from_le_bytes);
+        let used = self.get(at.wrapping_add(USED + 2)).map(u16::from_le_bytes);
+        // What it will find there when there is memory, it does not know.
+        self.muddled |= used.is_none();
+        let used = used.unwrap_or(0);
         self.rings[index].used = used;
         let base = if shape & 16 != 0 { avail } else { used };
         let kick = shape & 32 != 0;
