@@ -9,8 +9,8 @@ use common::memory::GuestMemory;
 use common::model::{Model, Op, Queue};
 use common::queue::{Layout, RawQueue};
 use common::service::{Service, Setup};
+use common::trial::{run_trials, trial};
 use common::vmm::{BASE, Vmm, everyday};
-use libtest_mimic::{Arguments, Failed, Trial};
 use nix::unistd::Uid;
 use ringblk::engine::Volume;
 use ringblk::engine::config::{FileConfig, VolumeConfig};
@@ -42,26 +42,7 @@ fn main() -> ExitCode {
         trial("a_killed_vmm_harms_nobody", Ok(()), |()| killed_vmm()),
         trial("qemu_and_we_keep_off_each_others_images", qemu_io(), |()| locked_images()),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-/// A test of what `needed` is, or one that is reported as ignored.
-fn trial<T: Send + 'static>(
-    name: &str,
-    needed: Result<T, String>,
-    run: impl FnOnce(T) + Send + 'static,
-) -> Trial {
-    match needed {
-        Ok(needed) => Trial::test(name, move || {
-            run(needed);
-            Ok(())
-        }),
-        Err(reason) => {
-            eprintln!("SKIP {name}: {reason}");
-            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
-            Trial::test(name, failed).with_ignored_flag(true)
-        }
-    }
+    run_trials(trials)
 }
 
 /// A block device that is ours until this is dropped.

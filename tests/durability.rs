@@ -7,8 +7,8 @@ use common::model::Op;
 use common::player::Played;
 use common::profile::{CLOUD_HYPERVISOR, CROSVM, Profile, QEMU, QEMU_OLD};
 use common::service::{Service, Setup};
+use common::trial::{run_trials, trial};
 use common::{eventually, nbd};
-use libtest_mimic::{Arguments, Failed, Trial};
 use nix::sys::signal::Signal;
 use std::cell::Cell;
 use std::path::PathBuf;
@@ -34,18 +34,7 @@ fn main() -> ExitCode {
         ("a_server_that_stays_vouches_for_what_it_has", the_server_stays),
         ("a_planned_restart_leaves_no_doubt", planned_restart),
     ];
-    let trials = trials.map(|(name, run)| match &needed {
-        Ok(()) => Trial::test(name, move || {
-            run();
-            Ok(())
-        }),
-        Err(reason) => {
-            eprintln!("SKIP {name}: {reason}");
-            let failed = Failed::from(format!("cannot be run here: {reason}"));
-            Trial::test(name, move || Err(failed)).with_ignored_flag(true)
-        }
-    });
-    libtest_mimic::run(&Arguments::from_args(), trials.into()).exit_code()
+    run_trials(trials.map(|(name, run)| trial(name, needed.clone(), move |()| run())).into())
 }
 
 /// A service whose volume is a server's, and that server.

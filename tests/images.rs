@@ -6,8 +6,8 @@ mod common;
 use common::eventually;
 use common::nbd::Server;
 use common::service::Setup;
+use common::trial::{run_trials, trial};
 use common::vmm::everyday;
-use libtest_mimic::{Arguments, Failed, Trial};
 use nix::unistd::Uid;
 use ringblk::service::client::Client as Control;
 use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
@@ -38,26 +38,7 @@ fn main() -> ExitCode {
         trial("an_export_that_cannot_be_an_end", common::nbd::server(), |()| unsuitable_exports()),
         trial("a_mounted_device_is_in_use", mounted(), |mount| in_use(&mount)),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-/// A test of what `needed` is, or one that is reported as ignored.
-fn trial<T: Send + 'static>(
-    name: &str,
-    needed: Result<T, String>,
-    run: impl FnOnce(T) + Send + 'static,
-) -> Trial {
-    match needed {
-        Ok(needed) => Trial::test(name, move || {
-            run(needed);
-            Ok(())
-        }),
-        Err(reason) => {
-            eprintln!("SKIP {name}: {reason}");
-            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
-            Trial::test(name, failed).with_ignored_flag(true)
-        }
-    }
+    run_trials(trials)
 }
 
 fn root() -> Result<(), String> {

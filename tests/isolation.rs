@@ -7,8 +7,8 @@ mod common;
 use common::model::{Op, Queue};
 use common::queue::RawQueue;
 use common::service::{Service, Setup};
+use common::trial::{run_trials, trial};
 use common::vmm::{Vmm, everyday};
-use libtest_mimic::{Arguments, Failed, Trial};
 use nix::unistd::Uid;
 use ringblk::service::client::Client as Control;
 use ringblk::service::status::ExportStatus;
@@ -22,26 +22,11 @@ const OK: u8 = 0;
 
 fn main() -> ExitCode {
     let trials = vec![
-        trial("a_frozen_store_on_a_shared_worker", || held_up("", "1")),
-        trial("a_frozen_store_on_a_worker_of_its_own", || held_up("workers=1", "1")),
-        trial("a_frozen_store_beside_one_that_is_new", || held_up("queues=1", "2")),
+        trial("a_frozen_store_on_a_shared_worker", can_freeze(), |()| held_up("", "1")),
+        trial("a_frozen_store_on_a_worker_of_its_own", can_freeze(), |()| held_up("workers=1", "1")),
+        trial("a_frozen_store_beside_one_that_is_new", can_freeze(), |()| held_up("queues=1", "2")),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-fn trial(name: &str, run: impl FnOnce() + Send + 'static) -> Trial {
-    // Each tries for itself: what is missing is known before it runs.
-    match can_freeze() {
-        Ok(()) => Trial::test(name, move || {
-            run();
-            Ok(())
-        }),
-        Err(reason) => {
-            eprintln!("SKIP {name}: {reason}");
-            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
-            Trial::test(name, failed).with_ignored_flag(true)
-        }
-    }
+    run_trials(trials)
 }
 
 fn can_freeze() -> Result<(), String> {

@@ -7,9 +7,9 @@ mod common;
 use common::model::{Op, Queue};
 use common::nbd::Server;
 use common::service::{Service, Setup};
+use common::trial::{run_trials, trial};
 use common::vmm::everyday;
 use common::{PATIENCE, eventually};
-use libtest_mimic::{Arguments, Failed, Trial};
 use nix::sys::signal::Signal;
 use nix::unistd::Uid;
 use ringblk::service::client::{Client, ClientError};
@@ -29,35 +29,21 @@ const OK: u8 = 0;
 fn main() -> ExitCode {
     let none = || Ok(());
     let trials = vec![
-        trial("io_uring_that_is_filtered_is_named", none, filtered),
-        trial("lockable_memory_that_is_missing_is_named", counts_rings, lockable),
-        trial("the_soft_limit_on_open_files_is_raised", none, open_files),
-        trial("others_are_turned_away_by_the_control_socket", root, turned_away),
-        trial("another_user_serves_with_a_control_socket_of_his_own", root, another_user),
-        trial("signals_within_a_moment_are_one", none, twice),
-        trial("a_closing_terminal_ends_nothing", none, hangup),
-        trial("a_second_signal_gives_up_and_a_request_does_not", common::nbd::server, second_signal),
-        trial("a_stop_flushes", common::nbd::server, last_flush),
-        trial("each_error_of_a_store_leaves_a_line", common::nbd::server, store_errors),
-        trial("a_second_vmm_is_listed", none, second_vmm),
-        trial("one_socket_is_as_good_as_another_to_those_who_wait", none, impatient),
-        trial("every_refusal_of_serve_has_a_way_out", none, refusals),
+        trial("io_uring_that_is_filtered_is_named", none(), |()| filtered()),
+        trial("lockable_memory_that_is_missing_is_named", counts_rings(), |()| lockable()),
+        trial("the_soft_limit_on_open_files_is_raised", none(), |()| open_files()),
+        trial("others_are_turned_away_by_the_control_socket", root(), |()| turned_away()),
+        trial("another_user_serves_with_a_control_socket_of_his_own", root(), |()| another_user()),
+        trial("signals_within_a_moment_are_one", none(), |()| twice()),
+        trial("a_closing_terminal_ends_nothing", none(), |()| hangup()),
+        trial("a_second_signal_gives_up_and_a_request_does_not", common::nbd::server(), |()| second_signal()),
+        trial("a_stop_flushes", common::nbd::server(), |()| last_flush()),
+        trial("each_error_of_a_store_leaves_a_line", common::nbd::server(), |()| store_errors()),
+        trial("a_second_vmm_is_listed", none(), |()| second_vmm()),
+        trial("one_socket_is_as_good_as_another_to_those_who_wait", none(), |()| impatient()),
+        trial("every_refusal_of_serve_has_a_way_out", none(), |()| refusals()),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-fn trial(name: &str, can: impl FnOnce() -> Result<(), String>, run: fn()) -> Trial {
-    match can() {
-        Ok(()) => Trial::test(name, move || {
-            run();
-            Ok(())
-        }),
-        Err(reason) => {
-            eprintln!("SKIP {name}: {reason}");
-            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
-            Trial::test(name, failed).with_ignored_flag(true)
-        }
-    }
+    run_trials(trials)
 }
 
 fn root() -> Result<(), String> {

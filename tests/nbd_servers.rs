@@ -8,8 +8,8 @@ use common::eventually;
 use common::model::{Model, Op, Queue};
 use common::process::{Running, free_port, on_tcp, on_unix};
 use common::service::{Service, Setup};
+use common::trial::{installed, run_trials, trial};
 use common::vmm::everyday;
-use libtest_mimic::{Arguments, Failed, Trial};
 use nix::sys::signal::Signal;
 use ringblk::service::client::Client as ControlClient;
 use ringblk::service::status::ExportStatus;
@@ -18,7 +18,7 @@ use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 const BYTES: u64 = 4 << 20;
@@ -27,42 +27,17 @@ const IO_ERROR: u8 = 1;
 
 fn main() -> ExitCode {
     let trials = vec![
-        trial("qemu_nbd_agrees_with_the_model", "qemu-nbd", qemu_nbd),
-        trial("an_export_is_asked_for_by_the_name_in_its_uri", "qemu-nbd", names),
-        Trial::test("a_server_that_is_not_there_is_told_of_once", || {
-            nobody_there();
-            Ok(())
-        }),
-        trial("nbdkit_agrees_with_the_model", "nbdkit", nbdkit),
-        trial("a_server_that_comes_back_larger_makes_the_volume_larger", "nbdkit", grown),
-        trial("a_server_that_is_down_keeps_no_other_volume_down", "nbdkit", down),
-        Trial::test("silent_servers_are_not_waited_for_one_by_one", || {
-            silent();
-            Ok(())
-        }),
-        Trial::test("what_is_not_there_is_waited_for_or_refused_as_it_is_asked", || {
-            required();
-            Ok(())
-        }),
-        trial("nbdkit_killed_and_restarted_fails_the_next_flush", "nbdkit", nbdkit_forgets),
+        trial("qemu_nbd_agrees_with_the_model", installed("qemu-nbd"), |()| qemu_nbd()),
+        trial("an_export_is_asked_for_by_the_name_in_its_uri", installed("qemu-nbd"), |()| names()),
+        trial("a_server_that_is_not_there_is_told_of_once", Ok(()), |()| nobody_there()),
+        trial("nbdkit_agrees_with_the_model", installed("nbdkit"), |()| nbdkit()),
+        trial("a_server_that_comes_back_larger_makes_the_volume_larger", installed("nbdkit"), |()| grown()),
+        trial("a_server_that_is_down_keeps_no_other_volume_down", installed("nbdkit"), |()| down()),
+        trial("silent_servers_are_not_waited_for_one_by_one", Ok(()), |()| silent()),
+        trial("what_is_not_there_is_waited_for_or_refused_as_it_is_asked", Ok(()), |()| required()),
+        trial("nbdkit_killed_and_restarted_fails_the_next_flush", installed("nbdkit"), |()| nbdkit_forgets()),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-fn trial(name: &str, program: &str, run: fn()) -> Trial {
-    let found = Command::new(program).arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).status();
-    match found {
-        Ok(status) if status.success() => Trial::test(name, move || {
-            run();
-            Ok(())
-        }),
-        other => {
-            let reason = format!("{program} cannot be run: {other:?}");
-            eprintln!("SKIP {name}: {reason}");
-            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
-            Trial::test(name, failed).with_ignored_flag(true)
-        }
-    }
+    run_trials(trials)
 }
 
 fn serve(uri: &str, options: &str) -> Service {

@@ -7,8 +7,8 @@ use common::eventually;
 use common::model::{Model, Op, Queue};
 use common::process::{Running, free_port, on_tcp, on_unix};
 use common::service::{Service, Setup};
+use common::trial::{run_trials, trial};
 use common::vmm::everyday;
-use libtest_mimic::{Arguments, Failed, Trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rcgen::{
@@ -25,28 +25,14 @@ const OK: u8 = 0;
 
 fn main() -> ExitCode {
     let trials = vec![
-        trial("qemu_nbd_agrees_with_the_model_over_tls", qemu_nbd(), qemu_agrees),
-        trial("nbdkit_agrees_with_the_model_over_tls", nbdkit(), nbdkit_agrees),
-        trial("nobody_is_trusted_who_cannot_be", qemu_nbd(), trust),
-        trial("there_is_no_way_from_tls_to_none", nbdkit(), no_way_back),
-        trial("a_session_is_made_anew_after_a_loss", nbdkit(), made_anew),
-        trial("a_server_that_stops_takes_no_threads_with_it", nbdkit(), stopped),
+        trial("qemu_nbd_agrees_with_the_model_over_tls", qemu_nbd(), |()| qemu_agrees()),
+        trial("nbdkit_agrees_with_the_model_over_tls", nbdkit(), |()| nbdkit_agrees()),
+        trial("nobody_is_trusted_who_cannot_be", qemu_nbd(), |()| trust()),
+        trial("there_is_no_way_from_tls_to_none", nbdkit(), |()| no_way_back()),
+        trial("a_session_is_made_anew_after_a_loss", nbdkit(), |()| made_anew()),
+        trial("a_server_that_stops_takes_no_threads_with_it", nbdkit(), |()| stopped()),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-fn trial(name: &str, missing: Option<String>, run: fn()) -> Trial {
-    match missing {
-        None => Trial::test(name, move || {
-            run();
-            Ok(())
-        }),
-        Some(reason) => {
-            eprintln!("SKIP {name}: {reason}");
-            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
-            Trial::test(name, failed).with_ignored_flag(true)
-        }
-    }
+    run_trials(trials)
 }
 
 fn says(program: &str, argument: &str) -> Result<String, String> {
@@ -55,16 +41,13 @@ fn says(program: &str, argument: &str) -> Result<String, String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn qemu_nbd() -> Option<String> {
-    says("qemu-nbd", "--version").err()
+fn qemu_nbd() -> Result<(), String> {
+    says("qemu-nbd", "--version").map(drop)
 }
 
-fn nbdkit() -> Option<String> {
-    match says("nbdkit", "--dump-config") {
-        Ok(config) if config.contains("tls=yes") => None,
-        Ok(_) => Some("this nbdkit was built without TLS".into()),
-        Err(reason) => Some(reason),
-    }
+fn nbdkit() -> Result<(), String> {
+    let config = says("nbdkit", "--dump-config")?;
+    if config.contains("tls=yes") { Ok(()) } else { Err("this nbdkit was built without TLS".into()) }
 }
 
 /// Certificates of a server and a client, and of the authority that vouches for both, as QEMU and nbdkit name them.

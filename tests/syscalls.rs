@@ -7,7 +7,7 @@ use common::eventually;
 use common::load::Load;
 use common::nbd::Server;
 use common::service::{Service, Setup};
-use libtest_mimic::{Arguments, Failed, Trial};
+use common::trial::{run_trials, trial};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::BTreeMap;
@@ -18,33 +18,17 @@ use std::process::{Child, Command, ExitCode, Stdio};
 
 fn main() -> ExitCode {
     let trials = vec![
-        trial("of_a_file_for_a_polling_guest", || for_a_request("file", true)),
-        trial("of_a_file_for_an_event_driven_guest", || for_a_request("file", false)),
-        trial("of_null_for_a_polling_guest", || for_a_request("null", true)),
-        trial("of_memory_for_an_event_driven_guest", || for_a_request("memory", false)),
-        trial("of_a_buffered_write", for_a_buffered_write),
-        trial_if(has_direct(), "of_misaligned_direct_io", for_misaligned_direct_io),
-        trial_if(common::nbd::server(), "of_an_nbd_write", for_an_nbd_write),
-    ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-fn trial(name: &str, run: impl FnOnce() + Send + 'static) -> Trial {
-    trial_if(Ok(()), name, run)
-}
-
-fn trial_if(can: Result<(), String>, name: &str, run: impl FnOnce() + Send + 'static) -> Trial {
-    match can.and_then(|()| can_watch()) {
-        Ok(()) => Trial::test(name, move || {
-            run();
-            Ok(())
+        trial("of_a_file_for_a_polling_guest", can_watch(), |()| for_a_request("file", true)),
+        trial("of_a_file_for_an_event_driven_guest", can_watch(), |()| for_a_request("file", false)),
+        trial("of_null_for_a_polling_guest", can_watch(), |()| for_a_request("null", true)),
+        trial("of_memory_for_an_event_driven_guest", can_watch(), |()| for_a_request("memory", false)),
+        trial("of_a_buffered_write", can_watch(), |()| for_a_buffered_write()),
+        trial("of_misaligned_direct_io", has_direct().and_then(|()| can_watch()), |()| {
+            for_misaligned_direct_io()
         }),
-        Err(reason) => {
-            eprintln!("SKIP {name}: {reason}");
-            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
-            Trial::test(name, failed).with_ignored_flag(true)
-        }
-    }
+        trial("of_an_nbd_write", common::nbd::server().and_then(|()| can_watch()), |()| for_an_nbd_write()),
+    ];
+    run_trials(trials)
 }
 
 /// Whether strace is there and may attach to a process that is not its child.

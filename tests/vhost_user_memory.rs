@@ -9,9 +9,9 @@ use common::model::{Op, Random};
 use common::queue::{Layout, RawQueue};
 use common::ring::Ring;
 use common::service::{Service, Setup};
+use common::trial::{run_trials, trial};
 use common::vmm::{BASE, Vmm, everyday};
 use common::wire::{NEED_REPLY, VERSION, Wire, code, halves, message, words};
-use libtest_mimic::{Arguments, Failed, Trial};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, RawFd};
@@ -38,26 +38,7 @@ fn main() -> ExitCode {
         trial("every_vmm_has_the_slots_it_was_offered", Ok(()), |()| slots_for_all()),
         trial("a_storm_of_tables_and_truncations", Ok(()), |()| storm()),
     ];
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
-}
-
-/// A test of what `needed` is, or one that is reported as ignored.
-fn trial<T: Send + 'static>(
-    name: &str,
-    needed: Result<T, String>,
-    run: impl FnOnce(T) + Send + 'static,
-) -> Trial {
-    match needed {
-        Ok(needed) => Trial::test(name, move || {
-            run(needed);
-            Ok(())
-        }),
-        Err(reason) => {
-            eprintln!("SKIP {name}: {reason}");
-            let failed = move || Err(Failed::from(format!("cannot be run here: {reason}")));
-            Trial::test(name, failed).with_ignored_flag(true)
-        }
-    }
+    run_trials(trials)
 }
 
 fn memfd(flags: MFdFlags, len: u64) -> Result<File, String> {

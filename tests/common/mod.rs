@@ -3,7 +3,7 @@
 //! [`service`] runs the binary. [`client`] is a VMM by the virtio-driver crate: a well-behaved one. [`vmm`] shakes
 //! hands by the vhost crate and drives [`ring`]s of its own in its own [`memory`], laid out as it likes. [`player`] shakes
 //! hands as a VMM that people use, by its [`profile`]. [`wire`] speaks bytes. [`model`] knows what must be read back, whichever of them asks. [`load`] is many
-//! requests and no questions. [`process`] is a server beside it. [`nbd`] is a store that tells what it was asked for. [`prepared`] drives a worker of this process, to count what it does.
+//! requests and no questions. [`process`] is a server beside it. [`nbd`] is a store that tells what it was asked for. [`trial`] is for what a machine may lack. [`prepared`] drives a worker of this process, to count what it does.
 
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
@@ -19,6 +19,7 @@ pub mod profile;
 pub mod queue;
 pub mod ring;
 pub mod service;
+pub mod trial;
 pub mod vmm;
 pub mod wire;
 

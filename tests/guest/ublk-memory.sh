@@ -84,7 +84,7 @@ memory() {
     check "$p/swap/device" swap /dev/vdc ,direct=on ,zero-copy=off
     if [ "$2" = 6.12 ]; then
         echo "skip $p/swap/zero-copy: kernel 6.12 has none"
-        echo "skip $p/swap/copy: on a file of ext4, a machine with kernel 6.12 was seen to stand still"
+        echo "skip $p/swap/copy: on a file of ext4, kernel 6.12 did not pass in four minutes of an emulated machine"
         echo "skip $p/swap/buffered: as above"
         return
     fi
