@@ -113,6 +113,8 @@ cannot_stay() {
     touch /tmp/fs/x
     sync -f /tmp/fs
     umount /tmp/fs
+    # Two signals within a second are one, and that one was refused.
+    sleep 1.5
     service_stop /dev/ringblk/p
 }
 # Only what is used stays.
