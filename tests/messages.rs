@@ -207,7 +207,11 @@ fn another_user() {
     let dir = tempfile::tempdir().unwrap();
     open_to(dir.path(), 0o777);
     let program = dir.path().join("ringblk");
-    fs::copy(env!("CARGO_BIN_EXE_ringblk"), &program).unwrap();
+    // By another process: while this one has the copy open for writing, a child of another test has it too, and what is
+    // written to cannot be started.
+    let copied =
+        Command::new("cp").args([env!("CARGO_BIN_EXE_ringblk").as_ref(), program.as_os_str()]).status();
+    assert!(copied.unwrap().success());
     let command = |args: &[&str]| {
         let mut command = Command::new(&program);
         command.args(args).uid(65534).gid(65534).current_dir(dir.path());
