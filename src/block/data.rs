@@ -34,15 +34,6 @@ impl<'a> Data<'a> {
             Data::Registered { index, skip } => Data::Registered { index, skip: skip + count },
         }
     }
-
-    /// The `len` bytes from `at` on. For ranges, costs a walk over those before the end of it; nothing is copied.
-    pub fn part(self, at: u64, len: u64) -> Data<'a> {
-        match self {
-            Data::None => Data::None,
-            Data::Iovecs(window) => Data::Iovecs(window.part(at, len)),
-            Data::Registered { index, skip } => Data::Registered { index, skip: skip + at },
-        }
-    }
 }
 
 /// Some bytes of a list of ranges: without the first few of its first range, and the last few of its last one.

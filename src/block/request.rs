@@ -74,7 +74,7 @@ pub struct Flags {
     pub unmap: bool,
 }
 
-/// One request: a value, so that it can be tried again, split or given to several. `sector` and `sectors` are in units of 512 bytes ([`SECTOR`](super::SECTOR)).
+/// One request: a value, so that it can be tried again. `sector` and `sectors` are in units of 512 bytes ([`SECTOR`](super::SECTOR)).
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
     /// What to do.
@@ -89,14 +89,7 @@ pub struct Request<'a> {
     pub data: Data<'a>,
 }
 
-impl<'a> Request<'a> {
-    /// The same for `sectors` of its sectors, from its own sector number `from` on.
-    pub fn part(&self, from: u32, sectors: u32) -> Request<'a> {
-        let bytes = |sectors: u32| u64::from(sectors) << super::SECTOR_SHIFT;
-        let data = self.data.part(bytes(from), bytes(sectors));
-        Request { sector: self.sector + u64::from(from), sectors, data, ..*self }
-    }
-
+impl Request<'_> {
     /// Length in bytes; cannot overflow.
     pub fn len(&self) -> u64 {
         u64::from(self.sectors) << super::SECTOR_SHIFT

@@ -47,9 +47,9 @@ pub(super) struct InfoArgs {
 
 /// Copy an image, holes stay holes.
 ///
-/// Source and destination are files, block devices, or exports of NBD servers by their URIs. A new file appears when it is complete and on disk, never in
-/// part. A block device or an export must be large enough; what lies behind the copy stays as it was. An image or device in use is
-/// neither read nor written: by the locks of QEMU and of `ringblk serve`, and the kernel's claims (mounts, LVM, swap).
+/// Source and destination are files, block devices, or exports of NBD servers by their URIs. A new file appears when it
+/// is complete and on disk, never in part. A block device or an export must be large enough; what lies behind the copy
+/// stays as it was. An image or device in use is neither read nor written: by the locks of QEMU and of `ringblk serve`, and the kernel's claims (mounts, LVM, swap).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:

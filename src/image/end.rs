@@ -10,6 +10,7 @@ use tokio_uring::buf::BoundedBuf;
 use tokio_uring::fs::File;
 
 use super::nbd::Export;
+use crate::block::Op;
 
 /// A file or device, or an export. Buffers go with each call and come back with its result: the kernel has them
 /// meanwhile.
@@ -31,7 +32,7 @@ impl End {
                 let (result, slice) = file.read_at(buffer.slice(range), offset).await;
                 (result, slice.into_inner())
             }
-            End::Nbd(export) => export.read(buffer, range, offset).await,
+            End::Nbd(export) => export.transfer(Op::Read, buffer, range, offset).await,
         }
     }
 
@@ -47,7 +48,7 @@ impl End {
                 let (result, slice) = file.write_at(buffer.slice(range), offset).submit().await;
                 (result, slice.into_inner())
             }
-            End::Nbd(export) => export.write(buffer, range, offset).await,
+            End::Nbd(export) => export.transfer(Op::Write, buffer, range, offset).await,
         }
     }
 

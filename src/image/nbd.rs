@@ -128,27 +128,16 @@ impl Export {
         }
     }
 
-    /// Fills `range` of the buffer, at most [`CHUNK`] bytes, whole blocks.
-    pub async fn read(
+    /// Fills `range` of the buffer (`Op::Read`) or stores it (`Op::Write`): at most [`CHUNK`] bytes, whole blocks.
+    pub async fn transfer(
         &self,
+        op: Op,
         buffer: Vec<u8>,
         range: Range<usize>,
         offset: u64,
     ) -> (io::Result<usize>, Vec<u8>) {
         let length = range.len();
-        let (result, buffer) = self.order(Op::Read, offset, length as u64, buffer, range).await;
-        (result.map(|()| length), buffer)
-    }
-
-    /// Stores `range` of the buffer, at most [`CHUNK`] bytes, whole blocks.
-    pub async fn write(
-        &self,
-        buffer: Vec<u8>,
-        range: Range<usize>,
-        offset: u64,
-    ) -> (io::Result<usize>, Vec<u8>) {
-        let length = range.len();
-        let (result, buffer) = self.order(Op::Write, offset, length as u64, buffer, range).await;
+        let (result, buffer) = self.order(op, offset, length as u64, buffer, range).await;
         (result.map(|()| length), buffer)
     }
 
@@ -170,9 +159,9 @@ impl Export {
     /// See [`Format::detect`].
     pub async fn format(&self) -> io::Result<Option<Format>> {
         let block = (self.block as usize).max(Format::LOOK);
-        let (head, first) = self.read(vec![0; block], 0..block, 0).await;
+        let (head, first) = self.transfer(Op::Read, vec![0; block], 0..block, 0).await;
         head?;
-        let (tail, last) = self.read(vec![0; block], 0..block, self.size - block as u64).await;
+        let (tail, last) = self.transfer(Op::Read, vec![0; block], 0..block, self.size - block as u64).await;
         tail?;
         Ok(Format::detect(&first[..Format::LOOK], &last[block - Format::LOOK..]))
     }

@@ -22,6 +22,7 @@ use crate::engine::config::VolumeConfig;
 use crate::engine::{OpenError, Volume, nbd};
 use crate::frontend::ublk::StableName;
 use crate::frontend::vhost_user::budget::MemoryBudget;
+use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::ring;
 use crate::worker::{Habits, Lent, Link, Worker};
 use late::{Waiting, WaitingExport};
@@ -363,9 +364,7 @@ impl Shared {
                 self.waits(&export.volume, WaitingExport::VhostUser { config, queues, endpoint, on, memory });
                 continue;
             };
-            let started = endpoint.listen().and_then(|()| {
-                VhostUserExport::start(export, *queues, endpoint, volume, self.links(on), memory.share())
-            });
+            let started = self.start_vhost_user(export, *queues, endpoint, on, volume, memory);
             let socket = || export.socket.display().to_string();
             let started = started.map_err(|source| Error::VhostUser { socket: socket(), source })?;
             lock(&self.exports).push(Export::VhostUser(started));
@@ -384,6 +383,20 @@ impl Shared {
             }
         }
         self.add_disks(config, &disks)
+    }
+
+    /// Has VMMs connect to a volume that is there. `on`: the workers of its queues.
+    fn start_vhost_user(
+        &self,
+        config: &VhostUserConfig,
+        queues: u16,
+        endpoint: Endpoint,
+        on: &[usize],
+        volume: &Arc<Volume>,
+        memory: &Arc<MemoryBudget>,
+    ) -> io::Result<VhostUserExport> {
+        endpoint.listen()?;
+        VhostUserExport::start(config, queues, endpoint, volume, self.links(on), memory.share())
     }
 
     /// From now on volumes whose stores grow by themselves grow with them.

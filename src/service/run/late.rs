@@ -9,12 +9,13 @@ use super::{Error, Served, Shared, lock};
 use crate::block::Causes;
 use crate::engine::config::VolumeConfig;
 use crate::engine::{Opener, Volume};
+use crate::frontend::ublk;
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::exports::Export;
 use crate::service::exports::ublk::{Others, UblkExport};
-use crate::service::exports::vhost_user::{Endpoint, VhostUserExport};
+use crate::service::exports::vhost_user::Endpoint;
 use crate::service::status::{ExportStatus, UblkStatus, VhostUserStatus, VolumeStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
@@ -103,7 +104,7 @@ impl Waiting {
             WaitingExport::Ublk { config, on, .. } => ExportStatus::Ublk(UblkStatus {
                 volume: config.volume.clone(),
                 device: "".into(),
-                link: crate::frontend::ublk::link(&config.volume),
+                link: ublk::link(&config.volume),
                 queues: u16::try_from(on.len()).unwrap_or(u16::MAX),
                 depth: config.depth,
                 zero_copy: false,
@@ -209,18 +210,14 @@ impl Shared {
                 of.exports.remove(0)
             };
             let started = match next {
-                WaitingExport::VhostUser { config, queues, endpoint, on, memory } => endpoint
-                    .listen()
-                    .and_then(|()| {
-                        let (links, share) = (self.links(&on), memory.share());
-                        VhostUserExport::start(&config, queues, endpoint, &served.volume, links, share)
-                    })
+                WaitingExport::VhostUser { config, queues, endpoint, on, memory } => self
+                    .start_vhost_user(&config, queues, endpoint, &on, &served.volume, &memory)
                     .map(|export| (format!("on {}", config.socket.display()), Export::VhostUser(export)))
                     .map_err(|error| (format!("vhost-user:{}: {error}", config.socket.display()), None)),
                 WaitingExport::Ublk { config, on, beside, target } => {
                     let volumes = beside.iter().map(String::as_str).collect();
                     // Where the driver does not answer, the start will say why.
-                    let found = crate::frontend::ublk::ours().unwrap_or_default();
+                    let found = ublk::ours().unwrap_or_default();
                     let others = Others { volumes, target: &target, found: &found };
                     match UblkExport::start(&config, &served.volume, &self.links(&on), &others) {
                         Ok(export) => {

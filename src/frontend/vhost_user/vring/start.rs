@@ -4,6 +4,7 @@
 
 use super::{PASS_BYTES, Vring};
 use crate::frontend::vhost_user::areas::{Avail, Used};
+use crate::frontend::vhost_user::config;
 use crate::frontend::vhost_user::device::Device;
 use crate::frontend::vhost_user::inflight::{InflightQueue, Mark, Notes};
 use crate::frontend::vhost_user::memory::Memory;
@@ -123,7 +124,7 @@ impl Vring {
         let call = setup.call.take();
         let vring = Vring {
             table,
-            indirect: crate::frontend::vhost_user::config::indirect(setup.features),
+            indirect: config::indirect(setup.features),
             avail,
             used,
             next_avail: Cell::new(setup.next_avail),
