@@ -48,26 +48,36 @@ not_locked() {
 }
 
 swapped() { awk '$1 == "pswpout" { print $2 }' /proc/vmstat; }
+# swap_ends: what an earlier check left.
+swap_ends() {
+    relax
+    ! grep -q "^/dev/ublk" /proc/swaps || busybox swapoff /dev/ringblk/s
+    service_kill
+    ! grep -q ' /mnt/swap ' /proc/mounts || umount /mnt/swap
+}
 # swap FILE OPTIONS UBLK-OPTIONS: more is used than there is, and what comes back is what was put there. FILE is on a file
 # system of /dev/vdc, or that itself.
 swap() {
-    local free=128 file=$1 before
+    local file=$1 before used
+    trap swap_ends EXIT
     head -c $MiB /dev/urandom >/run/noise
     if [ "$file" != /dev/vdc ]; then
         mkdir -p /mnt/swap
         mkfs.ext4 -q -F /dev/vdc
         mount /dev/vdc /mnt/swap
         # Written, not sparse: no block has to be found for it later.
-        noise 144 | dd of="$file" bs=1M iflag=fullblock conv=fsync status=none
+        noise 192 | dd of="$file" bs=1M iflag=fullblock conv=fsync status=none
     fi
     serve --volume "s=file:$file$2" --ublk "s,queues=1$3"
     up s
     busybox mkswap /dev/ringblk/s
     busybox swapon /dev/ringblk/s
-    squeeze $free
-    # Anonymous memory: all of it is kept until the last byte has come.
+    squeeze 128
+    # Anonymous memory: all of it is kept until the last byte has come. Far more than is left, since the kernel can do
+    # with less than it says (watermarks, caches).
+    used=$(($(field MemAvailable /proc/meminfo) / 1024 + 96))
     before=$(swapped)
-    noise $((free + 64)) | busybox tail -c $(((free + 64) * MiB)) | cmp - <(noise $((free + 64)))
+    noise $used | busybox tail -c $((used * MiB)) | cmp - <(noise $used)
     at_least "pages written to swap" $(($(swapped) - before)) 4096
     equal "KiB of the service in swap" "$(field VmSwap "/proc/$(service_pid)/status")" 0
     relax
