@@ -48,7 +48,7 @@ not_locked() {
 }
 
 swapped() { awk '$1 == "pswpout" { print $2 }' /proc/vmstat; }
-# swap_ends: what an earlier check left.
+# swap_ends: runs when a check of swap ends, also one that failed, so that the next finds the machine as it was.
 swap_ends() {
     relax
     ! grep -q "^/dev/ublk" /proc/swaps || busybox swapoff /dev/ringblk/s
@@ -83,7 +83,6 @@ swap() {
     relax
     busybox swapoff /dev/ringblk/s
     service_stop /dev/ringblk/s
-    [ "$file" = /dev/vdc ] || umount /mnt/swap
 }
 
 # memory PREFIX KERNEL-SERIES
