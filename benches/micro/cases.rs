@@ -2,13 +2,13 @@
 
 use super::echo::Echo;
 use super::prepared::{Prepared, READ_4K, Shape};
-use ringblk::block::{Errno, Size};
-use ringblk::engine::Volume;
-use ringblk::engine::config::{MemoryConfig, NullConfig, VolumeConfig};
+use ringblk::block::{Data, Errno, Flags, Op, Request, Size};
+use ringblk::engine::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
+use ringblk::engine::{Flushers, Volume, execute};
 use ringblk::frontend::Source;
 use ringblk::frontend::ublk::{Asked, Descriptor, command};
 use ringblk::frontend::vhost_user::Vring;
-use ringblk::ring::{Core, Cqe, Ring, Sqe, Target, Tasks};
+use ringblk::ring::{Core, Cqe, Mapping, Ring, Sqe, Target, Tasks};
 use ringblk::worker::{Habits, Lent, Worker};
 use std::future::Future;
 use std::hint::black_box;
@@ -39,7 +39,7 @@ const REQUESTS: u32 = READ_4K.depth as u32;
 const WRITE_4K: Shape = Shape { write: true, ..READ_4K };
 const PLAIN: Case = Case { name: "", requests: REQUESTS, make: || read(1, false), worker: false, bar: None };
 
-pub const CASES: [Case; 12] = [
+pub const CASES: [Case; 15] = [
     Case { name: "chain of 1 segment", bar: Some(100.0), ..PLAIN },
     Case { name: "chain of 4 segments", make: || read(4, false), ..PLAIN },
     Case { name: "chain of 16 segments", make: || read(16, false), ..PLAIN },
@@ -48,6 +48,9 @@ pub const CASES: [Case; 12] = [
     Case { name: "indirect chain of 16 segments", make: || read(16, true), ..PLAIN },
     Case { name: "slot: add and end", make: || Box::new(Births::new()), ..PLAIN },
     Case { name: "slot: submit, complete, poll", make: || Box::new(Slots::new()), ..PLAIN },
+    Case { name: "engine: read of null, and a submit", make: || engine(null(), Op::Read), ..PLAIN },
+    Case { name: "engine: write of memory, and a submit", make: || engine(memory(), Op::Write), ..PLAIN },
+    Case { name: "engine: read of a file", make: || engine(file(), Op::Read), ..PLAIN },
     Case { name: "ublk: descriptor and commit", make: || Box::new(Ublk::new()), ..PLAIN },
     Case { name: "worker: null", make: || worker(null(), READ_4K, 0), worker: true, ..PLAIN },
     Case { name: "worker: memory", make: || worker(memory(), WRITE_4K, 0), worker: true, ..PLAIN },
@@ -118,6 +121,37 @@ impl<F: Future<Output = ()>> Run for Births<F> {
     }
 }
 
+/// Slots that carry out one request of a volume after the other. What a store does not submit, they submit after it: a
+/// request at each poll.
+fn engine(config: VolumeConfig, op: Op) -> Box<dyn Run> {
+    let core = Core::new(Echo::new(REQUESTS as usize));
+    // Whatever a store could do at once on its own thread, the ring is asked for.
+    core.set_shared(true);
+    let volume = Volume::open("bench", &config).unwrap();
+    let image = if let VolumeConfig::File(file) = &config { Some(&file.path) } else { None };
+    let submits = image.is_some();
+    image.map(std::fs::remove_file).transpose().unwrap();
+    let attached = Rc::new(volume.attach(&core, false));
+    let memory = Rc::new(Mapping::anonymous(4096).unwrap());
+    let flushers = Rc::new(Flushers::new(&volume, 1));
+    let mut tasks = Tasks::new(core.clone());
+    for slot in 0..u64::from(REQUESTS) {
+        let (attached, memory, flushers) = (attached.clone(), memory.clone(), flushers.clone());
+        tasks.add(|io| async move {
+            let iovecs = [memory.iovec(0, 4096)];
+            loop {
+                let data = Data::of(&iovecs);
+                let request = Request { op, flags: Flags::default(), sector: slot * 8, sectors: 8, data };
+                execute(&attached, &io, flushers.queue(0), black_box(&request)).await.unwrap();
+                if !submits {
+                    io.submit(&Sqe::Fdatasync { file: Target::Fixed(0) }).await;
+                }
+            }
+        });
+    }
+    Box::new(Slots { core, tasks, cqes: Vec::with_capacity(REQUESTS as usize) })
+}
+
 /// Slots that submit one operation after the other.
 struct Slots<F> {
     core: Rc<Core<Echo>>,
@@ -184,6 +218,20 @@ struct Served {
 
 fn null() -> VolumeConfig {
     VolumeConfig::Null(NullConfig { size: Size(1 << 30), block_size: None })
+}
+
+/// An image that is removed once it is open: nothing of it is read.
+fn file() -> VolumeConfig {
+    let path = std::env::temp_dir().join(format!("ringblk-micro-{}", std::process::id()));
+    std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    VolumeConfig::File(FileConfig {
+        path,
+        direct: false,
+        read_only: false,
+        lock: false,
+        format: None,
+        block_size: None,
+    })
 }
 
 fn memory() -> VolumeConfig {

@@ -19,8 +19,11 @@ impl Echo {
 
 impl Ring for Echo {
     fn push(&self, sqe: &Sqe, user_data: UserData) {
-        black_box(sqe);
-        self.ready.borrow_mut().push(Cqe { user_data, result: 0, more: false });
+        let result = match black_box(sqe) {
+            Sqe::Read { len, .. } | Sqe::Write { len, .. } => *len as i32,
+            _ => 0,
+        };
+        self.ready.borrow_mut().push(Cqe { user_data, result, more: false });
     }
 
     fn enter(&self, _: bool) -> io::Result<()> {
