@@ -34,6 +34,14 @@ impl<'a> Data<'a> {
             Data::Registered { index, skip } => Data::Registered { index, skip: skip + count },
         }
     }
+
+    /// The `len` bytes from `at` on. How long a registered buffer is, its request says.
+    pub fn part(self, at: u64, len: u64) -> Data<'a> {
+        match self {
+            Data::Iovecs(window) => Data::Iovecs(window.part(at, len)),
+            other => other.after(at),
+        }
+    }
 }
 
 /// Some bytes of a list of ranges: without the first few of its first range, and the last few of its last one.

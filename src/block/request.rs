@@ -89,10 +89,17 @@ pub struct Request<'a> {
     pub data: Data<'a>,
 }
 
-impl Request<'_> {
+impl<'a> Request<'a> {
     /// Length in bytes; cannot overflow.
     pub fn len(&self) -> u64 {
         u64::from(self.sectors) << super::SECTOR_SHIFT
+    }
+
+    /// The `sectors` from `skip` on, as a request of their own. For ranges of memory, costs a walk over them.
+    pub fn part(&self, skip: u32, sectors: u32) -> Request<'a> {
+        let bytes = |sectors: u32| u64::from(sectors) << super::SECTOR_SHIFT;
+        let data = self.data.part(bytes(skip), bytes(sectors));
+        Request { sector: self.sector + u64::from(skip), sectors, data, ..*self }
     }
 
     /// For messages.

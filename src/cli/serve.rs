@@ -5,28 +5,14 @@
 use std::path::PathBuf;
 
 use super::{Failure, output};
+use crate::engine::config::VolumeConfig;
 use crate::service;
 use crate::service::config::{Config, ConfigError, DEFAULT_CONTROL, Loader};
 use crate::service::preflight;
 use crate::service::sandbox::Mode;
 
+/// What every driver takes, and the exports; what each driver has of its own comes before it.
 const HELP: &str = "\
-Drivers (NAME=DRIVER:TARGET):
-  file:PATH    an image or a block device
-               format=raw, direct=on|off, read-only=on|off, lock=on|off,
-               block-size=512|4096
-  An image that looks like another format (qcow2, vmdk, ...) is refused without
-  format=raw. Say it always: a guest can make its disk look so.
-  memory:SIZE  lost when the service ends; block-size=512|4096
-  null:SIZE    stores nothing, for measuring; block-size=512|4096
-  nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
-               connections=1..16, read-only=on|off
-               with TLS: nbds:// or nbds+unix://, and tls-ca=FILE (else the system's
-               authorities), tls-cert=FILE and tls-key=FILE, tls-hostname=NAME,
-               tls-verify=on|off
-               reconnect=SECONDS  how long requests wait for a lost server (0)
-               timeout=SECONDS    how long it may be silent that has some (60; 0:
-                                  for ever), until the connection counts as lost
   Each also takes on-error=report|retry|stop and, with retry, retry-for=SECONDS:
   what becomes of a request that the store fails. It is reported to the client,
   or tried again for a time, or waits for `ringblk resume NAME`.
@@ -63,9 +49,15 @@ Examples:
 SIGTERM, Ctrl-C or `ringblk stop` end the service cleanly; a second signal gives
 up waiting for requests in flight.";
 
+/// The drivers in their own words, then [`HELP`].
+fn help() -> String {
+    let drivers: Vec<_> = VolumeConfig::helps().iter().map(|help| help.trim_matches('\n')).collect();
+    format!("Drivers (NAME=DRIVER:TARGET):\n{}\n{HELP}", drivers.join("\n"))
+}
+
 /// Serve volumes as ublk disks and on vhost-user sockets, in the foreground.
 #[derive(Debug, clap::Args)]
-#[command(after_help = HELP)]
+#[command(after_help = help())]
 pub(super) struct Args {
     /// Read volumes and exports from a TOML file; flags add to it
     #[arg(long, value_name = "FILE")]

@@ -1,129 +1,21 @@
 //! What a user may say about a volume: plain data, with the checks that need no other part of the configuration.
 //!
 //! Both spellings end here. A file's table and a flag's `key=value` list are deserialized into the same structs by
-//! [`VolumeConfig::from_driver`], so a key exists in both or in neither. Nothing is opened here.
+//! [`VolumeConfig::from_driver`], so a key exists in both or in neither. Nothing is opened here. What a driver has of its own
+//! is in its folder.
 
 #![forbid(unsafe_code)]
 
-use std::fmt;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-
-use serde::de::{Deserialize, Deserializer, Error};
-
-use super::nbd::uri::Uri;
+use super::driver::DRIVERS;
+pub use super::driver::{Need, Summary, VolumeConfig};
+pub use super::fault::FaultConfig;
+pub use super::file::{FileConfig, ImageFormat};
+pub use super::memory::MemoryConfig;
+pub use super::nbd::NbdConfig;
+pub use super::null::NullConfig;
 use crate::block::{Geometry, Size};
-
-/// One volume: where its bytes are and how they are reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum VolumeConfig {
-    /// A regular file or a block device.
-    File(FileConfig),
-    /// Bytes in this process, lost when it ends.
-    Memory(MemoryConfig),
-    /// Stores nothing, and reads nothing: for measuring.
-    Null(NullConfig),
-    /// An export of an NBD server.
-    Nbd(NbdConfig),
-}
-
-/// `driver = "file"`.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct FileConfig {
-    /// The image or device; a relative path starts at the service's working directory.
-    pub path: PathBuf,
-    /// O_DIRECT: go past the host's page cache.
-    #[serde(default)]
-    pub direct: bool,
-    /// Refuse writes.
-    #[serde(default)]
-    pub read_only: bool,
-    /// Refuse an image that somebody else has open for writing, and keep others from it: see `lock` in `engine/file`.
-    #[serde(default = "yes")]
-    pub lock: bool,
-    /// What it is said to be. `None`: raw, unless it looks like something else, which is refused.
-    pub format: Option<ImageFormat>,
-    /// Logical block in bytes, 512 or 4096; `None`: what the backing store needs.
-    pub block_size: Option<u32>,
-}
-
-/// `format`: what the bytes of an image are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ImageFormat {
-    /// Those of the disk, whatever they look like: a guest may write there what looks like another format.
-    Raw,
-}
-
-fn yes() -> bool {
-    true
-}
-
-/// `driver = "memory"`.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct MemoryConfig {
-    /// Capacity.
-    pub size: Size,
-    /// Logical block in bytes, 512 or 4096; `None`: 512.
-    pub block_size: Option<u32>,
-}
-
-/// `driver = "null"`.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct NullConfig {
-    /// Capacity.
-    pub size: Size,
-    /// Logical block in bytes, 512 or 4096; `None`: 512.
-    pub block_size: Option<u32>,
-}
-
-/// `driver = "nbd"`.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct NbdConfig {
-    /// `nbd://HOST[:PORT]/EXPORT` or `nbd+unix:///EXPORT?socket=PATH`, with TLS `nbds` or `nbds+unix`.
-    pub uri: String,
-    /// Certificates of the authorities that may vouch for the server; `None`: the system's.
-    pub tls_ca: Option<PathBuf>,
-    /// Our certificate, and those of the authorities between it and what the server trusts.
-    pub tls_cert: Option<PathBuf>,
-    /// The key of our certificate.
-    pub tls_key: Option<PathBuf>,
-    /// What the server's certificate is for; `None`: the URI's host, or localhost with a Unix socket.
-    pub tls_hostname: Option<String>,
-    /// The server's certificate counts.
-    #[serde(default = "yes")]
-    pub tls_verify: bool,
-    /// Connections to open, 1 to [`NbdConfig::MAX_CONNECTIONS`]; `None`: 4 where the server allows more than one.
-    pub connections: Option<u16>,
-    /// Seconds that a server may be silent that has requests, before the connection is given up; 0: for ever.
-    #[serde(default = "NbdConfig::default_timeout")]
-    pub timeout: u64,
-    /// Seconds to go on trying to reach a lost server before requests fail; 0: fail at once.
-    #[serde(default)]
-    pub reconnect: u64,
-    /// Refuse writes.
-    #[serde(default)]
-    pub read_only: bool,
-}
-
-impl NbdConfig {
-    /// The most connections to one export.
-    pub const MAX_CONNECTIONS: u16 = 16;
-    /// The longest reconnect time in seconds: one day.
-    pub const MAX_RECONNECT: u64 = 24 * 60 * 60;
-    /// Longer than a healthy server takes for anything, its flushes included, in seconds.
-    pub const DEFAULT_TIMEOUT: u64 = 60;
-    /// The longest time-out in seconds: one day.
-    pub const MAX_TIMEOUT: u64 = 24 * 60 * 60;
-
-    fn default_timeout() -> u64 {
-        NbdConfig::DEFAULT_TIMEOUT
-    }
-}
+use std::fmt;
+use std::time::Duration;
 
 /// What becomes of a request that the store fails. Of any volume, whatever its driver; see `policy` in `engine`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
@@ -262,95 +154,10 @@ impl fmt::Display for TopologyConfig {
     }
 }
 
-/// A driver's name and the key its target (`DRIVER:TARGET` in a flag) is stored under.
-const DRIVERS: [(&str, &str); 4] = [("file", "path"), ("memory", "size"), ("null", "size"), ("nbd", "uri")];
-
 impl VolumeConfig {
     /// The key a driver's target goes by in a file; `None` for an unknown driver.
     pub fn target_key(driver: &str) -> Option<&'static str> {
         DRIVERS.iter().find(|(name, _)| *name == driver).map(|(_, key)| *key)
-    }
-
-    /// Reads the settings of a volume whose driver is already known. `settings` is a map without the driver's name.
-    ///
-    /// # Errors
-    /// An unknown driver, an unknown or missing key, a value of the wrong type.
-    pub fn from_driver<'de, D: Deserializer<'de>>(
-        driver: &str,
-        settings: D,
-    ) -> Result<VolumeConfig, D::Error> {
-        Ok(match driver {
-            "file" => VolumeConfig::File(Deserialize::deserialize(settings)?),
-            "memory" => VolumeConfig::Memory(Deserialize::deserialize(settings)?),
-            "null" => VolumeConfig::Null(Deserialize::deserialize(settings)?),
-            "nbd" => VolumeConfig::Nbd(Deserialize::deserialize(settings)?),
-            _ => {
-                let known = DRIVERS.map(|(name, _)| name).join(", ");
-                return Err(D::Error::custom(format_args!(
-                    "unknown driver \"{driver}\", there are: {known}"
-                )));
-            }
-        })
-    }
-
-    /// The driver's name, as the user spells it.
-    pub fn driver(&self) -> &'static str {
-        match self {
-            VolumeConfig::File(_) => "file",
-            VolumeConfig::Memory(_) => "memory",
-            VolumeConfig::Null(_) => "null",
-            VolumeConfig::Nbd(_) => "nbd",
-        }
-    }
-
-    /// Whether its store is waited for when it is lost, for a time.
-    pub fn reconnects(&self) -> bool {
-        matches!(self, VolumeConfig::Nbd(nbd) if nbd.reconnect > 0)
-    }
-
-    /// What the driver was pointed at, as the user spells it.
-    pub fn target(&self) -> String {
-        match self {
-            VolumeConfig::File(file) => file.path.display().to_string(),
-            VolumeConfig::Memory(memory) => memory.size.to_string(),
-            VolumeConfig::Null(null) => null.size.to_string(),
-            VolumeConfig::Nbd(nbd) => nbd.uri.clone(),
-        }
-    }
-
-    /// The logical block that the configuration asks for.
-    pub fn block_size(&self) -> Option<u32> {
-        match self {
-            VolumeConfig::File(file) => file.block_size,
-            VolumeConfig::Memory(memory) => memory.block_size,
-            VolumeConfig::Null(null) => null.block_size,
-            VolumeConfig::Nbd(_) => None,
-        }
-    }
-
-    /// Whether the configuration asks for a read-only volume. The store may make it one all the same.
-    pub fn read_only(&self) -> bool {
-        match self {
-            VolumeConfig::File(file) => file.read_only,
-            VolumeConfig::Nbd(nbd) => nbd.read_only,
-            VolumeConfig::Memory(_) | VolumeConfig::Null(_) => false,
-        }
-    }
-
-    /// Checks every value's range.
-    ///
-    /// # Errors
-    /// The key that is wrong, and why.
-    pub fn check(&self) -> Result<(), (&'static str, String)> {
-        match self {
-            VolumeConfig::File(file) => {
-                check_path(&file.path).map_err(|reason| ("path", reason))?;
-                check_block_size(file.block_size)
-            }
-            VolumeConfig::Memory(memory) => check_size(memory.size, memory.block_size),
-            VolumeConfig::Null(null) => check_size(null.size, null.block_size),
-            VolumeConfig::Nbd(nbd) => check_nbd(nbd),
-        }
     }
 }
 
@@ -358,62 +165,34 @@ impl VolumeConfig {
 impl fmt::Display for VolumeConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}", self.driver(), self.target())?;
-        match self {
-            VolumeConfig::File(file) => {
-                if file.format == Some(ImageFormat::Raw) {
-                    f.write_str(", format raw")?;
-                }
-                if file.direct {
-                    f.write_str(", direct")?;
-                }
-            }
-            VolumeConfig::Memory(_) | VolumeConfig::Null(_) => {}
-            VolumeConfig::Nbd(nbd) => {
-                if let Some(connections) = nbd.connections {
-                    write!(f, ", connections {connections}")?;
-                }
-                if nbd.reconnect > 0 {
-                    write!(f, ", reconnect {} s", nbd.reconnect)?;
-                }
-                if !nbd.tls_verify {
-                    f.write_str(", tls-verify off")?;
-                }
-                match nbd.timeout {
-                    0 => f.write_str(", no time-out")?,
-                    seconds => write!(f, ", time-out {seconds} s")?,
-                }
-            }
-        }
-        if let Some(bytes) = self.block_size() {
+        self.details(f)?;
+        let summary = self.summary();
+        if let Some(bytes) = summary.block_size {
             write!(f, ", block size {bytes}")?;
         }
-        if self.read_only() {
+        if summary.read_only {
             f.write_str(", read-only")?;
         }
         Ok(())
     }
 }
 
-fn check_path(path: &Path) -> Result<(), String> {
-    use std::os::unix::ffi::OsStrExt;
+/// Logical block where neither the user nor the store cares, in bytes.
+pub(super) const DEFAULT_BLOCK: u32 = 512;
 
-    if path.as_os_str().is_empty() {
-        return Err("must not be empty".into());
-    }
-    if path.as_os_str().as_bytes().contains(&0) {
-        return Err("must not contain a NUL byte".into());
-    }
-    Ok(())
+/// A setting that is on unless it is switched off.
+pub(super) fn yes() -> bool {
+    true
 }
 
-fn check_block_size(block_size: Option<u32>) -> Result<(), (&'static str, String)> {
+pub(super) fn check_block_size(block_size: Option<u32>) -> Result<(), (&'static str, String)> {
     match block_size {
         None | Some(512 | 4096) => Ok(()),
         Some(other) => Err(("block-size", format!("must be 512 or 4096, not {other}"))),
     }
 }
 
-fn check_size(size: Size, block_size: Option<u32>) -> Result<(), (&'static str, String)> {
+pub(super) fn check_size(size: Size, block_size: Option<u32>) -> Result<(), (&'static str, String)> {
     check_block_size(block_size)?;
     let block = u64::from(block_size.unwrap_or(512));
     let reason = match size.bytes() {
@@ -427,44 +206,6 @@ fn check_size(size: Size, block_size: Option<u32>) -> Result<(), (&'static str, 
         _ => return Ok(()),
     };
     Err(("size", reason))
-}
-
-fn check_nbd(nbd: &NbdConfig) -> Result<(), (&'static str, String)> {
-    let refuse = |reason: String| ("uri", format!("\"{}\": {reason}", nbd.uri));
-    let uri = Uri::parse(&nbd.uri).map_err(refuse)?;
-    let given = [
-        ("tls-ca", nbd.tls_ca.is_some()),
-        ("tls-cert", nbd.tls_cert.is_some()),
-        ("tls-key", nbd.tls_key.is_some()),
-        ("tls-hostname", nbd.tls_hostname.is_some()),
-        ("tls-verify", !nbd.tls_verify),
-    ];
-    if let Some((key, _)) = given.iter().find(|(_, given)| *given && !uri.tls) {
-        return Err((*key, "is for nbds:// and nbds+unix:// alone".into()));
-    }
-    match (&nbd.tls_cert, &nbd.tls_key) {
-        (Some(_), None) => return Err(("tls-cert", "needs tls-key".into())),
-        (None, Some(_)) => return Err(("tls-key", "needs tls-cert".into())),
-        _ => {}
-    }
-    if nbd.tls_ca.is_some() && !nbd.tls_verify {
-        return Err(("tls-ca", "means nothing with tls-verify=off".into()));
-    }
-    if let Some(connections) = nbd.connections
-        && !(1..=NbdConfig::MAX_CONNECTIONS).contains(&connections)
-    {
-        let most = NbdConfig::MAX_CONNECTIONS;
-        return Err(("connections", format!("must be from 1 to {most}, not {connections}")));
-    }
-    if nbd.timeout > NbdConfig::MAX_TIMEOUT {
-        let most = NbdConfig::MAX_TIMEOUT;
-        return Err(("timeout", format!("must be at most {most} seconds, not {}", nbd.timeout)));
-    }
-    if nbd.reconnect > NbdConfig::MAX_RECONNECT {
-        let most = NbdConfig::MAX_RECONNECT;
-        return Err(("reconnect", format!("must be at most {most} seconds, not {}", nbd.reconnect)));
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -516,7 +257,7 @@ mod tests {
     fn unknown_drivers_and_keys_are_refused() {
         let error = read("qcow2", "{}").unwrap_err();
         assert!(error.contains("\"qcow2\"") && error.contains("memory"), "{error}");
-        for (driver, target) in DRIVERS {
+        for &(driver, target) in DRIVERS {
             assert_eq!(VolumeConfig::target_key(driver), Some(target));
             let error = read(driver, "{}").unwrap_err();
             assert!(error.contains(target), "{driver}: {error}");

@@ -1,12 +1,11 @@
-//! The checkpoint: every request of every frontend passes here, on the way in and on the way out.
+//! The root: every request of every frontend passes here, on the way in and on the way out.
 //!
-//! What a volume need not know is settled here once: bounds, alignment, read-only, and the emulation of
-//! write-zeroes where the store has no such thing.
+//! What concerns a volume as its clients see it is settled here: what becomes of errors, who hears of losses, what a change
+//! of size waits for. The checks are the [edge](super::node)'s, as for every request within the tree.
 
-use super::backend::Backend;
 use super::policy::{Attempts, What};
-use super::{Attached, Flusher, transfer};
-use crate::block::{Data, Errno, Op, Request, SECTOR};
+use super::{Attached, Flusher};
+use crate::block::{Errno, Flags, Op, Request};
 use crate::ring::{Io, Ring};
 
 /// Carries `request` out, wholly or with the error that stopped it. Where the volume's [policy](super::policy) says
@@ -16,9 +15,7 @@ use crate::ring::{Io, Ring};
 /// was told of, and a write with FUA only if none was lost meanwhile.
 ///
 /// # Errors
-/// `EROFS` for a change to a read-only export, `ENOSPC` for a write and `EIO` for anything else past the
-/// end (what the kernel's own block layer answers), `EINVAL` for a range that is not on logical blocks or longer than
-/// the volume offers for its operation, `EOPNOTSUPP` for a discard where there is none; otherwise what the volume says.
+/// What [`Edge::validate`](super::node::Edge::validate) refuses; otherwise what the volume says.
 pub async fn execute<R: Ring>(
     volume: &Attached<R>,
     io: &Io<R>,
@@ -27,7 +24,7 @@ pub async fn execute<R: Ring>(
 ) -> Result<(), Errno> {
     let policy = volume.policy();
     let stores = matches!(request.op, Op::Write | Op::WriteZeroes);
-    let lost_before = if stores || request.flags.fua { volume.loss_reports() } else { 0 };
+    let lost_before = if stores || request.flags.fua { volume.edge().loss_reports() } else { 0 };
     if policy.is_stopped() {
         // Boxed, as all that is rare: a slot's future has no room for it.
         Box::pin(queue_up(volume, io, request)).await?;
@@ -35,8 +32,7 @@ pub async fn execute<R: Ring>(
     let result = {
         // Before the look at the capacity: a volume that shrinks waits for requests which saw the old one.
         let _admitted = volume.admitted();
-        admit(volume, request)?;
-        debug_assert!(fits(volume, request), "the frontend's data does not fit its request: {request:?}");
+        volume.edge().validate(request)?;
         change(volume, io, request).await
     };
     match result {
@@ -45,7 +41,7 @@ pub async fn execute<R: Ring>(
     }
     if syncs(volume, request) {
         match flush(volume, io, flusher, request).await {
-            Err(errno) if policy.covers(errno) && volume.may_flush_again(errno) => {
+            Err(errno) if policy.covers(errno) && volume.edge().may_flush_again(errno) => {
                 Box::pin(flush_again(volume, io, flusher, request, errno)).await?;
             }
             other => reported(volume, io, request, other)?,
@@ -80,27 +76,18 @@ async fn flush<R: Ring>(
     match request.op {
         Op::Flush => volume.flush_for(io, flusher).await,
         // Its own write is all that it tells of.
-        _ => volume.flush(io).await,
+        _ => volume.edge().flush(io).await,
     }
 }
 
 /// What a request changes or reads; what it syncs comes afterwards.
 async fn change<R: Ring>(volume: &Attached<R>, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
-    let (offset, len) = (request.sector * SECTOR, request.len());
-    if len == 0 {
+    if request.op == Op::Flush {
         return Ok(());
     }
-    let durable = request.flags.fua && !syncs(volume, request);
-    match request.op {
-        Op::Read => volume.read(io, request.data, len, offset).await,
-        Op::Write => volume.write(io, request.data, len, offset, durable).await,
-        Op::Flush => Ok(()),
-        Op::Discard => volume.discard(io, offset, len).await,
-        Op::WriteZeroes => match volume.write_zeroes(io, offset, len, request.flags.unmap).await {
-            Err(Errno::EOPNOTSUPP) => transfer::write_zeroes(volume, io, offset, len).await,
-            other => other,
-        },
-    }
+    let fua = request.flags.fua && request.op == Op::Write && !syncs(volume, request);
+    let request = Request { flags: Flags { fua, ..request.flags }, ..*request };
+    volume.edge().perform(io, &request).await
 }
 
 /// Whether a request ends with a flush. A write with FUA needs none, unless its own errors must be told from those of
@@ -116,7 +103,7 @@ fn syncs<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> bool {
 
 /// Waits while the volume is stopped. What no volume should see is refused without a wait.
 async fn queue_up<R: Ring>(volume: &Attached<R>, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
-    admit(volume, request)?;
+    volume.edge().validate(request)?;
     match volume.policy().queue_up(io, What::of(request, io)).await {
         // What waits is not complete, so a flush need not cover it; and it is not to wait any more.
         Err(Errno::ERESTART) if request.op == Op::Flush => Ok(()),
@@ -136,7 +123,7 @@ async fn change_again<R: Ring>(
         policy.failed(io, what, errno, &mut attempts).await?;
         // The volume may have become smaller meanwhile, and what waits is nothing that a shrink waits for.
         let _admitted = volume.admitted();
-        admit(volume, request)?;
+        volume.edge().validate(request)?;
         match change(volume, io, request).await {
             Err(again) if policy.covers(again) => errno = again,
             other => return reported(volume, io, request, other),
@@ -156,42 +143,8 @@ async fn flush_again<R: Ring>(
     loop {
         policy.failed(io, what, errno, &mut attempts).await?;
         match flush(volume, io, flusher, request).await {
-            Err(again) if policy.covers(again) && volume.may_flush_again(again) => errno = again,
+            Err(again) if policy.covers(again) && volume.edge().may_flush_again(again) => errno = again,
             other => return reported(volume, io, request, other),
         }
-    }
-}
-
-/// Refuses what no volume should see. Costs a handful of comparisons.
-fn admit<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> Result<(), Errno> {
-    let geometry = volume.geometry();
-    let changes = matches!(request.op, Op::Write | Op::Discard | Op::WriteZeroes);
-    if changes && geometry.read_only {
-        return Err(Errno::EROFS);
-    }
-    if request.op == Op::Discard && geometry.discard.is_none() {
-        return Err(Errno::EOPNOTSUPP);
-    }
-    if !geometry.contains(request.sector, request.sectors) {
-        return Err(if changes { Errno::ENOSPC } else { Errno::EIO });
-    }
-    if !geometry.aligned(request.sector, request.sectors) {
-        return Err(Errno::EINVAL);
-    }
-    // A store does these in one go, and what comes after them waits: hence the limits, which are the client's to keep.
-    let most = match request.op {
-        Op::Discard => geometry.discard.map_or(0, |limits| limits.max_sectors),
-        Op::WriteZeroes => geometry.max_write_zeroes,
-        Op::Read | Op::Write | Op::Flush => return Ok(()),
-    };
-    if request.sectors > most { Err(Errno::EINVAL) } else { Ok(()) }
-}
-
-/// Whether the data of a request is of its length, and of a kind that the volume takes.
-fn fits<R: Ring>(volume: &Attached<R>, request: &Request<'_>) -> bool {
-    match &request.data {
-        Data::None => !matches!(request.op, Op::Read | Op::Write) || request.is_empty(),
-        Data::Iovecs(window) => window.len() == request.len(),
-        Data::Registered { .. } => volume.takes_registered(),
     }
 }

@@ -46,6 +46,11 @@ impl Identity {
         Identity(driver.into())
     }
 
+    /// Of what a layer makes of another store.
+    pub fn over(driver: &str, base: &Identity) -> Identity {
+        Identity(format!("{driver} over {base}"))
+    }
+
     /// The line.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -11,7 +11,7 @@
 //! that begins later cannot have been told in its place.
 //!
 //! A write may be lost before it is acknowledged, and the loss told while we still have it. Its acknowledgement would then
-//! come after the loss that everybody heard of, and the next flush would vouch for it; so it [counts](Losses::catch_up) as
+//! come after the loss that everybody heard of, and the next flush would vouch for it; so it [counts](Losses::count) as
 //! another loss.
 //!
 //! Costs two uncontended locks for each sync (a flush, a durable write), next to what the store takes for one, and two loads
@@ -86,12 +86,9 @@ impl Losses {
         self.epoch.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// A write is about to be acknowledged that the store had when there were `before` reports. What it told of meanwhile
-    /// may have been this write, and whoever was told of it did not count on that; so everybody hears of one more loss.
-    pub fn catch_up(&self, before: u64) {
-        if self.reports() != before {
-            self.epoch.fetch_add(1, Ordering::SeqCst);
-        }
+    /// Everybody hears of one more loss: of a write that was acknowledged after the store had told of it.
+    pub fn count(&self) {
+        self.epoch.fetch_add(1, Ordering::SeqCst);
     }
 
     /// A flush or a durable write is handed to the store.
@@ -266,7 +263,7 @@ impl Flushers {
     }
 
     fn renew(&self, volume: &Volume) {
-        let epoch = volume.losses().map_or(0, Losses::epoch);
+        let epoch = volume.epoch();
         self.queues.iter().for_each(|flusher| flusher.hear(epoch));
     }
 

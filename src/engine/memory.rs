@@ -1,10 +1,69 @@
 //! A volume in this process's memory: fast, and gone with it.
 
-use super::backend::Backend;
-use crate::block::{Data, DiscardLimits, Errno, Geometry, GeometryError, Iovec};
-use crate::ring::{Io, Mapping, PASS_WORK, Ring};
+use super::config::{DEFAULT_BLOCK, check_size};
+use super::driver::{AnyStore, Capabilities, Driver, Open, Opened, Store, Summary};
+use super::identity::Identity;
+use super::losses::Losses;
+use super::node::Leaf;
+use super::resize::ResizeError;
+use super::volume::OpenError;
+use crate::block::{Data, DiscardLimits, Errno, Geometry, GeometryError, Iovec, Size};
+use crate::ring::{Core, Io, Mapping, PASS_WORK, Ring};
+use std::fmt;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+/// `driver = "memory"`.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct MemoryConfig {
+    /// Capacity.
+    pub size: Size,
+    /// Logical block in bytes, 512 or 4096; `None`: 512.
+    pub block_size: Option<u32>,
+}
+
+impl Driver for MemoryConfig {
+    const NAME: &'static str = "memory";
+    const TARGET: &'static str = "size";
+    const HELP: &'static str = "
+  memory:SIZE  lost when the service ends; block-size=512|4096
+";
+    type Store = Memory;
+
+    fn target(&self) -> String {
+        self.size.to_string()
+    }
+
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        check_size(self.size, self.block_size)
+    }
+
+    fn summary(&self) -> Summary<'_> {
+        let block_size = self.block_size;
+        Summary { base: None, block_size, read_only: false, reconnects: false, needs: None }
+    }
+
+    fn details(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Ok(())
+    }
+
+    fn opener(&self, name: &str, _: Option<Open>) -> Result<Open, OpenError> {
+        let (name, config) = (name.to_owned(), self.clone());
+        Ok(Box::new(move |_| {
+            let block = config.block_size.unwrap_or(DEFAULT_BLOCK);
+            let geometry = geometry(config.size.bytes(), block);
+            let geometry = geometry.map_err(|source| OpenError::Geometry { name: name.clone(), source })?;
+            let bytes = geometry.bytes();
+            let memory = Memory::new(bytes);
+            let memory = memory.map_err(|source| OpenError::Memory { name: name.clone(), bytes, source })?;
+            let identity = Identity::of_nothing(Self::NAME);
+            Ok(Opened { geometry, identity, store: AnyStore::Memory(memory) })
+        }))
+    }
+}
 
 /// Memory shared by all workers. Two requests that race for the same bytes leave a mixture, as on a disk.
 #[derive(Clone)]
@@ -112,7 +171,51 @@ impl Memory {
     }
 }
 
-impl<R: Ring> Backend<R> for Memory {
+impl Store for Memory {
+    type Channel<R: Ring> = Memory;
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { persists: false, single_worker: false, registered: false, prefers_registered: false }
+    }
+
+    fn each_loss(&self, _: &mut dyn FnMut(&Losses)) {}
+
+    fn size(&self, capacity: u64) -> Result<u64, ResizeError> {
+        Ok(capacity)
+    }
+
+    fn offered(&self) -> Option<u64> {
+        None
+    }
+
+    fn tell_growth(&self, _: Sender<String>, _: &str) {}
+
+    fn takes(&self, bytes: u64) -> Result<(), ResizeError> {
+        if bytes <= self.len() {
+            return Ok(());
+        }
+        Err(ResizeError::Fixed(
+            "a memory volume cannot be larger than it was opened: its addresses are set aside then",
+        ))
+    }
+
+    fn set_size(&self, from: u64, bytes: u64) -> Result<(), ResizeError> {
+        self.forget(bytes, from);
+        Ok(())
+    }
+
+    fn shows(&self, _: u64) {}
+
+    fn switch(&self, _: &str, _: bool) -> usize {
+        0
+    }
+
+    fn attach<R: Ring>(&self, _: &Rc<Core<R>>) -> Memory {
+        self.clone()
+    }
+}
+
+impl<R: Ring> Leaf<R> for Memory {
     async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
         in_slices(io, data, len, offset, |at, part| self.mapping.scatter(at, &[part])).await
     }
@@ -132,4 +235,20 @@ impl<R: Ring> Backend<R> for Memory {
     async fn write_zeroes(&self, io: &Io<R>, offset: u64, len: u64, _: bool) -> Result<(), Errno> {
         self.zero(io, offset, len).await
     }
+
+    fn losses(&self) -> Option<&Losses> {
+        None
+    }
+
+    fn may_flush_again(&self, _: Errno) -> bool {
+        false
+    }
+
+    fn waits_for(&self) -> &'static str {
+        "the store"
+    }
+
+    fn hang_up(&self) {}
+
+    fn abandon(&self) {}
 }

@@ -1,24 +1,27 @@
 //! Volumes: what is stored, and where.
 //!
-//! A [`Volume`] is opened once and shared by all workers; each worker [attaches](Volume::attach) to it and
-//! serves requests through its own ring with [`execute()`], the one checkpoint that every request passes.
-//! Volumes know nothing of the frontends.
+//! A [`Volume`] is opened once and shared by all workers; each worker [attaches](Volume::attach) to it and serves requests
+//! through its own ring with [`execute()`]. Below it is a tree: a leaf that keeps bytes, and layers that stand on others;
+//! every [edge](node::Edge) of it is a checkpoint. Volumes know nothing of the frontends.
 //!
-//! A new kind of volume is a file here, an arm of [`Volume`] and of [`Attached`], and its own options in
-//! [`config`].
+//! A new kind of volume is a folder (or a file) here and one word in the list of [`driver`].
 
 #![forbid(unsafe_code)]
 
 mod attached;
-mod backend;
 pub mod config;
+mod driver;
 mod execute;
+pub mod fault;
 pub mod file;
 mod grace;
+pub mod graph;
 mod identity;
+mod layer;
 mod losses;
 mod memory;
 pub mod nbd;
+mod node;
 mod null;
 mod policy;
 mod resize;
@@ -28,6 +31,7 @@ mod transfer;
 mod volume;
 
 pub use attached::Attached;
+pub use driver::Capabilities;
 pub use execute::execute;
 pub use identity::Identity;
 pub use losses::{Flusher, Flushers, QueueStart};

@@ -10,8 +10,9 @@
 //!   cut. A write carried out after the cut would make the store grow again, hence the wait. When an export refuses
 //!   or a request does not end in time, the capacity and the exports go back, and the store was never touched.
 
-use super::volume::{Store, Volume};
-use crate::block::{Causes, Geometry, GeometryError, SECTOR};
+use super::driver::Store;
+use super::volume::Volume;
+use crate::block::{Geometry, GeometryError, SECTOR};
 use std::io;
 use std::sync::mpsc::Sender;
 use std::sync::{MutexGuard, TryLockError};
@@ -157,9 +158,7 @@ impl Volume {
     /// Has `to` told the volume's name whenever its store has become larger by itself, which [`catch_up`](Self::catch_up)
     /// is then to be called for.
     pub fn tell_growth(&self, to: Sender<String>) {
-        if let Store::Nbd(nbd) = &self.store {
-            nbd.tell_growth(to, self.name());
-        }
+        self.store.tell_growth(to, self.name());
     }
 
     /// Takes what its store has become larger by. To be called from a thread that may block.
@@ -192,6 +191,7 @@ impl Volume {
         let set_length = || length.map_or(Ok(()), |length| self.store.set_size(change.from, length));
         if to >= change.from {
             set_length()?;
+            self.store.shows(to);
             capacity.set(to / SECTOR);
             // Exports are told also when nothing has changed: one that was not reached the last time may be now.
             exports.resize(to / SECTOR).map_err(|reason| ResizeError::Untold { to, reason })?;
@@ -206,73 +206,12 @@ impl Volume {
                 }
                 return Err(error);
             }
+            self.store.shows(to);
         }
         if to != change.from {
             log::info!("volume {}: {to} bytes now, {} before", self.name(), change.from);
         }
         Ok(change)
-    }
-}
-
-/// What the user of an NBD volume reads who wants it larger.
-const NBD: &str = "an NBD export has the size that its server gives it: change it there, then have it looked at with refresh";
-
-impl Store {
-    /// Bytes there are now, for a volume of `capacity`.
-    fn size(&self, capacity: u64) -> Result<u64, ResizeError> {
-        match self {
-            Store::File(file) => {
-                file.size().map_err(|source| ResizeError::Store { what: "its size cannot be found", source })
-            }
-            Store::Memory(_) | Store::Null => Ok(capacity),
-            Store::Nbd(nbd) => match (nbd.ask_size(), nbd.offered()) {
-                (Ok(asked), Some(offered)) if asked > offered => {
-                    Err(ResizeError::Connections { asked, offered })
-                }
-                (Ok(size), _) => Ok(size),
-                // One that takes no further connection has told those that it has.
-                (Err(_), Some(offered)) => Ok(offered),
-                (Err(error), None) => {
-                    let source = io::Error::other(Causes(&error).to_string());
-                    Err(ResizeError::Store { what: "its server cannot be asked", source })
-                }
-            },
-        }
-    }
-
-    /// Bytes that it offers by itself, where it tells of changes.
-    fn offered(&self) -> Option<u64> {
-        match self {
-            Store::Nbd(nbd) => nbd.offered(),
-            Store::File(_) | Store::Memory(_) | Store::Null => None,
-        }
-    }
-
-    /// Whether it can be made `bytes` large at all.
-    fn takes(&self, bytes: u64) -> Result<(), ResizeError> {
-        match self {
-            Store::File(file) if !file.is_regular() => Err(ResizeError::Fixed(
-                "a block device has the size it has: change the device, then have it looked at with refresh",
-            )),
-            Store::Memory(memory) if bytes > memory.len() => Err(ResizeError::Fixed(
-                "a memory volume cannot be larger than it was opened: its addresses are set aside then",
-            )),
-            Store::Nbd(_) => Err(ResizeError::Fixed(NBD)),
-            Store::File(_) | Store::Memory(_) | Store::Null => Ok(()),
-        }
-    }
-
-    /// Makes it `bytes` large, of `from` before.
-    fn set_size(&self, from: u64, bytes: u64) -> Result<(), ResizeError> {
-        match self {
-            Store::File(file) => {
-                let what = "its length cannot be changed";
-                file.set_size(bytes).map_err(|source| ResizeError::Store { what, source })?;
-            }
-            Store::Memory(memory) => memory.forget(bytes, from),
-            Store::Null | Store::Nbd(_) => {}
-        }
-        Ok(())
     }
 }
 

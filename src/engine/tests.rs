@@ -2,13 +2,14 @@
 
 mod bounds;
 mod crash;
+pub(super) mod layers;
 mod losses;
 mod model;
 mod policy;
 mod resize;
 
 use super::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
-use super::volume::Store;
+use super::driver::AnyStore;
 use super::{Attached, Flusher, OpenError, Volume, file};
 use crate::block::{Data, Errno, Flags, Op, Request, Size};
 use crate::ring::double::{Double, Faults, Random, get, put};
@@ -44,8 +45,8 @@ fn open(path: &Path, direct: bool, block_size: Option<u32>) -> Volume {
         Err(OpenError::File { source: file::Error::NoDirect, .. }) => {
             let config = FileConfig { direct: false, ..config };
             let mut volume = Volume::open("test", &VolumeConfig::File(config)).unwrap();
-            if let Store::File(file) = volume.store {
-                volume.store = Store::File(file.pretend_direct());
+            if let AnyStore::File(file) = volume.store {
+                volume.store = AnyStore::File(file.pretend_direct());
                 volume.geometry.dma_alignment = 512;
             }
             volume

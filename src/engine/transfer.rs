@@ -1,8 +1,7 @@
 //! Reads and writes finished: short ones resumed, refused ones tried again. Once, for every volume.
 
-use super::Attached;
-use super::backend::Backend;
-use crate::block::{Data, Errno, Front, Iovec, Window};
+use super::driver::AnyChannel;
+use crate::block::{Data, Errno, Flags, Front, Iovec, Op, Request, SECTOR, Window};
 use crate::ring::{Io, Ring, Sqe, Target, zeroes};
 
 /// Which way the bytes go.
@@ -108,22 +107,28 @@ pub(super) fn vector(file: Target, direction: Direction, window: Window<'_>, off
     }
 }
 
-/// Writes zeroes the long way, a MiB at a time.
+/// Writes the zeroes of `request` the long way, a MiB at a time.
 pub(super) async fn write_zeroes<R: Ring>(
-    volume: &Attached<R>,
+    channel: &AnyChannel<R>,
     io: &Io<R>,
-    offset: u64,
-    len: u64,
+    request: &Request<'_>,
 ) -> Result<(), Errno> {
     let mut done = 0;
-    while done < len {
+    while done < request.len() {
         let mut iovecs = [Iovec::EMPTY; 16];
         let mut step = 0;
         for iovec in &mut iovecs {
-            *iovec = zeroes(len - done - step);
+            *iovec = zeroes(request.len() - done - step);
             step += iovec.len() as u64;
         }
-        volume.write(io, Data::of(&iovecs), step, offset + done, false).await?;
+        let write = Request {
+            op: Op::Write,
+            flags: Flags::default(),
+            sector: request.sector + done / SECTOR,
+            sectors: (step / SECTOR) as u32,
+            data: Data::of(&iovecs),
+        };
+        channel.perform(io, &write).await?;
         done += step;
     }
     Ok(())

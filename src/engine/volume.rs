@@ -1,16 +1,18 @@
 //! Opening volumes, and lending them to workers.
 
-use super::attached::{Attached, Ops};
+use super::attached::Attached;
 use super::config::{OnError, PolicyConfig, TopologyConfig, VolumeConfig};
-use super::file::{self, FileOps, FileVolume};
+use super::driver::{AnyStore, Capabilities, Open, Opened, Store};
+use super::file;
+use super::graph::{self, GraphError};
 use super::identity::Identity;
 use super::losses::Losses;
-use super::memory::{self, Memory};
-use super::nbd::{self, NbdOps, NbdVolume};
-use super::null::Null;
+use super::nbd;
+use super::node::Edge;
 use super::policy::{Policy, PolicyState};
 use crate::block::{Geometry, GeometryError};
 use crate::ring::{Core, Ring};
+use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -21,48 +23,39 @@ pub struct Volume {
     name: String,
     pub(super) geometry: Geometry,
     identity: Identity,
-    pub(super) store: Store,
+    capabilities: Capabilities,
+    pub(super) store: AnyStore,
     /// Held while the size changes.
     pub(super) resizing: Mutex<()>,
     policy: Arc<Policy>,
 }
 
-pub(super) enum Store {
-    File(FileVolume),
-    Memory(Memory),
-    Null,
-    Nbd(NbdVolume),
-}
-
 /// How a volume is opened, as often as it takes: all that its configuration says.
 pub struct Opener {
     name: String,
-    config: VolumeConfig,
+    open: Open,
     policy: PolicyConfig,
     topology: TopologyConfig,
-    /// Of an NBD volume.
-    target: Option<nbd::Target>,
+    /// A store of its is waited for when it is lost.
+    reconnects: bool,
 }
 
 impl Opener {
-    /// For a volume of this name. Reads what it takes to open it, such as certificates, since that may be forbidden later.
+    /// For one of these volumes, with those that it stands on. Reads what it takes to open them, such as certificates,
+    /// since that may be forbidden later.
     ///
     /// # Errors
-    /// When one of those cannot be used.
+    /// When one of those cannot be used, or a volume that it stands on is not there.
     pub fn new(
         name: &str,
-        config: &VolumeConfig,
+        volumes: &BTreeMap<String, VolumeConfig>,
         policy: PolicyConfig,
         topology: TopologyConfig,
     ) -> Result<Opener, OpenError> {
-        let target =
-            match config {
-                VolumeConfig::Nbd(options) => Some(nbd::Target::of(options).map_err(|source| {
-                    OpenError::Nbd { name: name.into(), uri: options.uri.clone(), source }
-                })?),
-                VolumeConfig::File(_) | VolumeConfig::Memory(_) | VolumeConfig::Null(_) => None,
-            };
-        Ok(Opener { name: name.into(), config: config.clone(), policy, topology, target })
+        let open = graph::opener(volumes, name)?;
+        let tree = graph::tree(volumes, name).unwrap_or_default();
+        let reconnects = tree.iter().any(|(_, config)| config.summary().reconnects);
+        Ok(Opener { name: name.into(), open, policy, topology, reconnects })
     }
 
     /// What becomes of it when its store fails.
@@ -76,8 +69,7 @@ impl Opener {
     /// # Errors
     /// See [`Volume::open`] and [`Volume::with_topology`].
     pub fn open(&self, limit: Duration) -> Result<Volume, OpenError> {
-        let target = self.target.as_ref().map(|target| (target, limit));
-        let volume = Volume::open_at(&self.name, &self.config, target)?.with_topology(self.topology)?;
+        let volume = Volume::of(&self.name, (self.open)(limit)?).with_topology(self.topology)?;
         Ok(volume.with_policy(self.policy))
     }
 
@@ -89,16 +81,13 @@ impl Opener {
     /// Whether a service may begin without the volume, which cannot be opened because of `error`. `others`: other volumes
     /// can be served.
     pub fn may_wait(&self, error: &OpenError, others: bool) -> bool {
-        let waited_for = self.config.reconnects() || self.policy.on_error != OnError::Report;
+        let waited_for = self.reconnects || self.policy.on_error != OnError::Report;
         match self.policy.required {
             Some(required) => !required,
             None => error.is_unreachable() && (waited_for || others) || error.may_be_its_clients() && others,
         }
     }
 }
-
-/// Logical block where neither the user nor the store cares, in bytes.
-const DEFAULT_BLOCK: u32 = 512;
 
 /// Why a volume could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -141,6 +130,14 @@ pub enum OpenError {
         /// The logical block.
         needed: u32,
     },
+    /// What it stands on cannot be.
+    #[error("volume {name}")]
+    Graph {
+        /// Of the volume.
+        name: String,
+        /// What was wrong with it.
+        source: GraphError,
+    },
     /// No memory.
     #[error("volume {name}: {bytes} bytes of memory cannot be reserved")]
     Memory {
@@ -166,65 +163,27 @@ impl OpenError {
 }
 
 impl Volume {
-    /// Opens what `config` describes. Nothing is changed in the store.
+    /// Opens what `config` describes, which stands on no other. Nothing is changed in the store.
     ///
     /// # Errors
     /// When it is missing, not ours to use, or cannot do what the configuration asks.
     pub fn open(name: &str, config: &VolumeConfig) -> Result<Volume, OpenError> {
-        Volume::open_at(name, config, None)
+        Ok(Volume::of(name, (config.opener(name, None)?)(Duration::MAX)?))
     }
 
-    fn open_at(
-        name: &str,
-        config: &VolumeConfig,
-        target: Option<(&nbd::Target, Duration)>,
-    ) -> Result<Volume, OpenError> {
-        let geometry_error = |source| OpenError::Geometry { name: name.into(), source };
-        let driver = config.driver();
-        let (store, geometry, identity) = match config {
-            VolumeConfig::File(options) => {
-                let (volume, geometry) = FileVolume::open(options).map_err(|source| OpenError::File {
-                    name: name.into(),
-                    path: options.path.display().to_string(),
-                    source,
-                })?;
-                let identity = volume.identity(driver).map_err(|source| OpenError::File {
-                    name: name.into(),
-                    path: options.path.display().to_string(),
-                    source,
-                })?;
-                (Store::File(volume), geometry, identity)
-            }
-            VolumeConfig::Memory(options) => {
-                let block = options.block_size.unwrap_or(DEFAULT_BLOCK);
-                let geometry = memory::geometry(options.size.bytes(), block).map_err(geometry_error)?;
-                let memory = Memory::new(geometry.bytes()).map_err(|source| OpenError::Memory {
-                    name: name.into(),
-                    bytes: geometry.bytes(),
-                    source,
-                })?;
-                (Store::Memory(memory), geometry, Identity::of_nothing(driver))
-            }
-            VolumeConfig::Null(options) => {
-                let block = options.block_size.unwrap_or(DEFAULT_BLOCK);
-                let geometry = Geometry::new(options.size.bytes(), block).map_err(geometry_error)?;
-                (Store::Null, geometry, Identity::of_nothing(driver))
-            }
-            VolumeConfig::Nbd(options) => {
-                let opened = match target {
-                    Some((target, limit)) => NbdVolume::open_at(options, target, limit),
-                    None => NbdVolume::open(options),
-                };
-                let (volume, geometry) = opened.map_err(|source| OpenError::Nbd {
-                    name: name.into(),
-                    uri: options.uri.clone(),
-                    source,
-                })?;
-                (Store::Nbd(volume), geometry, Identity::of_uri(driver, &options.uri))
-            }
-        };
+    fn of(name: &str, opened: Opened) -> Volume {
+        let Opened { geometry, identity, store } = opened;
         let policy = Arc::new(Policy::new(name, PolicyConfig::default()));
-        Ok(Volume { name: name.into(), geometry, identity, store, resizing: Mutex::default(), policy })
+        let capabilities = store.capabilities();
+        Volume {
+            name: name.into(),
+            geometry,
+            identity,
+            capabilities,
+            store,
+            resizing: Mutex::default(),
+            policy,
+        }
     }
 
     /// The same with another policy about errors than to report them. Before anybody attaches to it.
@@ -279,47 +238,27 @@ impl Volume {
         &self.geometry
     }
 
-    /// Whether all its queues must be on one worker, because what is flushed on one connection would not be
-    /// flushed for another.
-    pub fn single_worker(&self) -> bool {
-        matches!(&self.store, Store::Nbd(nbd) if !nbd.multi_conn())
+    /// What else it can do.
+    pub fn capabilities(&self) -> Capabilities {
+        self.capabilities
     }
 
-    /// Whether its data outlives this process, so that another may go on where this one ended.
-    pub fn persists(&self) -> bool {
-        !matches!(self.store, Store::Memory(_))
+    /// Losses of acknowledged writes so far.
+    pub(super) fn epoch(&self) -> u64 {
+        let mut epoch = 0;
+        self.store.each_loss(&mut |losses: &Losses| epoch += losses.epoch());
+        epoch
     }
 
-    /// Whether the kernel alone moves its data, so that ublk's zero copy can be used.
-    pub fn takes_registered(&self) -> bool {
-        matches!(self.store, Store::File(_))
-    }
-
-    /// Whether zero copy is also the faster way. Through the page cache there is one copy in any case, and what the
-    /// worker carries out itself it can only do with memory of its own: ext4's buffered writes take half as long so.
-    pub fn prefers_registered(&self) -> bool {
-        matches!(&self.store, Store::File(file) if file.is_direct())
-    }
-
-    /// Losses of acknowledged writes; `None` where there can be none.
-    pub(super) fn losses(&self) -> Option<&Losses> {
-        match &self.store {
-            Store::File(file) => Some(file.losses()),
-            Store::Nbd(nbd) => Some(nbd.losses()),
-            Store::Memory(_) | Store::Null => None,
-        }
+    /// Has the layers of this name, wherever they are below, do their work or stand aside. How many there are.
+    pub(super) fn switch(&self, layer: &str, on: bool) -> usize {
+        self.store.switch(layer, on)
     }
 
     /// Lends it to the worker `core` belongs to, for an export that is `read_only` or not.
     pub fn attach<R: Ring>(&self, core: &Rc<Core<R>>, read_only: bool) -> Attached<R> {
-        let ops = match &self.store {
-            Store::File(volume) => Ops::File(FileOps::new(core, volume.clone())),
-            Store::Memory(memory) => Ops::Memory(memory.clone()),
-            Store::Null => Ops::Null(Null),
-            Store::Nbd(volume) => Ops::Nbd(NbdOps::new(core, volume)),
-        };
         let mut geometry = self.geometry.clone();
         geometry.read_only |= read_only;
-        Attached::new(geometry, ops, self.policy.clone())
+        Attached::new(Edge::new(geometry, self.store.attach(core)), self.policy.clone())
     }
 }

@@ -12,12 +12,13 @@ mod flag;
 mod origin;
 mod words;
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
+use crate::engine::config::{Need, PolicyConfig, TopologyConfig, VolumeConfig};
+use crate::engine::graph;
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::sandbox::Mode;
@@ -67,6 +68,25 @@ impl Config {
     pub const MAX_WORKERS: usize = 1024;
     /// The longest name of a volume.
     pub const MAX_NAME: usize = 32;
+
+    /// Volumes that are more than what others stand on: these are opened, and the others with them.
+    pub fn roots(&self) -> impl Iterator<Item = (&String, &VolumeConfig)> {
+        let bases: BTreeSet<&str> =
+            self.volumes.values().filter_map(|volume| volume.summary().base).collect();
+        self.volumes.iter().filter(move |(name, _)| !bases.contains(name.as_str()) || self.is_exported(name))
+    }
+
+    fn is_exported(&self, name: &str) -> bool {
+        self.ublk.iter().any(|export| export.volume == name)
+            || self.vhost_user.iter().any(|export| export.volume == name)
+    }
+
+    /// What a volume and those that it stands on have to reach outside the process.
+    pub fn needs(&self, name: &str) -> impl Iterator<Item = Need<'_>> {
+        // Which stands on which was checked.
+        let tree = graph::tree(&self.volumes, name).unwrap_or_default();
+        tree.into_iter().filter_map(|(_, volume)| volume.summary().needs)
+    }
 }
 
 /// Why a configuration is refused.

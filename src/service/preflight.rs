@@ -16,7 +16,7 @@ use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::config::Config;
-use crate::engine::config::{FileConfig, VolumeConfig};
+use crate::engine::config::Need;
 use crate::engine::nbd;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 
@@ -44,10 +44,10 @@ fn volumes(config: &Config, which: impl Fn(bool) -> bool) -> impl Iterator<Item 
         which(policy.is_none_or(|policy| policy.required != Some(false)))
     });
     wanted.filter_map(|(name, volume)| {
-        let problem = match volume {
-            VolumeConfig::File(file) => image(file),
-            VolumeConfig::Nbd(nbd) => server(&nbd.uri),
-            VolumeConfig::Memory(_) | VolumeConfig::Null(_) => Ok(()),
+        let problem = match volume.summary().needs {
+            Some(Need::File { path, write }) => image(path, write),
+            Some(Need::Server(uri)) => server(uri),
+            None => Ok(()),
         };
         problem.err().map(|problem| format!("volume {name}: {problem}"))
     })
@@ -69,13 +69,12 @@ fn may(path: &Path, access: Access) -> Result<(), String> {
     accessat(CWD, path, access, AtFlags::EACCESS).map_err(|error| told(path)(error.into()))
 }
 
-fn image(file: &FileConfig) -> Result<(), String> {
-    let path = &file.path;
+fn image(path: &Path, write: bool) -> Result<(), String> {
     let kind = fs::metadata(path).map_err(told(path))?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(format!("{}: is neither a file nor a block device", path.display()));
     }
-    may(path, if file.read_only { Access::READ_OK } else { Access::READ_OK | Access::WRITE_OK })
+    may(path, if write { Access::READ_OK | Access::WRITE_OK } else { Access::READ_OK })
 }
 
 fn server(uri: &str) -> Result<(), String> {

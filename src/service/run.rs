@@ -18,7 +18,7 @@ use super::sandbox;
 use super::socket::{Access, SocketError, SocketFile};
 use super::status::{SandboxStatus, VolumeStatus};
 use crate::block::Errno;
-use crate::engine::config::VolumeConfig;
+use crate::engine::config::Need;
 use crate::engine::{OpenError, Volume, nbd};
 use crate::frontend::ublk::StableName;
 use crate::frontend::vhost_user::budget::MemoryBudget;
@@ -207,9 +207,9 @@ impl Service {
         let placement = Placement::of(
             config,
             |name| match volumes.get(name) {
-                Some(volume) => volume.single_worker(),
+                Some(volume) => volume.capabilities().single_worker,
                 // Whether its server keeps several connections coherent is not known yet.
-                None => matches!(config.volumes[name], VolumeConfig::Nbd(_)),
+                None => config.needs(name).any(|need| matches!(need, Need::Server(_))),
             },
             cpus,
         );
@@ -235,8 +235,7 @@ impl Service {
             leaving: Mutex::default(),
             keep: Mutex::default(),
             volumes: config
-                .volumes
-                .iter()
+                .roots()
                 .map(|(name, of)| {
                     let status = managed::configured(name, of, &config.policies[name]);
                     let served = volumes.remove(name).map(|volume| Served::new(volume, status));

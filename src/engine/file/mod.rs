@@ -1,17 +1,19 @@
 //! A volume on a regular file or a block device.
 
+mod config;
 mod inline;
 mod lock;
 mod open;
 mod ops;
 mod probe;
+mod store;
 mod users;
 
+pub use config::{FileConfig, ImageFormat};
 pub use lock::{Access, try_take};
 pub use open::{Opening, format};
 pub(super) use ops::FileOps;
 
-use super::config::FileConfig;
 use super::identity::Identity;
 use super::losses::Losses;
 use crate::block::{Format, Geometry, GeometryError};

@@ -4,8 +4,8 @@ use super::FileVolume;
 use super::inline::Inline;
 use super::probe::Kind;
 use crate::block::{Data, Errno};
-use crate::engine::backend::Backend;
 use crate::engine::losses::Losses;
+use crate::engine::node::Leaf;
 use crate::engine::transfer::{self, By, Direction};
 use crate::ring::{Core, Io, Pool, Ring, Sqe, Target};
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
@@ -37,19 +37,14 @@ impl<R: Ring> FileOps<R> {
         FileOps { core: core.clone(), volume, target, plain, inline, bounce: Pool::new(core) }
     }
 
-    /// See [`Losses`].
-    pub fn losses(&self) -> &Losses {
-        self.volume.losses()
-    }
-
     /// An operation that the kernel may answer with the failed write-back of other writes: then they are lost.
     async fn sync(&self, operation: impl Future<Output = Result<(), Errno>>) -> Result<(), Errno> {
-        let _sync = self.losses().begin();
+        let _sync = self.volume.losses().begin();
         let result = operation.await;
         if let Err(errno) = result
             && tells_of_loss(errno)
         {
-            self.losses().report();
+            self.volume.losses().report();
         }
         result
     }
@@ -172,7 +167,7 @@ fn tells_of_loss(errno: Errno) -> bool {
     !matches!(errno, Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EFAULT | Errno::EROFS)
 }
 
-impl<R: Ring> Backend<R> for FileOps<R> {
+impl<R: Ring> Leaf<R> for FileOps<R> {
     async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
         self.transfer(io, Direction::Read, data, len, offset).await
     }
@@ -226,6 +221,22 @@ impl<R: Ring> Backend<R> for FileOps<R> {
             other => other,
         }
     }
+
+    fn losses(&self) -> Option<&Losses> {
+        Some(self.volume.losses())
+    }
+
+    fn may_flush_again(&self, _: Errno) -> bool {
+        false
+    }
+
+    fn waits_for(&self) -> &'static str {
+        "the store"
+    }
+
+    fn hang_up(&self) {}
+
+    fn abandon(&self) {}
 }
 
 impl<R: Ring> Drop for FileOps<R> {

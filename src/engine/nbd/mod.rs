@@ -28,6 +28,7 @@
 #![forbid(unsafe_code)]
 
 mod buffer;
+mod config;
 mod connect;
 mod connection;
 mod dial;
@@ -41,6 +42,7 @@ mod ledger;
 mod ops;
 mod pool;
 mod protocol;
+mod store;
 mod tasks;
 mod tls;
 pub(super) mod uri;
@@ -49,11 +51,11 @@ mod watch;
 #[cfg(test)]
 mod tests;
 
+pub use config::NbdConfig;
 pub(super) use ops::NbdOps;
 pub use tls::farewell;
 pub use uri::Address as Server;
 
-use super::config::NbdConfig;
 use super::losses::Losses;
 use crate::block::{DiscardLimits, Geometry, GeometryError, Instance};
 use crate::log_limit::LogLimit;

@@ -7,8 +7,8 @@ use super::pool::Pool;
 use super::protocol::*;
 use super::{MAX_PAYLOAD, MAX_RANGE, NbdVolume, Remote};
 use crate::block::{Data, Errno, Iovec};
-use crate::engine::backend::Backend;
 use crate::engine::losses::Losses;
+use crate::engine::node::Leaf;
 use crate::ring::{Core, Io, Ring};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -35,21 +35,6 @@ impl<R: Ring> NbdOps<R> {
         NbdOps { remote, pool }
     }
 
-    /// See [`Losses`].
-    pub fn losses(&self) -> &Losses {
-        &self.remote.losses
-    }
-
-    /// Ends its connections, and with them every request, with an error.
-    pub fn abandon(&self) {
-        self.pool.abandon();
-    }
-
-    /// See [`Pool::hang_up`].
-    pub fn hang_up(&self) {
-        self.pool.hang_up();
-    }
-
     /// Has the server carry out as much of a request as it takes at once, over as many connections as that needs.
     async fn perform(
         &self,
@@ -65,7 +50,7 @@ impl<R: Ring> NbdOps<R> {
             let era = self.remote.ledger.era();
             // The server answers a durable write as its own `fsync(2)` ended, which may tell of other writes.
             let durable = request.flags & NBD_CMD_FLAG_FUA != 0;
-            let _sync = durable.then(|| self.losses().begin());
+            let _sync = durable.then(|| self.remote.losses.begin());
             // The connection may be another one by the time of the answer.
             let flushes = connection.has(NBD_FLAG_SEND_FLUSH);
             match connection.transact(io, &request, data, skip).await {
@@ -77,7 +62,7 @@ impl<R: Ring> NbdOps<R> {
                 }
                 Err(Failure::Server(errno)) => {
                     if durable {
-                        self.losses().report();
+                        self.remote.losses.report();
                     }
                     return Err(errno);
                 }
@@ -139,7 +124,7 @@ impl<R: Ring> NbdOps<R> {
     }
 }
 
-impl<R: Ring> Backend<R> for NbdOps<R> {
+impl<R: Ring> Leaf<R> for NbdOps<R> {
     async fn read(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
         self.transfer(io, Command::NBD_CMD_READ, 0, data, len, offset).await.map(drop)
     }
@@ -167,21 +152,21 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
                 let message = "writes that were not flushed may be lost with their connection";
                 self.remote.log.error("unflushed", format_args!("{message}"));
                 // In this order: a flush that finds the books closed finds the loss, too.
-                self.losses().report();
+                self.remote.losses.report();
                 ledger.flushed(debt);
                 return Err(Errno::EIO);
             };
             if !connection.has(NBD_FLAG_SEND_FLUSH) {
                 return Ok(());
             }
-            let _sync = self.losses().begin();
+            let _sync = self.remote.losses.begin();
             match connection.transact(io, &request, &[], 0).await {
                 Ok(()) => {
                     ledger.flushed(debt);
                     return Ok(());
                 }
                 Err(Failure::Server(errno)) => {
-                    self.losses().report();
+                    self.remote.losses.report();
                     return Err(errno);
                 }
                 Err(Failure::Lost) if io.is_interrupted() => return Err(Errno::ERESTART),
@@ -198,6 +183,27 @@ impl<R: Ring> Backend<R> for NbdOps<R> {
         let flags = if unmap { 0 } else { NBD_CMD_FLAG_NO_HOLE };
         let flush = self.range(io, Command::NBD_CMD_WRITE_ZEROES, flags, offset, len).await?;
         if flush { self.flush(io).await } else { Ok(()) }
+    }
+
+    fn losses(&self) -> Option<&Losses> {
+        Some(&self.remote.losses)
+    }
+
+    fn may_flush_again(&self, errno: Errno) -> bool {
+        errno == Errno::ENOTCONN
+    }
+
+    fn waits_for(&self) -> &'static str {
+        "the NBD server"
+    }
+
+    fn hang_up(&self) {
+        self.pool.hang_up();
+    }
+
+    /// Ends its connections, and with them every request, with an error.
+    fn abandon(&self) {
+        self.pool.abandon();
     }
 }
 

@@ -9,8 +9,8 @@ use super::handshake::Blocks;
 use super::protocol::*;
 use super::{Error, NbdVolume};
 use crate::block::{Data, Errno, Flags, Geometry, Op, Request};
-use crate::engine::backend::Backend;
 use crate::engine::config::{NbdConfig, OnError, PolicyConfig, VolumeConfig};
+use crate::engine::node::Leaf;
 use crate::engine::{Flusher, Flushers, Volume, execute};
 use bench::*;
 use server::{ALL_FLAGS, Fault, Manners, Server};
@@ -560,7 +560,7 @@ fn a_server_that_comes_back_with_more_is_taken() {
     let volume = Volume::open("far", &VolumeConfig::Nbd(config(&server.uri(), 60))).unwrap();
     let (to, told) = std::sync::mpsc::channel();
     volume.tell_growth(to);
-    let crate::engine::volume::Store::Nbd(nbd) = &volume.store else { panic!("another store") };
+    let crate::engine::driver::AnyStore::Nbd(nbd) = &volume.store else { panic!("another store") };
     let mut bench = Bench::new();
     let ops = bench.attach(nbd);
     bench.write(&ops, 0, &[1; 512], true).unwrap();

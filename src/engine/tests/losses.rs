@@ -1,6 +1,7 @@
 //! Writes that were acknowledged and lost: everybody who flushes hears of it, once, whoever the store told.
 
 use super::*;
+use crate::engine::losses::Losses;
 use crate::engine::{Flushers, QueueStart, execute};
 use crate::ring::{Io, Ring, Tasks};
 use std::cell::Cell;
@@ -44,6 +45,11 @@ impl World {
         let attached = Rc::new(volume.attach(&core, false));
         let exports = (0..exports).map(|_| Rc::new(Flushers::new(&volume, 2))).collect();
         World { core, volume, attached, exports }
+    }
+
+    fn losses(&self) -> &Losses {
+        let AnyStore::File(file) = &self.volume.store else { panic!("a file") };
+        file.losses()
     }
 
     /// What becomes of requests that are made at the same time, each by a queue of an export.
@@ -279,7 +285,7 @@ fn a_doubt_is_told_once_to_each_queue() {
 fn a_flush_that_stops_does_not_wait_for_others() {
     for op in [Op::Flush, Op::Write] {
         let world = World::new(11, 1);
-        let other = world.volume.losses().unwrap().begin();
+        let other = world.losses().begin();
         let (mut tasks, outcome) = (Tasks::new(world.core.clone()), Outcome::default());
         let (attached, flushers, give) = (world.attached.clone(), world.exports[0].clone(), outcome.clone());
         let slot = tasks.add(|io: Io<Double>| async move {
@@ -318,7 +324,7 @@ fn a_write_that_is_late_is_not_vouched_for() {
         [(Op::WriteZeroes, true), (Op::Write, true), (Op::WriteZeroes, false), (Op::Discard, true)]
     {
         let world = World::new(12, 1);
-        let losses = world.volume.losses().unwrap();
+        let losses = world.losses();
         let lose = || {
             losses.report();
             [0, 1].into_iter().for_each(|queue| world.exports[0].queue(queue).hear(losses.epoch()));

@@ -140,6 +140,8 @@ pub struct Run<R: Ring> {
     faults: Faults,
     /// A null volume keeps nothing.
     keeps: bool,
+    /// Bytes of the store in front of the volume's.
+    front: usize,
     done: Cell<usize>,
 }
 
@@ -150,7 +152,17 @@ impl<R: Tested> Run<R> {
         let sectors = vec![sector; bytes.len() / 512];
         let model = RefCell::new(Model { bytes, sectors, failed_flushes: 0, flushing: 0, writes: 0 });
         let flusher = Flusher::default();
-        Run { volume, model, flusher, faults, keeps, done: Cell::new(0) }
+        Run { volume, model, flusher, faults, keeps, front: 0, done: Cell::new(0) }
+    }
+
+    /// The same where the volume begins so many bytes into its store.
+    pub fn after(self, front: usize) -> Run<R> {
+        Run { front, ..self }
+    }
+
+    /// What a power cut would leave of the volume, where that can be known.
+    fn stable(&self, io: &Io<R>) -> Option<Vec<u8>> {
+        io.core().ring().stable().map(|mut store| store.split_off(self.front))
     }
 
     /// Carries `plan` out, checking every step, and then reads everything back, through a ring that makes no
@@ -225,7 +237,7 @@ impl<R: Tested> Run<R> {
             let payload: Vec<u8> = collect(&expected, &places);
             self.model.borrow_mut().end(range.clone(), epoch, result.is_ok().then_some(&payload));
             if step.flags.fua && result.is_ok() {
-                let stable = io.core().ring().stable();
+                let stable = self.stable(io);
                 assert!(stable.is_none_or(|stable| stable[range] == payload), "FUA: {step:?}");
             }
         } else if result.is_ok() && self.keeps {
@@ -252,7 +264,7 @@ impl<R: Tested> Run<R> {
         let mut model = self.model.borrow_mut();
         model.end(range.clone(), epoch, zeroed.then_some(&zeroes));
         if flushes && model.end_flush(result) && model.failed_flushes == epoch {
-            let stable = io.core().ring().stable();
+            let stable = self.stable(io);
             assert!(stable.is_none_or(|stable| stable[range] == zeroes), "FUA: {step:?}");
         }
     }
@@ -265,7 +277,7 @@ impl<R: Tested> Run<R> {
         self.check(&step, 0, result);
         let mut model = self.model.borrow_mut();
         if model.end_flush(result)
-            && let Some(stable) = io.core().ring().stable()
+            && let Some(stable) = self.stable(io)
         {
             model.check_stable(&before, &stable);
         }

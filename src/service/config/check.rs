@@ -5,11 +5,12 @@
 
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use crate::engine::config::{PolicyConfig, VolumeConfig};
+use crate::engine::config::{Need, PolicyConfig, TopologyConfig};
+use crate::engine::graph;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 
 use super::origin::{Item, Origin};
@@ -57,7 +58,7 @@ fn check_values(loader: &Loader) -> Result<(), ConfigError> {
         let checked = value
             .check()
             .and_then(|()| loader.policies.get(name).map_or(Ok(()), PolicyConfig::check))
-            .and_then(|()| topology.check(value.block_size()));
+            .and_then(|()| topology.check(value.summary().block_size));
         checked.map_err(|(key, reason)| origin.key_error(key, reason))?;
     }
     for Item { value, origin } in &loader.ublk {
@@ -97,8 +98,9 @@ fn check_references(loader: &Loader) -> Result<(), ConfigError> {
         }
         exported.push(volume);
     }
+    let bases = check_bases(loader, &exported)?;
     for (name, item) in &loader.volumes {
-        if !exported.contains(&name) {
+        if !exported.contains(&name) && !bases.contains(name.as_str()) {
             // Not an error: an export that is commented out for a day should not need its volume gone too.
             log::warn!("{}: volume \"{name}\" is not exported", item.origin.place(""));
         }
@@ -110,6 +112,45 @@ fn check_references(loader: &Loader) -> Result<(), ConfigError> {
         ));
     }
     Ok(())
+}
+
+/// Which volume stands on which: each on one that is there, none on itself, and what has several users is only read, since
+/// they would know nothing of each other's writes. The names of those that others stand on.
+fn check_bases<'a>(loader: &'a Loader, exported: &[&String]) -> Result<BTreeSet<&'a str>, ConfigError> {
+    let volumes = loader.volumes.iter().map(|(name, item)| (name.clone(), item.value.clone())).collect();
+    let based =
+        || loader.volumes.values().filter_map(|item| Some((item.value.summary().base?, &item.origin)));
+    if let Some((base, origin)) = based().find(|(base, _)| !loader.volumes.contains_key(*base)) {
+        return Err(origin.key_error("base", format!("there is no volume {base:?}")));
+    }
+    for (name, item) in &loader.volumes {
+        let tree = graph::tree(&volumes, name);
+        tree.map_err(|error| item.origin.key_error("base", error.to_string()))?;
+    }
+    let mut users: BTreeMap<&str, &Origin> = BTreeMap::new();
+    for (base, origin) in based() {
+        let first = users.insert(base, origin);
+        let other = match first {
+            Some(first) => format!("another volume stands on it ({})", first.place("base")),
+            None if exported.iter().any(|name| *name == base) => "it is exported".to_owned(),
+            None => continue,
+        };
+        if loader.volumes.get(base).is_some_and(|below| !below.value.summary().read_only) {
+            let reason = format!("{base:?} must be read-only to have another user: {other}");
+            return Err(origin.key_error("base", reason));
+        }
+    }
+    for base in users.keys().filter(|base| !exported.iter().any(|name| name == *base)) {
+        let policy = loader.policies.get(*base).is_some_and(|policy| *policy != PolicyConfig::default());
+        let topology = loader.topologies.get(*base).is_some_and(|of| *of != TopologyConfig::default());
+        if let (true, Some(item)) = (policy || topology, loader.volumes.get(*base)) {
+            let keys = PolicyConfig::KEYS.iter().chain(&TopologyConfig::KEYS).copied().collect::<Vec<_>>();
+            let reason =
+                format!("{} are for a volume that is exported, not for what it stands on", keys.join(", "));
+            return Err(item.origin.error(reason));
+        }
+    }
+    Ok(users.into_keys().collect())
 }
 
 fn check_ublk_claims(loader: &Loader) -> Result<(), ConfigError> {
@@ -159,19 +200,19 @@ fn serial_claims(loader: &Loader) -> Vec<String> {
 fn check_file_claims(loader: &Loader) -> Result<(), ConfigError> {
     let mut files: BTreeMap<PathBuf, (bool, &Origin)> = BTreeMap::new();
     for Item { value, origin } in loader.volumes.values() {
-        let VolumeConfig::File(file) = value else {
+        let Some(Need::File { path, write }) = value.summary().needs else {
             continue;
         };
-        match files.entry(place_of(&file.path)) {
+        match files.entry(place_of(path)) {
             Entry::Vacant(entry) => {
-                entry.insert((file.read_only, origin));
+                entry.insert((write, origin));
             }
             Entry::Occupied(entry) => {
-                let (first_read_only, first) = *entry.get();
-                if !(file.read_only && first_read_only) {
+                let (first_writes, first) = *entry.get();
+                if write || first_writes {
                     let reason = format!(
                         "{} belongs to another volume ({}); both would have to be read-only, or export one volume twice",
-                        file.path.display(),
+                        path.display(),
                         first.place("path")
                     );
                     return Err(origin.key_error("path", reason));
@@ -293,6 +334,56 @@ mod tests {
     }
 
     #[test]
+    fn volumes_stand_on_others() {
+        let on = |name: &'static str, base: &str| ("volume", format!("{name}=fault:{base}"));
+        let load = |flags: &[(&'static str, String)]| {
+            let flags: Vec<_> = flags.iter().map(|(flag, text)| (*flag, text.as_str())).collect();
+            load(&flags)
+        };
+        let (a, b) = (("volume", "a=null:1G".to_owned()), ("ublk", "b".to_owned()));
+        let golden = ("volume", "a=file:/x,read-only=on".to_owned());
+        let config = load(&[a.clone(), on("b", "a"), b.clone()]).unwrap();
+        assert_eq!(config.roots().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["b"]);
+        let config =
+            load(&[golden.clone(), on("b", "a"), on("c", "a"), b.clone(), ("ublk", "a".into())]).unwrap();
+        assert_eq!(config.roots().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(config.needs("b").count(), 1);
+        for (flags, place, word) in [
+            (vec![on("b", "x"), b.clone()], "--volume b=fault:x: base", "no volume \"x\""),
+            (vec![on("b", "b"), b.clone()], "--volume b=fault:b: base", "b stands on b"),
+            (
+                vec![on("b", "c"), on("c", "d"), on("d", "b"), b.clone()],
+                "--volume b=fault:c: base",
+                "b stands on c stands on d stands on b",
+            ),
+            (
+                vec![a.clone(), on("b", "a"), on("c", "a"), b.clone()],
+                "--volume c=fault:a: base",
+                "(--volume b=fault:a)",
+            ),
+            (
+                vec![a.clone(), on("b", "a"), ("ublk", "a".into()), b.clone()],
+                "--volume b=fault:a: base",
+                "it is exported",
+            ),
+            (
+                vec![("volume", "a=null:1G,on-error=stop".into()), on("b", "a"), b.clone()],
+                "--volume a=null:1G,on-error=stop",
+                "for a volume that is exported",
+            ),
+        ] {
+            let error = load(&flags).unwrap_err();
+            assert!(error.starts_with(place) && error.contains(word), "{error}");
+        }
+        let mut tall = vec![a.clone(), ("ublk", "v33".into())];
+        for number in 1..=33 {
+            let base = if number == 1 { "a".to_owned() } else { format!("v{}", number - 1) };
+            tall.push(("volume", format!("v{number}=fault:{base}")));
+        }
+        assert!(load(&tall).unwrap_err().contains("more than 32"));
+    }
+
+    #[test]
     fn one_volume_behind_both_doors_is_fine() {
         let both = [A, UBLK_A, ("vhost-user", "a=/run/1"), ("vhost-user", "a=/run/2,read-only=on")];
         let config = load(&both).unwrap();
@@ -367,6 +458,14 @@ mod tests {
         assert!(with("a=file:/x/y,read-only=on", "b=file:/x/y").is_err());
         assert!(with("a=file:/x/y,read-only=on", "b=file:/x/y,read-only=on").is_ok());
         assert!(with("a=file:/x/y", "b=file:/x/z").is_ok());
+    }
+
+    #[test]
+    fn the_line_of_a_base_is_named() {
+        let text = "[volume.a]\ndriver = \"fault\"\n\nbase = \"b\"\n\n[[ublk]]\nvolume = \"a\"\n";
+        let mut loader = Loader::new();
+        loader.add_text(Path::new("r.toml"), text).unwrap();
+        assert_eq!(loader.finish().unwrap_err().to_string(), "r.toml:4: base: there is no volume \"b\"");
     }
 
     #[test]

@@ -100,11 +100,11 @@ impl UblkExport {
     ) -> Result<UblkExport, ublk::Error> {
         let offer = support::probe()?;
         let copy = match config.zero_copy {
-            ZeroCopy::Auto if !volume.prefers_registered() => ZeroCopy::Off,
+            ZeroCopy::Auto if !volume.capabilities().prefers_registered => ZeroCopy::Off,
             wish => wish,
         };
-        let zero_copy = offer.zero_copy(copy, volume.takes_registered())?;
-        let recovery = offer.recovery(config.recovery, volume.persists()).map_err(|source| {
+        let zero_copy = offer.zero_copy(copy, volume.capabilities().registered)?;
+        let recovery = offer.recovery(config.recovery, volume.capabilities().persists).map_err(|source| {
             ublk::Error::Recovery { wish: config.recovery.unwrap_or(Recovery::Reissue), source }
         })?;
         let queues = u16::try_from(links.len()).unwrap_or(UblkConfig::MAX_QUEUES);

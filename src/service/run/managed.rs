@@ -130,7 +130,7 @@ pub(super) fn configured(name: &str, config: &VolumeConfig, policy: &PolicyConfi
         target: config.target(),
         size_bytes: 0,
         block_size: 0,
-        read_only: config.read_only(),
+        read_only: config.summary().read_only,
         policy: policy.on_error.name().into(),
         paused: false,
         waiting: 0,

@@ -26,12 +26,13 @@ impl Opened {
     pub fn of(config: &Config) -> Result<Opened, OpenError> {
         let mut opened = Opened { volumes: BTreeMap::new(), waiting: BTreeMap::new(), attempts: Vec::new() };
         let mut openers = Vec::new();
-        for (name, volume) in &config.volumes {
-            openers.push(Opener::new(name, volume, config.policies[name], config.topologies[name])?);
+        for (name, _) in config.roots() {
+            let (policy, topology) = (config.policies[name], config.topologies[name]);
+            openers.push(Opener::new(name, &config.volumes, policy, topology)?);
         }
         let mut failed = Vec::new();
         let results = open_all(&openers);
-        for (((name, volume), opener), result) in config.volumes.iter().zip(openers).zip(results) {
+        for (((name, volume), opener), result) in config.roots().zip(openers).zip(results) {
             match result {
                 Ok(volume) => {
                     opened.volumes.insert(name.clone(), volume);

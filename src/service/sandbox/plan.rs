@@ -1,7 +1,7 @@
 //! What a service needs once it runs: worked out from its configuration.
 
 use super::Mode;
-use crate::engine::config::VolumeConfig;
+use crate::engine::config::Need;
 use crate::engine::nbd;
 use crate::service::config::Config;
 use std::path::{Path, PathBuf};
@@ -47,13 +47,12 @@ impl Plan {
             ublk: !config.ublk.is_empty(),
             ..Plan::default()
         };
-        for volume in config.volumes.values() {
-            plan.files |= matches!(volume, VolumeConfig::File(_));
-            match volume {
-                VolumeConfig::File(file) if file.read_only => plan.read.push(file.path.clone()),
-                VolumeConfig::File(file) => plan.write.push(file.path.clone()),
-                VolumeConfig::Nbd(nbd) => plan.add_server(&nbd.uri),
-                VolumeConfig::Memory(_) | VolumeConfig::Null(_) => {}
+        for need in config.volumes.values().filter_map(|volume| volume.summary().needs) {
+            plan.files |= matches!(need, Need::File { .. });
+            match need {
+                Need::File { path, write: false } => plan.read.push(path.to_owned()),
+                Need::File { path, write: true } => plan.write.push(path.to_owned()),
+                Need::Server(uri) => plan.add_server(uri),
             }
         }
         let sockets = config.vhost_user.iter().map(|export| &export.socket).chain([&config.control]);
@@ -69,10 +68,10 @@ impl Plan {
 
     /// The same with volumes that are still to be opened.
     pub fn waiting_for<'a>(mut self, config: &Config, names: impl Iterator<Item = &'a String>) -> Plan {
-        for volume in names.filter_map(|name| config.volumes.get(name)) {
-            self.foreign |= matches!(volume, VolumeConfig::File(_) | VolumeConfig::Nbd(_));
-            if let VolumeConfig::File(file) = volume {
-                let path = std::path::absolute(&file.path).unwrap_or_else(|_| file.path.clone());
+        for need in names.flat_map(|name| config.needs(name)) {
+            self.foreign = true;
+            if let Need::File { path, .. } = need {
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
                 let there = path.ancestors().skip(1).find(|directory| directory.is_dir());
                 self.expect_in.extend(there.map(Path::to_owned));
             }

@@ -4,9 +4,9 @@
 
 use super::server::Random;
 use crate::block::{Data, Errno, Iovec};
-use crate::engine::backend::Backend;
 use crate::engine::config::NbdConfig;
 use crate::engine::nbd::{NbdOps, NbdVolume};
+use crate::engine::node::Leaf;
 use crate::ring::{Core, Io, Mapping, Ring, Setup, Tasks, Uring};
 use std::cell::{Cell, RefCell};
 use std::future::Future;

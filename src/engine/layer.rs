@@ -1,0 +1,151 @@
+//! Layers: volumes that stand on another and pass its requests on, changed or not.
+
+#![forbid(unsafe_code)]
+
+use super::driver::{AnyStore, Capabilities, Open, Opened, Store};
+use super::graph::GraphError;
+use super::identity::Identity;
+use super::losses::Losses;
+use super::node::Edge;
+use super::resize::ResizeError;
+use super::volume::OpenError;
+use crate::block::{Capacity, Errno, Geometry, GeometryError, Request, SECTOR};
+use crate::ring::{Core, Io, Ring};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+/// What a layer does. All workers share it.
+///
+/// Everything else of a volume (its size, its losses, its end) comes from what stands below, through [`Over`].
+pub trait Layer {
+    /// Shape and abilities, of those below. The capacity is a copy already, for the layer to set.
+    ///
+    /// # Errors
+    /// When nothing can be served of it.
+    fn geometry(&self, below: Geometry) -> Result<Geometry, GeometryError>;
+
+    /// See [`Capabilities`]. A layer that looks at bytes takes no registered buffers.
+    fn capabilities(&self, below: Capabilities) -> Capabilities;
+
+    /// Bytes that it takes below to show `bytes`.
+    fn bytes_below(&self, bytes: u64) -> u64;
+
+    /// Bytes that it shows of so many below.
+    fn bytes_above(&self, bytes: u64) -> u64;
+
+    /// Its own losses of acknowledged writes, where it may bring some about.
+    fn losses(&self) -> Option<&Losses>;
+
+    /// Does its work, or stands aside. False where there is no such choice.
+    fn switch(&self, on: bool) -> bool;
+
+    /// Carries `request` out, wholly or with the error that stopped it, by as many requests to `below` as that takes, one
+    /// after the other. A flush that succeeds has flushed below.
+    async fn submit<R: Ring>(&self, io: &Io<R>, request: &Request<'_>, below: &Edge<R>) -> Result<(), Errno>;
+}
+
+/// How a layer that `make` makes is opened over the volume below it. What comes of it goes by the name of `driver`.
+///
+/// # Errors
+/// When nothing is below it.
+pub fn opener<L: Layer + 'static>(
+    driver: &'static str,
+    name: &str,
+    base: Option<Open>,
+    make: impl Fn() -> L + Send + Sync + 'static,
+    store: fn(Over<L>) -> AnyStore,
+) -> Result<Open, OpenError> {
+    let name = name.to_owned();
+    let missing = GraphError::Missing(String::new());
+    let base = base.ok_or_else(|| OpenError::Graph { name: name.clone(), source: missing })?;
+    Ok(Box::new(move |limit| {
+        let (base, layer) = (base(limit)?, Arc::new(make()));
+        let own = Geometry { capacity: Capacity::new(base.geometry.sectors()), ..base.geometry.clone() };
+        let geometry = layer.geometry(own);
+        let geometry = geometry.map_err(|source| OpenError::Geometry { name: name.clone(), source })?;
+        let identity = Identity::over(driver, &base.identity);
+        Ok(Opened { geometry, identity, store: store(Over { driver, layer, base: Box::new(base) }) })
+    }))
+}
+
+/// A layer over an opened volume.
+pub struct Over<L> {
+    driver: &'static str,
+    layer: Arc<L>,
+    base: Box<Opened>,
+}
+
+impl<L: Layer> Store for Over<L> {
+    type Channel<R: Ring> = OverChannel<R, L>;
+
+    fn capabilities(&self) -> Capabilities {
+        self.layer.capabilities(self.base.store.capabilities())
+    }
+
+    fn each_loss(&self, look: &mut dyn FnMut(&Losses)) {
+        if let Some(losses) = self.layer.losses() {
+            look(losses);
+        }
+        self.base.store.each_loss(look);
+    }
+
+    fn size(&self, _: u64) -> Result<u64, ResizeError> {
+        Ok(self.layer.bytes_above(self.base.store.size(self.base.geometry.bytes())?))
+    }
+
+    fn offered(&self) -> Option<u64> {
+        self.base.store.offered().map(|bytes| self.layer.bytes_above(bytes))
+    }
+
+    fn tell_growth(&self, to: Sender<String>, volume: &str) {
+        self.base.store.tell_growth(to, volume);
+    }
+
+    fn takes(&self, bytes: u64) -> Result<(), ResizeError> {
+        self.base.store.takes(self.layer.bytes_below(bytes))
+    }
+
+    fn set_size(&self, from: u64, bytes: u64) -> Result<(), ResizeError> {
+        self.base.store.set_size(self.layer.bytes_below(from), self.layer.bytes_below(bytes))
+    }
+
+    fn shows(&self, bytes: u64) {
+        let below = self.layer.bytes_below(bytes);
+        self.base.geometry.capacity.set(below / SECTOR);
+        self.base.store.shows(below);
+    }
+
+    fn switch(&self, layer: &str, on: bool) -> usize {
+        let own = layer == self.driver && self.layer.switch(on);
+        usize::from(own) + self.base.store.switch(layer, on)
+    }
+
+    fn attach<R: Ring>(&self, core: &Rc<Core<R>>) -> OverChannel<R, L> {
+        let below = [Edge::new(self.base.geometry.clone(), AnyStore::attach(&self.base.store, core))];
+        OverChannel { layer: self.layer.clone(), below }
+    }
+}
+
+/// One worker's use of a layer.
+pub struct OverChannel<R: Ring, L> {
+    layer: Arc<L>,
+    below: [Edge<R>; 1],
+}
+
+impl<R: Ring, L: Layer> OverChannel<R, L> {
+    /// See [`Layer::submit`].
+    pub async fn submit(&self, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
+        self.layer.submit(io, request, &self.below[0]).await
+    }
+
+    /// See [`Layer::losses`].
+    pub fn losses(&self) -> Option<&Losses> {
+        self.layer.losses()
+    }
+
+    /// What it stands on.
+    pub fn below(&self) -> &[Edge<R>] {
+        &self.below
+    }
+}
