@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod fault;
 mod features;
 mod image;
 mod list;
@@ -45,6 +46,7 @@ enum Command {
     Resize(resize::Args),
     Refresh(refresh::Args),
     Resume(resume::Args),
+    Fault(fault::Args),
     Remove(remove::Args),
     Stop(stop::Args),
     #[command(subcommand)]
@@ -64,6 +66,7 @@ impl Cli {
             Command::Resize(args) => resize::run(&args),
             Command::Refresh(args) => refresh::run(&args),
             Command::Resume(args) => resume::run(&args),
+            Command::Fault(args) => fault::run(&args),
             Command::Remove(args) => remove::run(&args),
             Command::Stop(args) => stop::run(&args),
             Command::Image(command) => image::run(&command),

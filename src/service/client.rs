@@ -19,7 +19,9 @@ use tokio::net::UnixStream;
 
 use super::config::DEFAULT_CONTROL;
 use super::socket::is_served;
-use super::status::{ApiError, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, Stopping};
+use super::status::{
+    ApiError, Fault, Faulted, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, Stopping,
+};
 
 /// For one question and its answer. Longer than a server takes for any answer, and a full one to turn silent clients
 /// out.
@@ -138,6 +140,14 @@ impl Client {
     /// See [`ClientError`].
     pub fn resume(&self, volume: &str, give_up: bool) -> Result<Resumed, ClientError> {
         self.post(&path_of(volume, "resume")?, &Resume { give_up })
+    }
+
+    /// Has a volume's fault layers make faults, or none.
+    ///
+    /// # Errors
+    /// As for [`resize`](Self::resize).
+    pub fn fault(&self, volume: &str, enabled: bool) -> Result<Faulted, ClientError> {
+        self.post(&path_of(volume, "fault")?, &Fault { enabled })
     }
 
     fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {

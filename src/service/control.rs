@@ -25,7 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 
 use super::socket::SocketFile;
-use super::status::{Refresh, Resize, Resized, Resume, Resumed, Status, Stop};
+use super::status::{Fault, Faulted, Refresh, Resize, Resized, Resume, Resumed, Status, Stop};
 use crate::log_limit::LogLimit;
 
 /// Clients served at the same time.
@@ -68,6 +68,11 @@ pub trait Managed: Send + Sync {
     /// # Errors
     /// When there is no such volume.
     fn resume(&self, volume: &str, wanted: &Resume) -> Result<Resumed, Refusal>;
+    /// Has a volume's fault layers make faults, or none.
+    ///
+    /// # Errors
+    /// When there is no such volume, or it has none.
+    fn fault(&self, volume: &str, wanted: &Fault) -> Result<Faulted, Refusal>;
 }
 
 /// Why nothing was done.
@@ -217,6 +222,11 @@ mod tests {
             self.asked.lock().unwrap().push(format!("{volume} {wanted:?}"));
             Ok(Resumed { volume: volume.into(), requests: 3 })
         }
+
+        fn fault(&self, volume: &str, wanted: &Fault) -> Result<Faulted, Refusal> {
+            self.asked.lock().unwrap().push(format!("{volume} {wanted:?}"));
+            Ok(Faulted { volume: volume.into(), enabled: wanted.enabled })
+        }
     }
 
     /// A server on a thread of its own, on the runtime that the service uses.
@@ -354,6 +364,15 @@ mod tests {
         }
         let asked = ["root Resize { size: 4096, force: false }", "root Resize { size: 7, force: true }"];
         assert_eq!(server.fake.asked.lock().unwrap()[..2], asked);
+    }
+
+    #[test]
+    fn a_fault_switch_says_which_way() {
+        let server = Server::start();
+        let client = Client::new(&server.path);
+        assert!(!client.fault("bad", false).unwrap().enabled);
+        assert_eq!(*server.fake.asked.lock().unwrap(), ["bad Fault { enabled: false }"]);
+        assert_eq!(post(&server, "/v1/volumes/bad/fault", "").0, "400");
     }
 
     #[test]

@@ -233,6 +233,23 @@ pub struct Resumed {
     pub requests: usize,
 }
 
+/// The body of `POST /v1/volumes/NAME/fault`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fault {
+    /// Whether the volume's fault layers make faults from now on.
+    pub enabled: bool,
+}
+
+/// The answer to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Faulted {
+    /// The volume.
+    pub volume: String,
+    /// As asked.
+    pub enabled: bool,
+}
+
 /// The answer to a resize or refresh.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resized {

@@ -44,6 +44,7 @@ const ROUTES: &[Route] = &[
     Route { path: "/v1/volumes/NAME/resize", method: Method::POST, answer: resize },
     Route { path: "/v1/volumes/NAME/refresh", method: Method::POST, answer: refresh },
     Route { path: "/v1/volumes/NAME/resume", method: Method::POST, answer: resume },
+    Route { path: "/v1/volumes/NAME/fault", method: Method::POST, answer: fault },
 ];
 
 fn status(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
@@ -69,6 +70,11 @@ fn refresh(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
 fn resume(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
     let resumed = managed.resume(&call.name, &call.optional_body()?)?;
     Ok(json(StatusCode::OK, &resumed))
+}
+
+fn fault(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+    let faulted = managed.fault(&call.name, &call.body()?)?;
+    Ok(json(StatusCode::OK, &faulted))
 }
 
 impl Call {

@@ -3,10 +3,12 @@
 use super::late::Waiting;
 use super::{Served, Shared, lock};
 use crate::engine::config::{PolicyConfig, VolumeConfig};
-use crate::engine::{PolicyState, Volume};
+use crate::engine::{PolicyState, Volume, fault};
 use crate::service::control::{Managed, Refusal};
 use crate::service::exports::{Export, Farewell};
-use crate::service::status::{Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus};
+use crate::service::status::{
+    Fault, Faulted, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
+};
 use crate::worker::Lent;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -75,6 +77,16 @@ impl Managed for Shared {
     fn resume(&self, name: &str, wanted: &Resume) -> Result<Resumed, Refusal> {
         let volume = self.volume(name)?;
         Ok(Resumed { volume: name.into(), requests: volume.resume(wanted.give_up) })
+    }
+
+    fn fault(&self, name: &str, wanted: &Fault) -> Result<Faulted, Refusal> {
+        let Fault { enabled } = *wanted;
+        if fault::switch(self.volume(name)?, enabled) == 0 {
+            let reason = "it stands on no volume of the driver fault, and has no faults to switch".to_owned();
+            return Err(Refusal::Impossible(reason));
+        }
+        log::info!("volume {name}: its faults are switched {}", if enabled { "on" } else { "off" });
+        Ok(Faulted { volume: name.into(), enabled })
     }
 }
 
