@@ -1,9 +1,14 @@
 //! Sockets that are made, found, and left alone.
 
 use super::*;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{SockType, UnixAddr};
+use nix::sys::stat::Mode;
 use std::fs;
+use std::os::fd::AsRawFd;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 fn mode(path: &Path) -> u32 {
@@ -60,17 +65,65 @@ fn a_service_too_busy_to_accept_is_alive() {
     drop(waiting);
 }
 
+/// By whatever name it was made and is asked for.
 #[test]
 fn one_that_does_not_listen_yet_is_alive() {
     let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("real")).unwrap();
+    symlink("real", dir.path().join("link")).unwrap();
+    fs::create_dir(dir.path().join("open")).unwrap();
+    fs::set_permissions(dir.path().join("open"), fs::Permissions::from_mode(0o777)).unwrap();
+    for (made, asked) in
+        [("real", "real"), ("link", "link"), ("link", "real"), ("real", "link"), ("open", "open")]
+    {
+        let [made, path] = [made, asked].map(|parent| dir.path().join(parent).join("c.sock"));
+        let socket = SocketFile::reserve(&made, Access::PRIVATE).unwrap();
+        assert_eq!(UnixStream::connect(&path).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        let in_use = || matches!(SocketFile::bind(&path, Access::PRIVATE), Err(SocketError::InUse { .. }));
+        assert!(in_use(), "{}", path.display());
+        // As a service in a container would ask. Only root may make such a thread.
+        let elsewhere = || match unshare(CloneFlags::CLONE_NEWNET) {
+            Ok(()) => in_use(),
+            Err(error) => {
+                assert!(!Uid::effective().is_root() || error == Errno::EPERM, "{error}");
+                true
+            }
+        };
+        assert!(std::thread::scope(|scope| scope.spawn(elsewhere).join().unwrap()), "{}", path.display());
+        socket.listen().unwrap();
+        UnixStream::connect(&path).unwrap();
+        drop(socket);
+        SocketFile::bind(&path, Access::PRIVATE).unwrap();
+    }
+}
+
+/// Anybody may choose a name that has no file.
+#[test]
+fn what_others_call_their_sockets_does_not_matter() {
+    let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("c.sock");
-    let socket = SocketFile::reserve(&path, Access::PRIVATE).unwrap();
-    assert_eq!(UnixStream::connect(&path).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-    assert!(matches!(SocketFile::bind(&path, Access::PRIVATE), Err(SocketError::InUse { .. })));
-    socket.listen().unwrap();
-    UnixStream::connect(&path).unwrap();
-    drop(socket);
+    let dead = UnixListener::bind(&path).unwrap();
+    drop(dead);
+    let names = [format!("x {}", path.display()), path.display().to_string()];
+    let _planted =
+        names.map(|name| UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap());
     SocketFile::bind(&path, Access::PRIVATE).unwrap();
+}
+
+#[test]
+fn sockets_of_other_kinds_are_left_alone_while_they_live() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.sock");
+    for kind in [SockType::Datagram, SockType::SeqPacket] {
+        let living = alive::new_socket(kind).unwrap();
+        socket::bind(living.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        assert!(
+            matches!(SocketFile::bind(&path, Access::PRIVATE), Err(SocketError::InUse { .. })),
+            "{kind:?}"
+        );
+        drop(living);
+        drop(SocketFile::bind(&path, Access::PRIVATE).unwrap());
+    }
 }
 
 #[test]
