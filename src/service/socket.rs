@@ -13,11 +13,12 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 pub(super) use alive::is_served;
-use directory::{Directory, Identity};
+use directory::{Directory, Identity, identity};
 use make::NewSocket;
 use nix::errno::Errno;
 use nix::sys::socket::{self, Backlog};
 use nix::unistd::{Gid, Group, Uid, User};
+use rustix::fs::{AtFlags, CWD, statat};
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 16;
@@ -156,13 +157,28 @@ impl SocketFile {
         Ok(SocketFile { listener, path, dir, name, identity })
     }
 
-    /// From now on others can connect.
+    /// From now on others can connect. May be tried again.
     ///
     /// # Errors
-    /// The kernel's.
+    /// When our path leads to no file any more, or to another: nobody would find us. The kernel's.
     pub fn listen(&self) -> io::Result<()> {
+        if !self.is_found() {
+            let reason = "its path does not lead to the socket that was made there: somebody has removed, moved or \
+                          replaced it or its directory. Restart the service, or put it back";
+            return Err(io::Error::other(reason));
+        }
         let backlog = Backlog::new(BACKLOG).map_err(|_| Errno::EINVAL)?;
         Ok(socket::listen(&self.listener, backlog)?)
+    }
+
+    /// Whether who connects to our path comes to us. So it is taken to be where we may not look, in a directory of another
+    /// user.
+    fn is_found(&self) -> bool {
+        use rustix::io::Errno;
+        match statat(CWD, &self.path, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(found) => identity(&found) == self.identity,
+            Err(error) => ![Errno::NOENT, Errno::NOTDIR, Errno::LOOP].contains(&error),
+        }
     }
 
     /// Where it is, as an absolute path.

@@ -164,6 +164,37 @@ fn what_took_our_place_is_not_removed() {
     assert_eq!(fs::read(&path).unwrap(), b"another");
 }
 
+/// Between the making of a socket and its volume's coming there may be days.
+#[test]
+fn what_took_our_place_is_noticed_before_we_listen() {
+    let dir = tempfile::tempdir().unwrap();
+    let (here, away) = (dir.path().join("here"), dir.path().join("away"));
+    let path = here.join("c.sock");
+    let socket = SocketFile::reserve(&path, Access::PRIVATE).unwrap();
+    let refused = |what: &str| {
+        let error = socket.listen().expect_err(what);
+        assert!(error.to_string().contains("its path does not lead to the socket"), "{what}: {error}");
+    };
+    let kept = here.join("kept");
+    fs::rename(&path, &kept).unwrap();
+    refused("removed");
+    let other = UnixListener::bind(&path).unwrap();
+    refused("replaced");
+    symlink(&kept, here.join("link")).unwrap();
+    fs::rename(here.join("link"), &path).unwrap();
+    refused("a link");
+    fs::rename(&here, &away).unwrap();
+    refused("its directory removed");
+    fs::write(&here, "").unwrap();
+    refused("no directory");
+    fs::remove_file(&here).unwrap();
+    fs::rename(&away, &here).unwrap();
+    fs::rename(&kept, &path).unwrap();
+    socket.listen().unwrap();
+    UnixStream::connect(&path).unwrap();
+    drop(other);
+}
+
 /// A directory whose owner may be anybody, and what is in it.
 fn open_to_all() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
