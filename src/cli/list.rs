@@ -68,11 +68,15 @@ fn render(status: &Status) -> String {
         ]);
     }
     let mut exports = vec![["EXPORT", "VOLUME", "QUEUES", "WORKERS", "MODE", "STATE"].map(String::from)];
+    let is_there = |export: &ExportStatus| {
+        status.volumes.iter().any(|volume| volume.name == export.volume() && volume.size_bytes > 0)
+    };
     for export in &status.exports {
+        let waits = if is_there(export) { "did not start (see below)" } else { "waiting for its volume" };
         let (queues, read_only, workers, state) = match export {
             ExportStatus::Ublk(ublk) if ublk.waiting => {
                 let queues = format!("{} x {}", ublk.queues, ublk.depth);
-                (queues, ublk.read_only, ublk.workers, "waiting for its volume".to_owned())
+                (queues, ublk.read_only, ublk.workers, waits.to_owned())
             }
             ExportStatus::Ublk(ublk) => {
                 let buffers = Size(ublk.buffer_bytes).approx();
@@ -87,7 +91,7 @@ fn render(status: &Status) -> String {
             }
             ExportStatus::VhostUser(vhost_user) => {
                 let state = match vhost_user {
-                    of if of.waiting => "waiting for its volume, refuses VMMs",
+                    of if of.waiting => &format!("{waits}, refuses VMMs"),
                     of if of.connected && of.vmm_waiting => "connected, and another VMM waits",
                     of if of.connected => "connected",
                     _ => "waiting for a VMM",
@@ -117,9 +121,11 @@ fn render(status: &Status) -> String {
 
 /// What a volume's requests are at.
 fn state(volume: &VolumeStatus) -> String {
-    let VolumeStatus { name, paused, waiting, unavailable, .. } = volume;
-    if unavailable.is_some() {
-        return "not there yet".into();
+    let VolumeStatus { name, paused, waiting, unavailable, size_bytes, .. } = volume;
+    match (unavailable, size_bytes) {
+        (Some(_), 0) => return "not there yet".into(),
+        (Some(_), _) if !paused && *waiting == 0 => return "ok, but for an export that did not start".into(),
+        _ => {}
     }
     let requests = match waiting {
         1 => "1 request".to_owned(),
@@ -216,6 +222,13 @@ vhost-user:/run/ringblk/root.sock  root    2 x 256  1 own    ro    waiting for a
         assert!(volume.starts_with("root") && volume.ends_with("not there yet"), "{volume}");
         assert_eq!(text.matches("waiting for its volume").count(), 2, "{text}");
         assert!(text.ends_with("every few seconds:\n  volume root: nbd://h/: cannot connect\n"), "{text}");
+        // It has come, and they have not.
+        let volume = &mut status.volumes[0];
+        (volume.size_bytes, volume.paused, volume.waiting) = (1 << 30, false, 0);
+        let text = render(&status);
+        assert_eq!(text.matches("did not start (see below)").count(), 2, "{text}");
+        assert!(text.contains("root.img  ok, but for an export that did not start\n"), "{text}");
+        assert!(text.contains("  volume root: nbd://h/: cannot connect\n"), "{text}");
     }
 
     #[test]

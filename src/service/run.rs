@@ -1,6 +1,7 @@
 //! A service's life: everything is checked and opened before anything is made, and what was made is taken
 //! away again, in the opposite order.
 
+mod arrivals;
 mod disks;
 mod late;
 mod leave;
@@ -25,6 +26,7 @@ use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::ring;
 use crate::worker::{Habits, Lent, Link, Worker};
+use arrivals::Arrivals;
 use late::{Waiting, WaitingExport};
 use nix::unistd::Uid;
 use open::Opened;
@@ -141,8 +143,8 @@ struct Shared {
     volumes: BTreeMap<String, OnceLock<Served>>,
     /// Volumes that are not there yet, or not with all their exports.
     waiting: Mutex<BTreeMap<String, Waiting>>,
-    /// Nothing may come up any more. Locked while something does.
-    closed: Mutex<bool>,
+    /// What comes up just now, and whether anything may.
+    arrivals: Arrivals,
     /// Hears the names of volumes that grow by themselves.
     growth: Mutex<Option<Sender<String>>>,
     workers: Mutex<Vec<Worker>>,
@@ -243,7 +245,7 @@ impl Service {
                 })
                 .collect(),
             waiting: Mutex::new(waiting),
-            closed: Mutex::new(false),
+            arrivals: Arrivals::default(),
             growth: Mutex::default(),
             links: workers.iter().map(|worker| worker.link().clone()).collect(),
             flushing: AtomicBool::new(false),
@@ -365,7 +367,7 @@ impl Shared {
             };
             let started = self.start_vhost_user(export, *queues, endpoint, on, volume, memory);
             let socket = || export.socket.display().to_string();
-            let started = started.map_err(|source| Error::VhostUser { socket: socket(), source })?;
+            let started = started.map_err(|(_, source)| Error::VhostUser { socket: socket(), source })?;
             lock(&self.exports).push(Export::VhostUser(started));
             log::info!("volume {} is served on {}", export.volume, export.socket.display());
         }
@@ -393,8 +395,7 @@ impl Shared {
         on: &[usize],
         volume: &Arc<Volume>,
         memory: &Arc<MemoryBudget>,
-    ) -> io::Result<VhostUserExport> {
-        endpoint.listen()?;
+    ) -> Result<VhostUserExport, (Endpoint, io::Error)> {
         VhostUserExport::start(config, queues, endpoint, volume, self.links(on), memory.share())
     }
 
@@ -442,11 +443,16 @@ impl Shared {
 
     /// Ends every export, flushes every volume, ends the workers.
     fn take_down(&self, how: Farewell) -> Result<(), Error> {
-        // What comes up just now is waited for; and the sockets go of what has not.
-        *lock(&self.closed) = true;
+        // What comes up just now may give up, and the sockets go of what has not begun to.
+        self.arrivals.close();
         drop(std::mem::take(&mut *lock(&self.waiting)));
         let deadline = Instant::now() + STOP_LIMIT;
-        let left = self.leave_all(how);
+        let mut left = self.leave_all(how);
+        // The others do not wait for it, but nothing is left behind half made. What has come up all the same goes too.
+        if !self.arrivals.settle(deadline) {
+            left.abandoned.push("an export is still being started".into());
+        }
+        left.add(self.leave_all(how));
         let mut result = Ok(());
         let deadline = deadline.max(Instant::now() + FLUSH_LEAST);
         let written = |of: &Volume| !of.geometry().read_only && of.geometry().volatile_cache;
@@ -494,7 +500,8 @@ impl Shared {
         let waiting = lock(&self.exports).iter().map(|export| export.status().name()).collect::<Vec<_>>();
         let names = leaving.into_iter().chain(waiting).collect::<Vec<_>>();
         if names.is_empty() {
-            return None;
+            let settled = self.arrivals.settle(Instant::now());
+            return (!settled).then(|| "an export that is still being started".into());
         }
         let answers: Vec<_> = self.links.iter().map(Link::busy).collect();
         let deadline = Instant::now() + BUSY_LIMIT;

@@ -19,6 +19,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -73,8 +74,14 @@ impl Device {
     /// [`check`](super::recover::check)). Its requests wait until [`start`](Self::start).
     ///
     /// # Errors
-    /// When its old server's descriptors do not go away in a minute, or it is not recoverable.
-    pub fn recover(found: &Info, wish: &Wish, geometry: &Geometry) -> Result<Device, Error> {
+    /// When its old server's descriptors do not go away in a minute, or before it is `given_up`; when it is not
+    /// recoverable.
+    pub fn recover(
+        found: &Info,
+        wish: &Wish,
+        geometry: &Geometry,
+        given_up: &AtomicBool,
+    ) -> Result<Device, Error> {
         let refused = |failed| Error::of(Verb::Recover, failed, Some(found.id), PARTING_LIMIT);
         let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
         let mut go_on = until(PARTING_LIMIT);
@@ -82,6 +89,9 @@ impl Device {
             let op = sys::UBLK_U_CMD_START_USER_RECOVERY;
             match driver.plain(op, found.id, 0, &mut go_on) {
                 Ok(()) => break,
+                Err(Failed::Refused(Errno::EBUSY)) if given_up.load(Ordering::Relaxed) => {
+                    return Err(Error::GivenUp);
+                }
                 // The old server's descriptors, or another server that was quicker.
                 Err(Failed::Refused(Errno::EBUSY)) if go_on() => {
                     let info = driver.info(found.id, &mut go_on).map_err(refused)?;

@@ -42,6 +42,9 @@ pub enum Verb {
 /// Why there is no device.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// Nobody wants it any more.
+    #[error("given up, since the service is stopping")]
+    GivenUp,
     /// There is no ublk to be used.
     #[error(transparent)]
     Unavailable(#[from] Unavailable),

@@ -20,6 +20,7 @@ use libublk::sys;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -104,9 +105,14 @@ impl Found {
 /// dead server to be gone; removes what is left of a device without a disk.
 ///
 /// # Errors
-/// When a process serves it, or it does not get free in a minute; when the store is that of a disk which waits for a
+/// When a process serves it, or it does not get free in a minute, or before it is `given_up`; when the store is that of a disk which waits for a
 /// volume of another name.
-pub fn find(wanted: &Record, volumes: &[&str], all: &[Found]) -> Result<Option<Found>, Error> {
+pub fn find(
+    wanted: &Record,
+    volumes: &[&str],
+    all: &[Found],
+    given_up: &AtomicBool,
+) -> Result<Option<Found>, Error> {
     let volume = wanted.volume.as_str();
     let (found, others): (Vec<_>, Vec<_>) = all.iter().partition(|found| found.is_of(wanted));
     let found = match found[..] {
@@ -146,6 +152,9 @@ pub fn find(wanted: &Record, volumes: &[&str], all: &[Found]) -> Result<Option<F
                 return Ok(None);
             }
             Standing::Parting => {}
+        }
+        if given_up.load(Ordering::Relaxed) {
+            return Err(Error::GivenUp);
         }
         if since.elapsed() > PARTING_LIMIT {
             return Err(Error::Parting { device, after: since.elapsed() });

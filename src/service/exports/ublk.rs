@@ -13,6 +13,7 @@ use crate::service::status::UblkStatus;
 use crate::worker::{Lent, Link};
 use leave::Phase;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,8 @@ pub struct Others<'a> {
     pub target: &'a str,
     /// The devices that there are.
     pub found: &'a [Found],
+    /// Set when nobody wants the export any more.
+    pub given_up: &'a AtomicBool,
 }
 
 /// Why a volume is not behind the ublk door.
@@ -64,7 +67,7 @@ impl UblkExport {
     /// stable name are there.
     ///
     /// # Errors
-    /// When the name is not free, there is no ublk to be used, the kernel cannot do what was asked, or does
+    /// When it is [given up](Others::given_up); when the name is not free, there is no ublk to be used, the kernel cannot do what was asked, or does
     /// not do it in time; or when there is a device already that another configuration made, or another process
     /// serves. What had been made by then is undone; a device that was there before stays.
     pub fn start(
@@ -76,7 +79,7 @@ impl UblkExport {
         let failed = |source| Error { volume: config.volume.clone(), source };
         let since = Instant::now();
         let mut export = UblkExport::get(config, volume, links, others).map_err(failed)?;
-        match export.serve(config) {
+        match export.serve(config, others.given_up) {
             Ok(()) => {
                 if export.device.recovered() {
                     let (device, took) = (export.status.device.display(), since.elapsed().as_millis());
@@ -98,6 +101,9 @@ impl UblkExport {
         links: &[Link],
         others: &Others<'_>,
     ) -> Result<UblkExport, ublk::Error> {
+        if others.given_up.load(Ordering::Relaxed) {
+            return Err(ublk::Error::GivenUp);
+        }
         let offer = support::probe()?;
         let copy = match config.zero_copy {
             ZeroCopy::Auto if !volume.capabilities().prefers_registered => ZeroCopy::Off,
@@ -118,7 +124,7 @@ impl UblkExport {
             recovery,
             features: offer.features,
         };
-        let found = ublk::find(&wish.record, &others.volumes, others.found)?;
+        let found = ublk::find(&wish.record, &others.volumes, others.found, others.given_up)?;
         let path = found.as_ref().map(|found| found.info.path());
         let name = StableName::check(&config.volume, path.as_deref())?;
         let device = match found {
@@ -132,7 +138,7 @@ impl UblkExport {
                     device.display()
                 );
                 ublk::check(&found, &wish, volume.geometry())?;
-                Device::recover(info, &wish, volume.geometry())?
+                Device::recover(info, &wish, volume.geometry(), others.given_up)?
             }
         };
         let status = UblkStatus {
@@ -187,7 +193,7 @@ impl UblkExport {
     }
 
     /// Hands the queues out, starts the device and names it.
-    fn serve(&mut self, config: &UblkConfig) -> Result<(), ublk::Error> {
+    fn serve(&mut self, config: &UblkConfig, given_up: &AtomicBool) -> Result<(), ublk::Error> {
         if config.zero_copy == ZeroCopy::On && !self.status.zero_copy {
             return Err(NoZeroCopy::NotGranted.into());
         }
@@ -199,7 +205,7 @@ impl UblkExport {
             self.ends.push(end.map_err(|source| ublk::Error::Queue { queue, source })?);
             self.status.queues += 1;
         }
-        self.wait_for_start()?;
+        self.wait_for_start(given_up)?;
         self.name.point_to(&self.status.device)?;
         if self.recovery != Recovery::Off
             && !self.offer.notices_deaths()
@@ -232,8 +238,8 @@ impl UblkExport {
     }
 
     /// Starts the device, unless a queue ends first: then its fetches were refused, and the kernel would wait
-    /// for them for ever.
-    fn wait_for_start(&self) -> Result<(), ublk::Error> {
+    /// for them for ever. Nor is a store waited for, when the kernel reads the partition table, once it is given up.
+    fn wait_for_start(&self, given_up: &AtomicBool) -> Result<(), ublk::Error> {
         let answer = self.device.start();
         loop {
             if let Some(result) = answer.try_wait(Instant::now() + LOOK_EVERY) {
@@ -243,6 +249,10 @@ impl UblkExport {
             if let Some(queue) = self.ends.iter().position(dead) {
                 self.device.give_up_start();
                 return Err(ublk::Error::Fetch { queue });
+            }
+            if given_up.load(Ordering::Relaxed) {
+                self.device.give_up_start();
+                return Err(ublk::Error::GivenUp);
             }
         }
     }

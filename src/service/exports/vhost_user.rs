@@ -53,10 +53,7 @@ impl Endpoint {
     }
 
     /// From now on VMMs can connect.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn listen(&self) -> io::Result<()> {
+    fn listen(&self) -> io::Result<()> {
         match self {
             Endpoint::Ours(socket) => socket.listen(),
             Endpoint::Passed(_) => Ok(()),
@@ -103,10 +100,11 @@ struct Shared {
 
 impl VhostUserExport {
     /// Serves `volume` on `endpoint`, its queues on `links` in turn from the first on. Its VMMs' memory comes out of
-    /// `memory`.
+    /// `memory`. From then on VMMs can connect.
     ///
     /// # Errors
-    /// When there are no descriptors or threads left.
+    /// When there are no descriptors or threads left, or the socket does not [listen](SocketFile::listen). The endpoint
+    /// comes back, since there may be no way to make its socket again, and takes no more VMMs than before.
     pub fn start(
         config: &VhostUserConfig,
         queues: u16,
@@ -114,7 +112,7 @@ impl VhostUserExport {
         volume: &Arc<Volume>,
         links: Vec<Link>,
         memory: Arc<MemoryShare>,
-    ) -> io::Result<VhostUserExport> {
+    ) -> Result<VhostUserExport, (Endpoint, io::Error)> {
         let status = VhostUserStatus {
             volume: config.volume.clone(),
             socket: config.socket.clone(),
@@ -126,34 +124,10 @@ impl VhostUserExport {
             workers: config.workers.is_some().then_some(links.len()),
             waiting: false,
         };
-        let shared = Arc::new(Shared {
-            stopping: AtomicBool::new(false),
-            connected: AtomicBool::new(false),
-            waiting: AtomicBool::new(false),
-            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
-            channel: BackendChannel::default(),
-        });
-        let socket = config.socket.display().to_string();
-        let device =
-            Arc::new(Device::new(&config.serial(), &socket, volume.geometry().clone(), config.read_only));
-        let listener = endpoint.listener()?;
-        // A connection may be gone again before it is accepted.
-        listener.set_nonblocking(true)?;
-        let door = Door {
-            listener,
-            device,
-            host: Arc::new(Workers::new(links, Lent::new(volume.clone(), queues))),
-            shape: Shape { queues, queue_size: config.queue_size },
-            memory,
-            shared: shared.clone(),
-            next: RefCell::new(None),
-        };
-        let (end, ended) = channel();
-        thread::Builder::new().name("ringblk-vhost".into()).spawn(move || {
-            door.keep();
-            let _ = end.send(());
-        })?;
-        Ok(VhostUserExport { status, _endpoint: endpoint, shared, ended })
+        match begin(config, queues, &endpoint, volume, links, memory) {
+            Ok((shared, ended)) => Ok(VhostUserExport { status, _endpoint: endpoint, shared, ended }),
+            Err(error) => Err((endpoint, error)),
+        }
     }
 
     /// As it is now.
@@ -193,6 +167,50 @@ impl VhostUserExport {
             _ => Ok(()),
         }
     }
+}
+
+/// Starts the thread that lets VMMs in, and has them come. What it shares with us, and its end.
+fn begin(
+    config: &VhostUserConfig,
+    queues: u16,
+    endpoint: &Endpoint,
+    volume: &Arc<Volume>,
+    links: Vec<Link>,
+    memory: Arc<MemoryShare>,
+) -> io::Result<(Arc<Shared>, Receiver<()>)> {
+    let shared = Arc::new(Shared {
+        stopping: AtomicBool::new(false),
+        connected: AtomicBool::new(false),
+        waiting: AtomicBool::new(false),
+        stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
+        channel: BackendChannel::default(),
+    });
+    let socket = config.socket.display().to_string();
+    let device =
+        Arc::new(Device::new(&config.serial(), &socket, volume.geometry().clone(), config.read_only));
+    let listener = endpoint.listener()?;
+    // A connection may be gone again before it is accepted.
+    listener.set_nonblocking(true)?;
+    let door = Door {
+        listener,
+        device,
+        host: Arc::new(Workers::new(links, Lent::new(volume.clone(), queues))),
+        shape: Shape { queues, queue_size: config.queue_size },
+        memory,
+        shared: shared.clone(),
+        next: RefCell::new(None),
+    };
+    let ((end, ended), (go, listening)) = (channel(), channel());
+    thread::Builder::new().name("ringblk-vhost".into()).spawn(move || {
+        if listening.recv().is_ok() {
+            door.keep();
+        }
+        let _ = end.send(());
+    })?;
+    // Last of all: a VMM that has connected waits for us, and its whole machine with it.
+    endpoint.listen()?;
+    let _ = go.send(());
+    Ok((shared, ended))
 }
 
 /// The Unix sockets that systemd passed (`sd_listen_fds(3)`).

@@ -27,7 +27,8 @@ impl Shared {
         let found = ublk::ours().unwrap_or_default();
         let start = |(export, volume, links): &Disk<'_>| {
             let target = config.volumes[&export.volume].target();
-            let others = Others { volumes: volumes.clone(), target: &target, found: &found };
+            let given_up = self.arrivals.closed();
+            let others = Others { volumes: volumes.clone(), target: &target, found: &found, given_up };
             let started = UblkExport::start(export, volume, links, &others)?;
             log::info!("volume {} is served at {}", export.volume, started.status().link.display());
             Ok::<_, Error>(started)

@@ -178,13 +178,10 @@ impl Shared {
     /// Takes a volume into service that has come up (`None`: that has before), with its exports that wait.
     ///
     /// # Errors
-    /// Why an export cannot be started yet. The others have been.
+    /// Why exports cannot be started yet. The others have been.
     fn bring_up(&self, name: &str, volume: Option<Volume>) -> Result<(), String> {
         // A stop waits for this, and nothing comes up after it.
-        let closed = lock(&self.closed);
-        if *closed {
-            return Ok(());
-        }
+        let Some(_arrival) = self.arrivals.begin() else { return Ok(()) };
         if let (Some(volume), Some(slot)) = (volume, self.volumes.get(name)) {
             let status = lock(&self.waiting).get(name).map(Waiting::volume_status);
             let served = status.map(|status| slot.get_or_init(|| Served::new(volume, status)));
@@ -198,51 +195,71 @@ impl Shared {
             log::info!("volume {name}: it is there");
         }
         let Some(served) = self.served(name) else { return Ok(()) };
-        loop {
+        let count = lock(&self.waiting).get(name).map_or(0, |waiting| waiting.exports.len());
+        let mut failures = Vec::new();
+        for _ in 0..count {
             // Out of the list only while it is made: the list is not locked meanwhile, since that may take a time.
-            let next = {
-                let mut waiting = lock(&self.waiting);
-                let Some(of) = waiting.get_mut(name) else { return Ok(()) };
-                if of.exports.is_empty() {
-                    waiting.remove(name);
-                    return Ok(());
-                }
-                of.exports.remove(0)
+            let next = match lock(&self.waiting).get_mut(name) {
+                Some(waiting) => waiting.exports.remove(0),
+                // They are not wanted any more.
+                None => return Ok(()),
             };
-            let started = match next {
-                WaitingExport::VhostUser { config, queues, endpoint, on, memory } => self
-                    .start_vhost_user(&config, queues, endpoint, &on, &served.volume, &memory)
-                    .map(|export| (format!("on {}", config.socket.display()), Export::VhostUser(export)))
-                    .map_err(|error| (format!("vhost-user:{}: {error}", config.socket.display()), None)),
-                WaitingExport::Ublk { config, on, beside, target } => {
-                    let volumes = beside.iter().map(String::as_str).collect();
-                    // Where the driver does not answer, the start will say why.
-                    let found = ublk::ours().unwrap_or_default();
-                    let others = Others { volumes, target: &target, found: &found };
-                    match UblkExport::start(&config, &served.volume, &self.links(&on), &others) {
-                        Ok(export) => {
-                            let link = export.status().link;
-                            Ok((format!("at {}", link.display()), Export::Ublk(Box::new(export))))
-                        }
-                        Err(error) => Err((
-                            Causes(&error).to_string(),
-                            Some(WaitingExport::Ublk { config, on, beside, target }),
-                        )),
-                    }
-                }
-            };
-            match started {
+            match self.start_late(next, &served.volume) {
                 Ok((place, export)) => {
                     log::info!("volume {name} is served {place}");
                     lock(&self.exports).push(export);
                 }
-                // There is no way to make its socket again.
-                Err((cause, None)) => log::error!("{cause}"),
-                Err((cause, Some(again))) => {
-                    if let Some(of) = lock(&self.waiting).get_mut(name) {
-                        of.exports.push(again);
+                Err((cause, again)) => {
+                    failures.push(cause);
+                    if let Some(waiting) = lock(&self.waiting).get_mut(name) {
+                        waiting.exports.push(*again);
                     }
-                    return Err(cause);
+                }
+            }
+        }
+        if failures.is_empty() {
+            lock(&self.waiting).remove(name);
+            return Ok(());
+        }
+        Err(failures.join("; "))
+    }
+
+    /// Starts an export of a volume that is there. What it is, and where.
+    ///
+    /// # Errors
+    /// Why it did not start, and what there is to be tried again.
+    fn start_late(
+        &self,
+        export: WaitingExport,
+        volume: &Arc<Volume>,
+    ) -> Result<(String, Export), (String, Box<WaitingExport>)> {
+        match export {
+            WaitingExport::VhostUser { config, queues, endpoint, on, memory } => {
+                let socket = config.socket.display().to_string();
+                match self.start_vhost_user(&config, queues, endpoint, &on, volume, &memory) {
+                    Ok(export) => Ok((format!("on {socket}"), Export::VhostUser(export))),
+                    Err((endpoint, source)) => {
+                        let cause = Causes(&Error::VhostUser { socket, source }).to_string();
+                        let again = WaitingExport::VhostUser { config, queues, endpoint, on, memory };
+                        Err((cause, Box::new(again)))
+                    }
+                }
+            }
+            WaitingExport::Ublk { config, on, beside, target } => {
+                let volumes = beside.iter().map(String::as_str).collect();
+                // Where the driver does not answer, the start will say why.
+                let found = ublk::ours().unwrap_or_default();
+                let given_up = self.arrivals.closed();
+                let others = Others { volumes, target: &target, found: &found, given_up };
+                match UblkExport::start(&config, volume, &self.links(&on), &others) {
+                    Ok(export) => {
+                        let link = export.status().link;
+                        Ok((format!("at {}", link.display()), Export::Ublk(Box::new(export))))
+                    }
+                    Err(error) => {
+                        let again = WaitingExport::Ublk { config, on, beside, target };
+                        Err((Causes(&error).to_string(), Box::new(again)))
+                    }
                 }
             }
         }

@@ -15,6 +15,14 @@ pub(super) struct Left {
     pub kept: bool,
 }
 
+impl Left {
+    /// And what others came to.
+    pub fn add(&mut self, others: Left) {
+        self.abandoned.extend(others.abandoned);
+        self.kept |= others.kept;
+    }
+}
+
 /// The most that end at the same time: each has a thread for as long as it takes, and most of that is waiting.
 const AT_ONCE: usize = 64;
 
