@@ -6,8 +6,12 @@ use common::eventually;
 use common::model::Op;
 use common::service::{Service, Setup};
 use common::vmm::everyday;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use ringblk::service::status::ExportStatus;
 use std::fs;
+use std::os::unix::net::UnixListener;
+use std::process::Stdio;
 
 const MIB: u64 = 1 << 20;
 const OK: u8 = 0;
@@ -54,4 +58,41 @@ fn an_export_that_does_not_start_is_told_of_and_tried_again() {
     eventually("it is served", || waits(&service)[1] == ("b".into(), false));
     assert_eq!(everyday(&b).1.one(Op::Flush, &[]).0, OK);
     assert_eq!(cause(&service), "");
+}
+
+/// A server that takes a connection and says nothing is not waited for by a service that is to end, whether it is all that
+/// there is, others wait for a first look at it, or it may come later.
+#[test]
+fn a_stop_does_not_wait_for_what_is_being_opened() {
+    for (signal, others, options) in [
+        (Signal::SIGTERM, false, ""),
+        (Signal::SIGINT, true, ""),
+        (Signal::SIGTERM, true, ",reconnect=600"),
+        (Signal::SIGINT, false, ",required=no"),
+    ] {
+        let mut setup = Setup::new();
+        let server = setup.path("server");
+        let listener = UnixListener::bind(&server).unwrap();
+        setup = setup.volume("far", &format!("nbd:nbd+unix:///?socket={}{options}", server.display()));
+        setup = setup.door("far", "f", "");
+        if others {
+            setup = setup.volume("here", "memory:1M").door("here", "h", "");
+        }
+        let mut command = setup.command();
+        let service = command.stderr(Stdio::piped()).spawn().unwrap();
+        // It opens its volumes, and will not get an answer.
+        let connection = listener.accept().unwrap();
+        kill(Pid::from_raw(service.id() as i32), signal).unwrap();
+        let output = service.wait_with_output().unwrap();
+        let log = String::from_utf8(output.stderr).unwrap();
+        // Had it waited, it would say what it waited for, or that it serves something.
+        assert_eq!(output.status.code(), Some(0), "{signal} {options}: {log}");
+        assert!(log.contains("stopped before anything was served"), "{signal} {options}: {log}");
+        for said in ["far: ", "is served", "panicked", " ERROR "] {
+            assert!(!log.contains(said), "{signal} {options}: {log}");
+        }
+        drop((connection, listener));
+        fs::remove_file(server).unwrap();
+        assert_eq!(fs::read_dir(setup.path("")).unwrap().count(), 0, "nothing is left behind");
+    }
 }

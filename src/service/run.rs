@@ -4,6 +4,7 @@
 mod arrivals;
 mod disks;
 mod late;
+mod life;
 mod leave;
 mod managed;
 mod open;
@@ -11,7 +12,6 @@ mod resize;
 mod signals;
 
 use super::config::{Config, ConfigError, DEFAULT_CONTROL};
-use super::control;
 use super::exports::vhost_user::{Endpoint, VhostUserExport, passed_sockets};
 use super::exports::{Export, Farewell, Placement};
 use super::namespace;
@@ -20,7 +20,7 @@ use super::socket::{Access, SocketError, SocketFile};
 use super::status::{SandboxStatus, VolumeStatus};
 use crate::block::Errno;
 use crate::engine::config::Need;
-use crate::engine::{OpenError, Volume, nbd};
+use crate::engine::{OpenError, Volume};
 use crate::frontend::ublk::StableName;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::options::VhostUserConfig;
@@ -70,6 +70,9 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// What starts the exports.
+    #[error("no thread can be had that starts the exports")]
+    Thread(#[source] io::Error),
     /// A vhost-user export.
     #[error("vhost-user export on {socket} cannot be started")]
     VhostUser {
@@ -107,8 +110,22 @@ pub fn run(config: Config) -> Result<(), Error> {
     raise_open_files();
     let runtime = ring::runtime().map_err(Error::Control)?;
     // Signals first: from here on one asks for a clean end, whatever is being made.
-    let signals = runtime.block_on(async { Signals::new() }).map_err(Error::Control)?;
-    let service = Service::start(&config)?;
+    let mut signals = runtime.block_on(async { Signals::new() }).map_err(Error::Control)?;
+    let config = Arc::new(config);
+    if !config.ublk.is_empty() {
+        namespace::leave_mounts();
+        // Before anything large is mapped.
+        if let Err(error) = ring::lock_process() {
+            log::warn!(
+                "the service is not locked in memory, so where memory is short it may wait for its own disks: {error}"
+            );
+        }
+    }
+    let Some(opened) = life::open(&config, &runtime, &mut signals)? else {
+        log::info!("stopped before anything was served");
+        return Ok(());
+    };
+    let service = Service::start(config, opened)?;
     let result = runtime.block_on(service.until_stopped(signals));
     // Its end would wait for what the control API has others do: a change of size that its store does not answer.
     std::mem::forget(runtime);
@@ -129,6 +146,8 @@ fn raise_open_files() {
 struct Service {
     control: SocketFile,
     shared: Arc<Shared>,
+    /// Hears when every export is there that can be.
+    begun: oneshot::Receiver<Result<(), Error>>,
 }
 
 /// What the control API and the end of the service look at.
@@ -144,7 +163,7 @@ struct Shared {
     /// Volumes that are not there yet, or not with all their exports.
     waiting: Mutex<BTreeMap<String, Waiting>>,
     /// What comes up just now, and whether anything may.
-    arrivals: Arrivals,
+    arrivals: Arc<Arrivals>,
     /// Hears the names of volumes that grow by themselves.
     growth: Mutex<Option<Sender<String>>>,
     workers: Mutex<Vec<Worker>>,
@@ -174,20 +193,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Service {
-    /// Opens every volume and takes every socket, then starts workers and exports. An error on the way takes
-    /// away what was made.
-    fn start(config: &Config) -> Result<Service, Error> {
-        if !config.ublk.is_empty() {
-            namespace::leave_mounts();
-            // Before anything large is mapped.
-            match ring::lock_process() {
-                Ok(()) => {}
-                Err(error) => log::warn!(
-                    "the service is not locked in memory, so where memory is short it may wait for its own disks: {error}"
-                ),
-            }
-        }
-        let Opened { mut volumes, waiting, attempts } = Opened::of(config)?;
+    /// Takes every socket, then starts the workers, and begins to start the exports. An error on the way takes away what
+    /// was made.
+    fn start(config: Arc<Config>, opened: Opened) -> Result<Service, Error> {
+        let Opened { mut volumes, waiting, attempts } = opened;
         let mut passed = passed_sockets();
         let control = SocketFile::bind(&config.control, Access::PRIVATE).map_err(|error| match error {
             SocketError::System { .. }
@@ -207,7 +216,7 @@ impl Service {
 
         let cpus = thread::available_parallelism().map_or(1, usize::from);
         let placement = Placement::of(
-            config,
+            &config,
             |name| match volumes.get(name) {
                 Some(volume) => volume.capabilities().single_worker,
                 // Whether its server keeps several connections coherent is not known yet.
@@ -225,7 +234,7 @@ impl Service {
         }
         let memory = MemoryBudget::of_process(config.vhost_user.len());
         // From here on we are no longer alone: what is given up, is given up by all.
-        let sandbox = sandbox::enter(&sandbox::Plan::of(config).waiting_for(config, waiting.keys()))?;
+        let sandbox = sandbox::enter(&sandbox::Plan::of(&config).waiting_for(&config, waiting.keys()))?;
         let mut workers = Vec::new();
         for number in 0..placement.workers() {
             let worker = Worker::start(number, habits(number));
@@ -245,7 +254,7 @@ impl Service {
                 })
                 .collect(),
             waiting: Mutex::new(waiting),
-            arrivals: Arrivals::default(),
+            arrivals: Arc::default(),
             growth: Mutex::default(),
             links: workers.iter().map(|worker| worker.link().clone()).collect(),
             flushing: AtomicBool::new(false),
@@ -256,95 +265,9 @@ impl Service {
             farewell: Mutex::default(),
             stop: Notify::new(),
         };
-        let service = Service { control, shared: Arc::new(shared) };
-        let began = service.shared.add_exports(config, endpoints, &memory);
-        match began.and_then(|()| attempts.into_iter().try_for_each(|each| each.start(&service.shared))) {
-            Ok(()) => {
-                service.shared.follow_growth();
-                Ok(service)
-            }
-            Err(error) => {
-                if let Err(left) = service.shared.take_down(Farewell::Withdraw) {
-                    log::error!("{left}");
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// Answers on the control socket until told to stop, and stops.
-    async fn until_stopped(self, mut signals: Signals) -> Result<(), Error> {
-        let Service { control, shared } = self;
-        let (gone, all_gone) = oneshot::channel::<()>();
-        let answering = tokio::task::spawn_local(control::serve(control, shared.clone(), async {
-            // An error is the sender's being dropped, which says the same.
-            let _ = all_gone.await;
-        }));
-        let (mut signalled, mut warned) = (false, false);
-        while !signalled {
-            tokio::select! {
-                () = signals.next() => {}
-                () = shared.stop.notified() => break,
-            }
-            match shared.in_use() {
-                Some(reason) if !warned => {
-                    warned = true;
-                    log::error!("not stopped: {reason}. Once more stops it all the same");
-                }
-                _ => signalled = true,
-            }
-        }
-        shared.stopping.store(true, Ordering::Relaxed);
-        let farewell = *lock(&shared.farewell).get_or_insert(Farewell::Stop);
-        log::info!("stopping: waiting for requests in flight");
-        let (done, mut finished) = oneshot::channel();
-        let stopper = shared.clone();
-        thread::Builder::new()
-            .name("ringblk-stop".into())
-            .spawn(move || done.send(stopper.take_down(farewell)))
-            .map_err(Error::Control)?;
-        let held_up = async {
-            loop {
-                shared.all_served().filter_map(|served| served.volume.held_up()).for_each(|why| {
-                    log::warn!("stopping: {why}");
-                });
-                tokio::time::sleep(HELD_UP_EVERY).await;
-            }
-        };
-        tokio::pin!(held_up);
-        let result = loop {
-            tokio::select! {
-                () = &mut held_up => unreachable!("it goes on for ever"),
-                result = &mut finished => break result.unwrap_or(Ok(())),
-                () = signals.next() => {}
-            }
-            // systemd sends its own when the command that asked for a hand-over has taken too long.
-            if !std::mem::replace(&mut signalled, true) {
-                log::info!("stopping already: one more signal gives up on what is in flight");
-                continue;
-            }
-            let asked = shared.clone();
-            let left = tokio::task::spawn_blocking(move || asked.in_flight()).await.unwrap_or_default();
-            let Some(left) = left else {
-                log::info!("stopping already, and nothing is in flight that could be given up");
-                continue;
-            };
-            log::warn!("giving up on what is in flight: {left}");
-            shared.links.iter().for_each(Link::abandon);
-            // A ublk device keeps the process until its requests are answered, if only with an error.
-            let _ = tokio::time::timeout(ABANDON_LIMIT, finished).await;
-            break Err(Error::Abandoned(left));
-        };
-        nbd::farewell();
-        drop(gone);
-        match answering.await {
-            Ok(answered) => answered.map_err(Error::Control)?,
-            Err(error) => log::warn!("control: {error}"),
-        }
-        if result.is_ok() {
-            log::info!("stopped");
-        }
-        result
+        let shared = Arc::new(shared);
+        let begun = life::begin(&shared, config, endpoints, memory, attempts)?;
+        Ok(Service { control, shared, begun })
     }
 }
 
@@ -512,14 +435,8 @@ impl Shared {
     }
 }
 
-/// Between two lines about requests that a stop waits for because the store failed.
-const HELD_UP_EVERY: Duration = Duration::from_secs(5);
-
 /// For a worker to say how many requests it has.
 const BUSY_LIMIT: Duration = Duration::from_secs(1);
-
-/// How long requests that were given up may take to fail.
-const ABANDON_LIMIT: Duration = Duration::from_secs(5);
 
 /// The exports' stops and the last flushes take no longer than this together; what does is reported and left.
 const STOP_LIMIT: Duration = Duration::from_secs(120);

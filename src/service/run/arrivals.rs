@@ -4,7 +4,7 @@
 
 use super::lock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 /// Counts what is being started. A stop closes them: then nothing more begins, what has begun sees that it may
@@ -18,17 +18,17 @@ pub(super) struct Arrivals {
 }
 
 /// Something that is being started; over when this is dropped. What came of it is the service's by then, or undone.
-pub(super) struct Arrival<'a>(&'a Arrivals);
+pub(super) struct Arrival(Arc<Arrivals>);
 
 impl Arrivals {
     /// Something begins to come up. `None`: nothing may any more.
-    pub fn begin(&self) -> Option<Arrival<'_>> {
+    pub fn begin(self: &Arc<Self>) -> Option<Arrival> {
         let mut under_way = lock(&self.under_way);
         if self.closed.load(Ordering::Relaxed) {
             return None;
         }
         *under_way += 1;
-        Some(Arrival(self))
+        Some(Arrival(self.clone()))
     }
 
     /// Whether it would be better to give up.
@@ -51,7 +51,7 @@ impl Arrivals {
     }
 }
 
-impl Drop for Arrival<'_> {
+impl Drop for Arrival {
     fn drop(&mut self) {
         *lock(&self.0.under_way) -= 1;
         self.0.arrived.notify_all();
@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn a_stop_waits_for_what_has_begun_and_lets_nothing_begin() {
-        let arrivals = Arrivals::default();
+        let arrivals = Arc::new(Arrivals::default());
         assert!(arrivals.settle(Instant::now()), "there is nothing");
         let (first, second) = (arrivals.begin().unwrap(), arrivals.begin().unwrap());
         assert!(!arrivals.closed().load(Ordering::Relaxed));
