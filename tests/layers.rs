@@ -1,0 +1,72 @@
+//! Volumes that stand on others, through the whole service: a guest's disk with faults, switched while it is served.
+
+mod common;
+
+use common::model::Model;
+use common::service::Setup;
+use common::vmm::everyday;
+use ringblk::service::client::Client;
+
+const MIB: u64 = 1 << 20;
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+
+#[test]
+fn a_disk_misbehaves_on_demand() {
+    let setup = Setup::new();
+    let image = setup.image(8 * MIB);
+    let service = setup
+        .volume("good", &format!("file:{},format=raw", image.display()))
+        .volume("bad", "fault:good,errors=100%,operations=read+flush,from=1M,enabled=off")
+        .door("bad", "a", "")
+        .start()
+        .may_complain();
+    let client = Client::new(service.control());
+    let volumes = service.status().volumes;
+    assert_eq!(
+        volumes.iter().map(|volume| &*volume.name).collect::<Vec<_>>(),
+        ["bad"],
+        "a base is no volume apart"
+    );
+    assert_eq!((&*volumes[0].driver, &*volumes[0].target, volumes[0].size_bytes), ("fault", "good", 8 * MIB));
+
+    let (_vmm, mut queue) = everyday(&service.path("a"));
+    let sector = 3 * MIB / 512;
+    let bytes = vec![7; 4096];
+    assert_eq!(queue.write(sector, &bytes), OK);
+    assert_eq!(queue.read(sector, 8), (OK, bytes.clone()));
+    assert!(client.fault("bad", true).unwrap().enabled);
+    assert_eq!(queue.read(sector, 8).0, IOERR);
+    assert_eq!(queue.read(0, 8).0, OK, "before the place of the faults");
+    assert_eq!(queue.write(sector, &bytes), OK, "writes are well");
+    client.fault("bad", false).unwrap();
+    assert_eq!(queue.read(sector, 8), (OK, bytes));
+    let error = client.fault("good", true).unwrap_err().to_string();
+    assert!(error.contains("good"), "{error}");
+}
+
+#[test]
+fn a_tower_of_layers_is_a_disk_as_any_other() {
+    let setup = Setup::new().args(["--workers", "2"]);
+    let image = setup.image(8 * MIB);
+    let mut setup = setup.volume("v0", &format!("file:{},format=raw", image.display()));
+    for number in 1..=5 {
+        let below = number - 1;
+        setup =
+            setup.volume(&format!("v{number}"), &format!("fault:v{below},delays=1%,delay=1,seed={number}"));
+    }
+    let service = setup.door("v5", "a", "").start();
+    let client = Client::new(service.control());
+    let (_vmm, mut queue) = everyday(&service.path("a"));
+    let mut model = Model::new(5, 0, 8 * MIB / 512);
+    model.exercise(&mut queue, 500);
+    // Grown from the top: every edge on the way down takes what lies beyond the old end.
+    assert_eq!(client.resize("v5", 12 * MIB, false).unwrap().size_bytes, 12 * MIB);
+    assert_eq!(std::fs::metadata(&image).unwrap().len(), 12 * MIB);
+    assert_eq!(queue.write(12 * MIB / 512 - 8, &[9; 4096]), OK);
+    assert_eq!(queue.read(12 * MIB / 512 - 8, 8), (OK, vec![9; 4096]));
+    assert_eq!(client.resize("v5", 8 * MIB, true).unwrap().size_bytes, 8 * MIB);
+    assert_eq!(queue.read(8 * MIB / 512, 8).0, IOERR);
+    model.verify(&mut queue);
+    model.verify_image(&std::fs::read(&image).unwrap());
+}
