@@ -56,7 +56,36 @@ impl BufferUse {
 #[derive(Debug)]
 pub(super) struct Buffers {
     memory: Mapping,
+    share: Share,
     of: Arc<BufferUse>,
+}
+
+/// Bytes of what all may take together, for as long as this lives.
+#[derive(Debug)]
+struct Share {
+    taken: &'static AtomicU64,
+    bytes: u64,
+}
+
+impl Share {
+    /// Takes them before there is any memory for them, in one step: disks are started side by side, and what one is about
+    /// to fill counts for the others.
+    ///
+    /// # Errors
+    /// What it would come to, where that is more than `most`.
+    fn take(taken: &'static AtomicU64, bytes: u64, most: u64) -> Result<Share, u64> {
+        let sum = |taken: u64| taken.checked_add(bytes).filter(|sum| *sum <= most);
+        match taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, sum) {
+            Ok(_) => Ok(Share { taken, bytes }),
+            Err(taken) => Err(taken.saturating_add(bytes)),
+        }
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl Buffers {
@@ -65,18 +94,26 @@ impl Buffers {
     /// # Errors
     /// When all devices' buffers would take more than a quarter of the machine's memory, or there is not so much.
     pub fn new(bytes: usize, of: &Arc<BufferUse>) -> io::Result<Buffers> {
-        let taken = TAKEN.load(Ordering::Relaxed) + bytes as u64;
-        if let Some(machine) = total_memory()
-            && taken > machine / 4
-        {
-            return Err(io::Error::other(format!(
+        Buffers::within(&TAKEN, total_memory(), bytes, of)
+    }
+
+    /// The same on a machine of so much memory, where it says.
+    fn within(
+        taken: &'static AtomicU64,
+        machine: Option<u64>,
+        bytes: usize,
+        of: &Arc<BufferUse>,
+    ) -> io::Result<Buffers> {
+        let most = machine.map_or(u64::MAX, |machine| machine / 4);
+        let share = Share::take(taken, bytes as u64, most).map_err(|sum| {
+            io::Error::other(format!(
                 "its requests need {} MiB of memory, which makes {} MiB with those of the other queues: more than a quarter \
                  of this machine's {} MiB. Use a smaller depth, max-io or number of queues",
                 bytes >> 20,
-                taken >> 20,
-                machine >> 20
-            )));
-        }
+                sum >> 20,
+                machine.unwrap_or(u64::MAX) >> 20
+            ))
+        })?;
         let memory = Mapping::sparse(bytes)?;
         if let Err(error) = memory.lock() {
             memory.populate()?;
@@ -87,9 +124,8 @@ impl Buffers {
                 );
             }
         }
-        TAKEN.fetch_add(bytes as u64, Ordering::Relaxed);
-        of.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        Ok(Buffers { memory, of: of.clone() })
+        of.bytes.fetch_add(share.bytes, Ordering::Relaxed);
+        Ok(Buffers { memory, share, of: of.clone() })
     }
 
     /// Its first byte.
@@ -100,9 +136,7 @@ impl Buffers {
 
 impl Drop for Buffers {
     fn drop(&mut self) {
-        let bytes = self.memory.len() as u64;
-        TAKEN.fetch_sub(bytes, Ordering::Relaxed);
-        self.of.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.of.bytes.fetch_sub(self.share.bytes, Ordering::Relaxed);
     }
 }
 
@@ -140,5 +174,33 @@ mod tests {
         let error = Buffers::new(most as usize, &of).unwrap_err().to_string();
         assert!(error.contains("max-io"), "{error}");
         assert_eq!(of.bytes(), 0);
+    }
+
+    #[test]
+    fn several_at_once_stay_below_the_bound() {
+        static TAKEN: AtomicU64 = AtomicU64::new(0);
+        const BYTES: usize = 8 << 20;
+        let machine = Some(4 * 2 * BYTES as u64);
+        let together = std::sync::Barrier::new(8);
+        let one = || {
+            together.wait();
+            Buffers::within(&TAKEN, machine, BYTES, &Arc::default()).ok()
+        };
+        let had: Vec<Buffers> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(one)).collect();
+            threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(had.len(), 2, "two are a quarter of that machine");
+        assert_eq!(TAKEN.load(Ordering::Relaxed), 2 * BYTES as u64);
+        drop(had);
+        assert_eq!(TAKEN.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn what_could_not_be_had_is_given_back() {
+        static TAKEN: AtomicU64 = AtomicU64::new(0);
+        // More than there is address space.
+        Buffers::within(&TAKEN, None, 1 << 60, &Arc::default()).unwrap_err();
+        assert_eq!(TAKEN.load(Ordering::Relaxed), 0);
     }
 }
