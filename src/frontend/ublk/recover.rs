@@ -91,13 +91,14 @@ impl Found {
     }
 
     /// The other volume that it waits for, where that one has the same store and is not among `volumes`, whose servers
-    /// are on their way.
+    /// are on their way. One whose server has just died will wait in a moment, with requests that were not carried out.
     fn other_name(&self, wanted: &Record, volumes: &[&str]) -> Option<&str> {
         let record = self.record.as_ref()?;
         let other = record.store == wanted.store && !volumes.contains(&record.volume.as_str());
         // What has no store cannot have the same.
         let keeps = wanted.store.contains(' ');
-        (other && keeps && self.info.standing() == Standing::Waiting).then_some(&record.volume)
+        let waits = matches!(self.info.standing(), Standing::Waiting | Standing::Parting);
+        (other && keeps && waits).then_some(&record.volume)
     }
 }
 
@@ -313,7 +314,7 @@ fn is_gone(failed: Failed) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::info::sample;
+    use super::super::info::{State, sample};
     use super::super::options::Recovery;
     use super::*;
 
@@ -377,6 +378,17 @@ mod tests {
         let waits = found(Some(&other), sample());
         assert_eq!(waits.other_name(&record, &["root"]), Some("data"));
         assert_eq!(waits.other_name(&record, &["root", "data"]), None);
+        let in_state = |state, server| found(Some(&other), Info { state, server, ..sample() });
+        let us = Some(std::process::id());
+        assert_eq!(
+            in_state(State::Live, None).other_name(&record, &[]),
+            Some("data"),
+            "its server has just died"
+        );
+        assert_eq!(in_state(State::FailIo, None).other_name(&record, &[]), Some("data"));
+        // Two that only read may have it at once, and the lock is for the rest.
+        assert_eq!(in_state(State::Live, us).other_name(&record, &[]), None);
+        assert_eq!(in_state(State::Dead, None).other_name(&record, &[]), None);
         assert_eq!(waits.other_name(&Record { store: "nbd x".into(), ..record.clone() }, &[]), None);
         let null = |volume: &str| Record { store: "null".into(), volume: volume.into(), ..record.clone() };
         assert_eq!(found(Some(&null("a")), sample()).other_name(&null("b"), &[]), None);
