@@ -11,6 +11,8 @@
 pub mod log_limit;
 // Text of others in a line of ours.
 pub mod escape;
+// Who uses a block device or a file of this machine.
+pub mod users;
 // Requests, geometry, errors: the words every layer uses. No I/O.
 pub mod block;
 // The only owner of io_uring: operations, slots, the futures that wait for them.

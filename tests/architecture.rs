@@ -4,8 +4,19 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Modules in import order: each may use itself and those before it.
-const ORDER: [&str; 10] =
-    ["log_limit", "escape", "block", "ring", "engine", "frontend", "worker", "service", "image", "cli"];
+const ORDER: [&str; 11] = [
+    "log_limit",
+    "escape",
+    "users",
+    "block",
+    "ring",
+    "engine",
+    "frontend",
+    "worker",
+    "service",
+    "image",
+    "cli",
+];
 
 /// Files that may contain `unsafe`, with the reason.
 const UNSAFE: [(&str, &str); 10] = [
