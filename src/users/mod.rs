@@ -11,12 +11,14 @@
 #![forbid(unsafe_code)]
 
 mod device;
+mod open;
 
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 pub use device::Device;
+pub use open::{having_open, openers};
 
 /// What somebody has a device for.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -85,6 +85,14 @@ open_stays() {
     wait $opener || :
     service_stop /dev/ringblk/p
 }
+# Anybody may mount something that calls itself like the disk, in a namespace of his own or with FUSE.
+forged() {
+    start_plain ""
+    mkdir -p /tmp/forged
+    mount -t tmpfs "$(readlink -f /dev/ringblk/p)" /tmp/forged
+    service_stop /dev/ringblk/p
+    umount /tmp/forged
+}
 forced() {
     on_fs ""
     fails ringblk stop --force --hand-over --control "$SERVICE.control"
@@ -204,6 +212,7 @@ in_use() {
     check "$1/used/swap" swap_stays
     check "$1/used/loop" loop_stays
     check "$1/used/open" open_stays "$2"
+    check "$1/used/forged" forged
     check "$1/used/forced" forced
     check "$1/used/cannot-stay" cannot_stay
     check "$1/used/and-unused" used_and_unused

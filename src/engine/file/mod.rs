@@ -7,7 +7,6 @@ mod open;
 mod ops;
 mod probe;
 mod store;
-mod users;
 
 pub use config::{FileConfig, ImageFormat};
 pub use lock::{Access, try_take};

@@ -6,9 +6,10 @@
 
 #![forbid(unsafe_code)]
 
+use super::Error;
 use super::lock::{self, Access};
-use super::{Error, users};
 use crate::block::Format;
+use crate::users::{self, User};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
@@ -40,6 +41,9 @@ pub struct Opening<'a> {
 /// How often a device is tried that is waited for.
 const TRY_EVERY: Duration = Duration::from_millis(20);
 
+/// Processes named at most.
+const NAMED: usize = 3;
+
 /// How often a file is opened anew that was replaced meanwhile.
 const REPLACED: u32 = 10;
 
@@ -54,7 +58,7 @@ impl Opening<'_> {
         let file = loop {
             let (file, metadata) = self.claimed(limit)?;
             if !self.locked(&file, limit)? {
-                return Err(Error::InUse(users::of(self.path, &metadata)));
+                return Err(Error::InUse(user(self.path, &metadata)));
             }
             attempts += 1;
             // Whoever had it may have replaced it, and what we have locked has no name any more.
@@ -92,8 +96,7 @@ impl Opening<'_> {
                 Err(error) if claim && error.kind() == io::ErrorKind::ResourceBusy => {
                     if Instant::now() >= limit {
                         let metadata = fs::metadata(self.path);
-                        let by =
-                            metadata.map_or_else(|_| String::new(), |found| users::of(self.path, &found));
+                        let by = metadata.map_or_else(|_| String::new(), |found| user(self.path, &found));
                         return Err(Error::InUse(by));
                     }
                     sleep(TRY_EVERY);
@@ -147,6 +150,22 @@ impl Opening<'_> {
         fs::metadata(self.path).is_ok_and(|now| {
             (now.dev(), now.ino(), now.rdev()) == (opened.dev(), opened.ino(), opened.rdev())
         })
+    }
+}
+
+/// Who has it, as far as can be seen from here: "another process" and its name, or what it is mounted at.
+fn user(path: &Path, metadata: &Metadata) -> String {
+    let names = |users: Vec<User>| users.iter().map(User::name).collect::<Vec<_>>().join(", ");
+    if metadata.file_type().is_block_device() {
+        let users = users::Device::numbered(metadata.rdev()).users();
+        if !users.is_empty() {
+            return names(users);
+        }
+    }
+    let processes = users::having_open(path, NAMED);
+    match processes.is_empty() {
+        true => "another process".to_owned(),
+        false => format!("another process: {}", names(processes)),
     }
 }
 
