@@ -4,6 +4,7 @@
 
 use super::brake::Brake;
 use super::buffers::BufferUse;
+use super::claim::{Claim, claim_patiently};
 use super::driver::{Driver, Failed};
 use super::error::{Error, Verb};
 use super::info::{Info, Standing};
@@ -225,6 +226,15 @@ impl Device {
     /// Whether the kernel can tell that somebody has the disk open.
     pub fn tells_whether_open(&self) -> bool {
         self.info.has(sys::UBLK_F_SAFE_STOP_DEV)
+    }
+
+    /// Keeps others from mounting the disk, and the like, for as long as the claim lives; somebody who has claimed it may
+    /// take `patience` to let go.
+    ///
+    /// # Errors
+    /// `EBUSY` when somebody has claimed it; anything else says nothing of others.
+    pub fn claim(&self, patience: Duration, pause: Duration) -> io::Result<Claim> {
+        claim_patiently(&self.path(), patience, pause)
     }
 
     /// Who uses the disk, in words: see [`users`](super::users()).

@@ -16,6 +16,7 @@
 
 mod brake;
 mod buffers;
+mod claim;
 mod control;
 mod descriptor;
 mod driver;
@@ -34,6 +35,7 @@ mod wish;
 
 pub use brake::Brake;
 pub use buffers::{BufferUse, default_max_io};
+pub use claim::Claim;
 pub use control::Device;
 pub use descriptor::{Asked, Descriptor};
 pub use error::{Error, NoResize, Verb};

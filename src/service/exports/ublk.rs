@@ -8,7 +8,7 @@ use crate::block::SECTOR;
 use crate::engine::Volume;
 use crate::frontend::ublk::options::{Recovery, UblkConfig, ZeroCopy};
 use crate::frontend::ublk::support::{self, NoZeroCopy, Offer};
-use crate::frontend::ublk::{self, Device, Found, NoResize, Record, StableName, Wish};
+use crate::frontend::ublk::{self, Claim, Device, Found, NoResize, Record, StableName, Wish};
 use crate::service::status::UblkStatus;
 use crate::worker::{Lent, Link};
 use leave::Phase;
@@ -36,6 +36,8 @@ pub struct UblkExport {
     /// Queues that have not ended: each hears when it has.
     ends: Vec<Receiver<()>>,
     phase: Phase,
+    /// What keeps others from mounting a disk that goes.
+    claim: Option<Claim>,
 }
 
 /// What an export is started beside.
@@ -155,8 +157,8 @@ impl UblkExport {
             waiting: false,
         };
         let (volume, links) = (volume.clone(), links.to_vec());
-        let (ends, phase) = (Vec::new(), Phase::Live);
-        Ok(UblkExport { device, name, status, volume, links, offer, recovery, ends, phase })
+        let (ends, phase, claim) = (Vec::new(), Phase::Live, None);
+        Ok(UblkExport { device, name, status, volume, links, offer, recovery, ends, phase, claim })
     }
 
     /// How it runs.

@@ -7,6 +7,7 @@ use super::UblkExport;
 use crate::frontend::ublk::options::Recovery;
 use crate::frontend::ublk::{self, Answer};
 use std::fmt::Display;
+use std::io;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -56,6 +57,8 @@ impl UblkExport {
                 }
                 Phase::Stopping(answer) => {
                     done(answer.wait(deadline)).map_err(|error| self.abandoned(&error))?;
+                    // Its number is taken for as long as anybody has it open.
+                    drop(self.claim.take());
                     Phase::Draining
                 }
                 Phase::Draining => {
@@ -89,7 +92,7 @@ impl UblkExport {
             return self.keep(&users, deadline);
         }
         if !self.device.tells_whether_open() {
-            return self.stop(deadline);
+            return self.stop_claimed(deadline);
         }
         let patience = Instant::now() + OPEN_LIMIT;
         loop {
@@ -108,6 +111,32 @@ impl UblkExport {
                 }
             }
         }
+    }
+
+    /// Takes the disk away if nobody has claimed it, and lets nobody do so meanwhile. For kernels that do not tell whether
+    /// it is open: somebody who merely opens it since we have looked is not seen.
+    fn stop_claimed(&mut self, deadline: Instant) -> Result<(), Abandoned> {
+        let claim = match self.device.claim(OPEN_LIMIT, TRY_EVERY) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return self.keep(&[], deadline),
+            Err(error) => {
+                let device = self.status.device.display();
+                log::info!(
+                    "{device}: cannot be kept from being mounted while it is taken away: open: {error}"
+                );
+                None
+            }
+            Ok(claim) => Some(claim),
+        };
+        // Who came before the claim, or needs none: a loop device.
+        let users = self.device.users();
+        if !users.is_empty() {
+            drop(claim);
+            return self.keep(&users, deadline);
+        }
+        self.name.remove();
+        self.phase = Phase::Stopping(self.device.stop());
+        self.claim = claim;
+        self.stop(deadline)
     }
 
     /// Leaves a disk to the next server that `users` have, or (none) somebody whom we need not see, where that can be, and
