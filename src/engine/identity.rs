@@ -2,7 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use crate::escape::escaped;
+use super::nbd::uri::Uri;
+use crate::escape::{escaped, unescaped};
 use std::fmt;
 use std::fs::{self, File};
 use std::io;
@@ -36,9 +37,19 @@ impl Identity {
         Ok(Identity(format!("{driver} device={device} inode={inode} born={born}")))
     }
 
-    /// Of a server's export, by its URI.
+    /// Of a server's export, by its URI, in whichever of the ways it can be written.
     pub fn of_uri(driver: &str, uri: &str) -> Identity {
-        Identity(format!("{driver} {}", escaped(uri)))
+        let normal = Uri::parse(uri).map_or_else(|_| uri.to_owned(), |uri| uri.to_string());
+        Identity(format!("{driver} {}", escaped(&normal)))
+    }
+
+    /// One that an earlier service has noted, as this one would say it: those before it noted URIs as they were written.
+    pub fn noted(text: &str) -> Identity {
+        let export = |(driver, uri): (&str, &str)| {
+            let uri = unescaped(uri).filter(|uri| uri.contains("://"))?;
+            Some(Identity::of_uri(driver, &uri))
+        };
+        text.split_once(' ').and_then(export).unwrap_or_else(|| Identity(text.into()))
     }
 
     /// Of a volume that keeps nothing.
@@ -120,5 +131,22 @@ mod tests {
         assert_eq!(of("nbd://a/x"), of("nbd://a/x"));
         assert_ne!(of("nbd://a/x"), of("nbd://a/y"));
         assert!(!of("nbd://a/x\ny").as_str().contains('\n'));
+        // However it is written.
+        assert_eq!(of("nbd://A:10809/%78"), of("nbd://a/x"));
+        assert_ne!(of("nbd://a:10810/x"), of("nbd://a/x"));
+    }
+
+    #[test]
+    fn what_was_noted_is_still_itself() {
+        let of = |uri| Identity::of_uri("nbd", uri);
+        for uri in ["nbd://a/x", "nbd://a/%2541 ä\n", "nbd+unix:///e?socket=/run/a%25b"] {
+            assert_eq!(Identity::noted(of(uri).as_str()), of(uri));
+            assert_eq!(Identity::noted(&format!("nbd {}", escaped(uri))), of(uri), "as it was noted before");
+        }
+        for other in
+            ["null", "file device=8:1 inode=2 born=3", "nbd %zz", "nbd x://y%zz", "nbd http://h/x", ""]
+        {
+            assert_eq!(Identity::noted(other).as_str(), other);
+        }
     }
 }

@@ -10,7 +10,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::net::Ipv6Addr;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 
 /// The port that IANA gave to NBD.
@@ -97,6 +97,58 @@ impl Uri {
         };
         Ok(Uri { address, name, tls })
     }
+}
+
+/// One text for each export, however its URI was written: host, port, socket and name, and whether the way there is
+/// encrypted does not matter. A URI itself.
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = encode(&self.name, IN_PATHS);
+        match &self.address {
+            Address::Unix(path) => {
+                // Without what means nothing; a link, or `..` behind one, may lead elsewhere tomorrow.
+                let path: PathBuf = path.components().collect();
+                write!(f, "nbd+unix:///{name}?socket={}", encode(path.as_os_str().as_bytes(), IN_PATHS))
+            }
+            Address::Tcp { host, port } => {
+                let (number, zone) =
+                    host.split_once('%').map_or((host.as_str(), None), |(n, z)| (n, Some(z)));
+                match number.parse::<Ipv6Addr>() {
+                    Ok(number) => {
+                        let zone = zone.map_or(String::new(), |zone| {
+                            format!("%25{}", encode(zone.as_bytes(), IN_HOSTS))
+                        });
+                        write!(f, "nbd://[{number}{zone}]:{port}/{name}")
+                    }
+                    Err(_) => {
+                        write!(
+                            f,
+                            "nbd://{}:{port}/{name}",
+                            encode(host.to_ascii_lowercase().as_bytes(), IN_HOSTS)
+                        )
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// What stands for itself in a name or a path, besides letters and digits.
+const IN_PATHS: &[u8] = b"/.-_~!$'()*+,=@: ";
+
+/// The same in a host.
+const IN_HOSTS: &[u8] = b".-_";
+
+/// The opposite of [`decode`]. Bytes in `marks` stand for themselves.
+fn encode(bytes: &[u8], marks: &[u8]) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || marks.contains(&byte);
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        match plain(*byte) {
+            true => text.push(char::from(*byte)),
+            false => text.push_str(&format!("%{byte:02X}")),
+        }
+        text
+    })
 }
 
 /// The socket that a query names.
@@ -263,7 +315,55 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_export_has_one_text() {
+        let text = |uri: &str| Uri::parse(uri).unwrap().to_string();
+        let same = [
+            (
+                "nbd://host:10809/x",
+                ["nbd://host/x", "NBD://HOST:10809/x", "nbd://h%6Fst/%78", "nbds://Host/x?a=b"].as_slice(),
+            ),
+            ("nbd://[fe80::1%25eth0]:9/x", &["nbd://[fe80:0:0::1%25eth0]:9/x", "nbd://[FE80::1%eth0]:9/x"]),
+            (
+                "nbd+unix:///e?socket=/run/s",
+                &["nbds+unix:///%65?x&socket=//run/./s", "nbd+unix:///e?socket=%2frun/s"],
+            ),
+            ("nbd://h:10809/%C3%A4%25%3F", &["nbd://h/ä%%3f", "nbd://h/%c3%A4%25%3f"]),
+        ];
+        for (one, others) in same {
+            assert!(others.iter().all(|other| text(other) == one), "{one}");
+        }
+        let different = [
+            "nbd://h/x",
+            "nbd://h/X",
+            "nbd://h/x/",
+            "nbd://h:1/x",
+            "nbd://h./x",
+            "nbd+unix:///x?socket=/h",
+            "nbd+unix:///x?socket=/a/../h",
+        ];
+        let texts: std::collections::BTreeSet<_> = different.iter().map(|uri| text(uri)).collect();
+        assert_eq!(texts.len(), different.len(), "{texts:?}");
+    }
+
     proptest! {
+        #[test]
+        fn its_text_is_a_uri_of_the_same(
+            name in proptest::collection::vec(1u8.., 0..40),
+            host in "[a-z0-9.:;%&?=/@#\\[\\]é-]{1,9}",
+            path in "/[a-z/.%&;=?#é ]{0,20}",
+            port in 1u16..,
+            unix: bool,
+        ) {
+            let address = match unix {
+                true => Address::Unix(PathBuf::from(path).components().collect()),
+                // What looks like a number of IPv6 is written as one.
+                false => Address::Tcp { host: host.replace(':', "."), port },
+            };
+            let uri = Uri { address, name, tls: false };
+            prop_assert_eq!(Uri::parse(&uri.to_string()), Ok(uri));
+        }
+
         /// Whatever a name is: encoded, it comes back.
         #[test]
         fn a_name_comes_back(name in proptest::collection::vec(1u8.., 0..40), all: bool) {

@@ -5,7 +5,7 @@
 mod leave;
 
 use crate::block::SECTOR;
-use crate::engine::Volume;
+use crate::engine::{Identity, Volume};
 use crate::frontend::ublk::options::{Recovery, UblkConfig, ZeroCopy};
 use crate::frontend::ublk::support::{self, NoZeroCopy, Offer};
 use crate::frontend::ublk::{self, Claim, Device, Found, NoResize, Record, StableName, Wish};
@@ -38,6 +38,16 @@ pub struct UblkExport {
     phase: Phase,
     /// What keeps others from mounting a disk that goes.
     claim: Option<Claim>,
+}
+
+/// The devices that there are, with their stores as this version names them; none where the driver does not answer: the
+/// start of an export will say why.
+pub fn found() -> Vec<Found> {
+    let mut found = ublk::ours().unwrap_or_default();
+    for record in found.iter_mut().filter_map(|found| found.record.as_mut()) {
+        record.store = Identity::noted(&record.store).as_str().to_owned();
+    }
+    found
 }
 
 /// What an export is started beside.

@@ -2,11 +2,10 @@
 
 use super::{Error, Shared, lock};
 use crate::engine::Volume;
-use crate::frontend::ublk;
 use crate::frontend::ublk::options::UblkConfig;
 use crate::service::config::Config;
 use crate::service::exports::Export;
-use crate::service::exports::ublk::{Others, UblkExport};
+use crate::service::exports::ublk::{self, Others, UblkExport};
 use crate::worker::Link;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -23,8 +22,7 @@ impl Shared {
     /// somebody waits for them; then the new ones, whose numbers follow the order of the configuration.
     pub(super) fn add_disks(&self, config: &Config, disks: &[Disk<'_>]) -> Result<(), Error> {
         let volumes: Vec<&str> = config.ublk.iter().map(|export| export.volume.as_str()).collect();
-        // Where the driver does not answer, the start of the first will say why.
-        let found = ublk::ours().unwrap_or_default();
+        let found = ublk::found();
         let start = |(export, volume, links): &Disk<'_>| {
             let target = config.volumes[&export.volume].target();
             let given_up = self.arrivals.closed();

@@ -14,7 +14,7 @@ use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::exports::Export;
-use crate::service::exports::ublk::{Others, UblkExport};
+use crate::service::exports::ublk::{Others, UblkExport, found};
 use crate::service::exports::vhost_user::Endpoint;
 use crate::service::status::{ExportStatus, UblkStatus, VhostUserStatus, VolumeStatus};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -247,8 +247,7 @@ impl Shared {
             }
             WaitingExport::Ublk { config, on, beside, target } => {
                 let volumes = beside.iter().map(String::as_str).collect();
-                // Where the driver does not answer, the start will say why.
-                let found = ublk::ours().unwrap_or_default();
+                let found = found();
                 let given_up = self.arrivals.closed();
                 let others = Others { volumes, target: &target, found: &found, given_up };
                 match UblkExport::start(&config, volume, &self.links(&on), &others) {
