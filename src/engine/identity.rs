@@ -21,6 +21,11 @@ impl Identity {
     /// removed is soon another's. Of a block device: its number, and which of those that had this number since the
     /// machine started it is (`diskseq`; a loop device that is attached to another file is another disk).
     ///
+    /// Where the file system keeps no time of birth (NFS, most of FUSE, ext4 with inodes of 128 bytes) a file that was
+    /// replaced and got the old one's inode passes for that one. Nothing else that `statx(2)` tells would do: what changes
+    /// with each write cannot be compared, and to refuse would give up every disk there, after each crash, for a mistake of its
+    /// administrator's.
+    ///
     /// # Errors
     /// When the kernel says nothing of it.
     pub fn of_file(driver: &str, file: &File) -> io::Result<Identity> {
