@@ -4,6 +4,7 @@
 
 use super::Failure;
 use super::output;
+use crate::block::Causes;
 use crate::service::leftovers::{self, Which};
 
 /// Remove disks whose service is dead.
@@ -51,12 +52,26 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
              `ringblk stop --control` ends one that runs, with its disks",
         ));
     }
+    let mut refused = Vec::new();
     for which in args.which() {
-        for gone in leftovers::remove(&which, args.force).map_err(Failure::failed)? {
-            output::print(&format!("removed {}\n", gone.display()))?;
+        match leftovers::remove(&which, args.force) {
+            Ok(removal) => {
+                for gone in removal.gone {
+                    output::print(&format!("removed {}\n", gone.display()))?;
+                }
+                refused.extend(removal.refused);
+            }
+            Err(error) => refused.push(error),
         }
     }
-    Ok(())
+    match refused.len() {
+        0 => Ok(()),
+        1 => Err(Failure::failed(refused.remove(0))),
+        _ => {
+            let all: Vec<_> = refused.iter().map(|error| Causes(error).to_string()).collect();
+            Err(Failure::failed(all.join("\n")))
+        }
+    }
 }
 
 #[cfg(test)]

@@ -161,12 +161,21 @@ pub fn users_of(devices: &[PathBuf]) -> Vec<Vec<String>> {
     ids.iter().copied().zip(ublk::openers(&ids)).map(all).collect()
 }
 
+/// What became of a removal.
+#[derive(Debug, Default)]
+pub struct Removal {
+    /// Disks and links that are gone.
+    pub gone: Vec<PathBuf>,
+    /// Why others are not.
+    pub refused: Vec<RemoveError>,
+}
+
 /// Removes disks that nobody serves, with their links; what waits for them fails. With `force` also those that somebody
-/// uses. Returns what is gone.
+/// uses. One of several that has to stay keeps no other.
 ///
 /// # Errors
-/// When there is nothing of ours by that name, or somebody serves or uses it. What was removed by then stays removed.
-pub fn remove(which: &Which, force: bool) -> Result<Vec<PathBuf>, RemoveError> {
+/// When there is nothing of ours by that name, or the driver does not tell.
+pub fn remove(which: &Which, force: bool) -> Result<Removal, RemoveError> {
     remove_in(Path::new(ublk::LINKS), which, &ublk::ours()?, |info| {
         let (device, users) = (info.path(), users_of(&[info.path()]).concat());
         // One that is served is refused for that.
@@ -183,12 +192,12 @@ fn remove_in(
     which: &Which,
     known: &[Found],
     mut remove: impl FnMut(&Info) -> Result<(), RemoveError>,
-) -> Result<Vec<PathBuf>, RemoveError> {
+) -> Result<Removal, RemoveError> {
     let links = links_in(dir).map_err(|error| RemoveError::Link(dir.into(), error))?;
     let target = |link: &Path| links.iter().find(|(of, _)| of == link).map(|(_, device)| device.clone());
     let infos = known.iter().map(|known| &known.info);
     let is_dead = |info: &&Info| !matches!(info.standing(), Standing::Served(_));
-    let mut gone = Vec::new();
+    let Removal { mut gone, mut refused } = Removal::default();
     let mut stale: Vec<PathBuf> = Vec::new();
     let chosen: Vec<&Info> = match which {
         Which::AllDead => infos.filter(is_dead).collect(),
@@ -211,21 +220,41 @@ fn remove_in(
     // A link to nothing is ours to remove, a disk that we do not know is not.
     stale.retain(|device| device.symlink_metadata().is_err());
     for info in &chosen {
-        remove(info)?;
-        gone.push(info.path());
-        stale.push(info.path());
+        match remove(info) {
+            Ok(()) => {
+                gone.push(info.path());
+                stale.push(info.path());
+            }
+            Err(error) => refused.push(error),
+        }
     }
     for (link, device) in &links {
         let dead = *which == Which::AllDead && device.symlink_metadata().is_err();
-        if stale.contains(device) || dead {
-            fs::remove_file(link).map_err(|error| RemoveError::Link(link.clone(), error))?;
-            gone.push(link.clone());
+        if !stale.contains(device) && !dead {
+            continue;
+        }
+        match remove_link(link, device) {
+            Ok(()) => gone.push(link.clone()),
+            Err(error) => refused.push(RemoveError::Link(link.clone(), error)),
         }
     }
     match which {
-        Which::Volume(name) if gone.is_empty() => Err(RemoveError::NoVolume(name.clone())),
-        Which::Device(path) if gone.is_empty() => Err(RemoveError::NotOurs(path.clone())),
-        _ => Ok(gone),
+        _ if !gone.is_empty() || !refused.is_empty() => Ok(Removal { gone, refused }),
+        Which::Volume(name) => Err(RemoveError::NoVolume(name.clone())),
+        Which::Device(path) => Err(RemoveError::NotOurs(path.clone())),
+        Which::AllDead => Ok(Removal::default()),
+    }
+}
+
+/// Removes a link that led to `device`. Where our rules for udev are in place, it does so too, at the same time; and the next
+/// service may already have made another of that name.
+fn remove_link(link: &Path, device: &Path) -> io::Result<()> {
+    if ublk::target_of(link).is_ok_and(|target| target != device) {
+        return Ok(());
+    }
+    match fs::remove_file(link) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -300,7 +329,7 @@ mod tests {
                 removed.push(info.id);
                 Ok(())
             });
-            (removed, names(&dir), result.is_ok())
+            (removed, names(&dir), result.is_ok_and(|removal| removal.refused.is_empty()))
         };
         let all = || ["a", "b", "c"].map(String::from).to_vec();
         let without_a = || ["b", "c"].map(String::from).to_vec();
@@ -318,8 +347,53 @@ mod tests {
         let dir = links();
         let link = dir.path().join("a");
         let never = |_: &Info| panic!("there is none");
-        let gone = remove_in(dir.path(), &Which::Device(link.clone()), &[], never).unwrap();
-        assert_eq!(gone, [link]);
+        let removal = remove_in(dir.path(), &Which::Device(link.clone()), &[], never).unwrap();
+        assert_eq!(removal.gone, [link]);
         assert_eq!(names(&dir), ["b", "c"]);
+    }
+
+    #[test]
+    fn one_that_has_to_stay_keeps_no_other() {
+        let dir = links();
+        let known = [
+            info(1048574, State::Quiesced, None, "b"),
+            info(1048575, State::Quiesced, None, "a"),
+            info(1048573, State::Quiesced, None, "none"),
+        ];
+        // The links of what is gone go too. (No machine has any of them, but that is not asked for those that stay.)
+        let removal = remove_in(dir.path(), &Which::Volume("a".into()), &known, |_| Ok(())).unwrap();
+        assert_eq!((removal.gone.len(), names(&dir)), (2, vec!["b".into(), "c".into()]));
+        let dir = links();
+        let removal = remove_in(dir.path(), &Which::AllDead, &known, |info| match info.id {
+            1048574 => Err(RemoveError::InUse { device: info.path(), users: "mounted on /x".into() }),
+            _ => Ok(()),
+        });
+        let removal = removal.unwrap();
+        assert_eq!(removal.refused.len(), 1, "{:?}", removal.refused);
+        assert!(removal.gone.contains(&"/dev/ublkb1048575".into()), "{:?}", removal.gone);
+        assert!(removal.gone.contains(&"/dev/ublkb1048573".into()), "{:?}", removal.gone);
+        assert!(!names(&dir).contains(&"a".into()));
+    }
+
+    #[test]
+    fn udev_may_be_quicker() {
+        let dir = links();
+        let link = dir.path().join("a");
+        let known = [info(1048575, State::Quiesced, None, "a")];
+        let removal = remove_in(dir.path(), &Which::Volume("a".into()), &known, |_| {
+            fs::remove_file(&link).unwrap();
+            Ok(())
+        });
+        assert!(removal.unwrap().refused.is_empty());
+        // And so may the next service.
+        let dir = links();
+        let link = dir.path().join("a");
+        let removal = remove_in(dir.path(), &Which::Volume("a".into()), &known, |_| {
+            fs::remove_file(&link).unwrap();
+            symlink("/dev/ublkb1048572", &link).unwrap();
+            Ok(())
+        });
+        assert!(removal.unwrap().refused.is_empty());
+        assert_eq!(names(&dir), ["a", "b", "c"]);
     }
 }

@@ -105,7 +105,11 @@ impl StableName {
             return Ok(());
         }
         if is_stale(&self.path)? {
-            fs::remove_file(&self.path).map_err(failed("remove the link of a device that is gone"))?;
+            match fs::remove_file(&self.path) {
+                // udev was quicker.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.map_err(failed("remove the link of a device that is gone"))?,
+            }
         }
         match symlink(device, &self.path) {
             // udev was quicker.
@@ -128,6 +132,8 @@ impl StableName {
         let Some(device) = self.device.take() else { return };
         if target_of(&self.path).is_ok_and(|target| target == device)
             && let Err(error) = fs::remove_file(&self.path)
+            // udev, which has made one too, was quicker.
+            && error.kind() != io::ErrorKind::NotFound
         {
             log::warn!("{}: the link stays: {error}", self.path.display());
         }
