@@ -162,8 +162,20 @@ fn check_ublk_claims(loader: &Loader) -> Result<(), ConfigError> {
         if let Some(id) = value.id {
             ids.claim(id, "id", &format!("/dev/ublkb{id}"), origin)?;
         }
+        // udev names them so, and whoever writes the disk says which there are.
+        let disk = partition_of(&value.volume);
+        if let Some(disk) = disk.filter(|disk| loader.ublk.iter().any(|other| other.value.volume == *disk)) {
+            let reason = format!("{what} is what a partition of volume {disk} is called: take another name");
+            return Err(ConfigError::new(origin.place("volume"), reason));
+        }
     }
     Ok(())
+}
+
+/// The disk that `name` would be the name of a partition of.
+fn partition_of(name: &str) -> Option<&str> {
+    let (disk, number) = name.rsplit_once("-part")?;
+    (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())).then_some(disk)
 }
 
 fn check_socket_claims(loader: &Loader) -> Result<(), ConfigError> {
@@ -322,6 +334,17 @@ mod tests {
         for name in ["a", "A_1.b-c", "_", "0", &"x".repeat(32)] {
             load(&[("volume", &format!("{name}=null:1G")), ("ublk", name)]).unwrap();
         }
+    }
+
+    #[test]
+    fn a_disk_is_not_called_like_anothers_partition() {
+        let with = |name| [A, UBLK_A, ("volume", name), ("ublk", name.split('=').next().unwrap())];
+        refused(&with("a-part1=null:1G"), "--ublk a-part1", "partition of volume a");
+        for name in ["a-part=null:1G", "a-partx=null:1G", "b-part1=null:1G", "a-part1-b=null:1G"] {
+            load(&with(name)).unwrap();
+        }
+        // A virtual machine's disk has no partitions here.
+        load(&[A, ("vhost-user", "a=/s"), ("volume", "a-part1=null:1G"), ("ublk", "a-part1")]).unwrap();
     }
 
     #[test]
