@@ -183,6 +183,8 @@ impl<F: Future<Output = ()>> Run for Slots<F> {
         for cqe in self.cqes.drain(..) {
             self.tasks.complete(&cqe);
         }
+        // Those who wait for their turn on the worker's own time: a pass begins.
+        self.tasks.run_ready();
     }
 }
 
