@@ -1,20 +1,21 @@
 //! The `image` commands beside services, virtual machines, mounts and limits, and what is left of them when they are
 //! killed. Where something is missing, the test is listed as ignored, with the reason on standard error.
 
+mod attributes;
+#[path = "../common/mod.rs"]
 mod common;
+mod exports;
 
 use common::eventually;
-use common::nbd::Server;
 use common::service::Setup;
 use common::trial::{run_trials, trial};
 use common::vmm::everyday;
 use nix::unistd::Uid;
 use ringblk::service::client::Client as Control;
-use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output, Stdio};
@@ -27,15 +28,21 @@ fn main() -> ExitCode {
     let trials = vec![
         trial("a_served_image_is_neither_replaced_nor_copied", Ok(()), |()| served()),
         trial("qemu_img_and_we_keep_off_each_others_images", tool("qemu-img"), |()| qemu()),
-        trial("what_is_replaced_keeps_owner_and_mode", root(), |()| owner()),
-        trial("what_is_replaced_keeps_its_lists_and_attributes", attributes(), keeps_attributes),
-        trial("another_users_image_is_not_made_ones_own", stranger(), |dir| strangers(&dir)),
+        trial("what_is_replaced_keeps_owner_and_mode", root(), |()| attributes::owner()),
+        trial(
+            "what_is_replaced_keeps_its_lists_and_attributes",
+            attributes::attributes(),
+            attributes::keeps_attributes,
+        ),
+        trial("another_users_image_is_not_made_ones_own", attributes::stranger(), |dir| {
+            attributes::strangers(&dir)
+        }),
         trial("without_links_images_are_made_and_replaced", Ok(()), |()| without_links()),
         trial("a_limit_on_file_sizes_is_an_error", Ok(()), |()| limited()),
         trial("a_killed_copy_leaves_nothing", Ok(()), |()| killed(&[])),
         trial("a_killed_copy_without_nameless_files_is_cleared", Ok(()), |()| killed(&[libc::SYS_linkat])),
-        trial("exports_are_copied_from_and_to", common::nbd::server(), |()| exports()),
-        trial("an_export_that_cannot_be_an_end", common::nbd::server(), |()| unsuitable_exports()),
+        trial("exports_are_copied_from_and_to", common::nbd::server(), |()| exports::exports()),
+        trial("an_export_that_cannot_be_an_end", common::nbd::server(), |()| exports::unsuitable_exports()),
         trial("a_mounted_device_is_in_use", mounted(), |mount| in_use(&mount)),
     ];
     run_trials(trials)
@@ -169,92 +176,6 @@ fn qemu() {
     drop(Setup::new().volume("v", &volume(",format=raw")).door("v", "a", "").start());
 }
 
-fn owner() {
-    let dir = place();
-    let (source, disk) = (dir.path().join("source"), dir.path().join("disk"));
-    image(&source, &[1; 4096], 4096);
-    for calls in [&[][..], &[libc::SYS_linkat, libc::SYS_link]] {
-        image(&disk, &[2; 512], 512);
-        std::os::unix::fs::chown(&disk, Some(1000), Some(1001)).unwrap();
-        fs::set_permissions(&disk, fs::Permissions::from_mode(0o6660)).unwrap();
-        let copied = without(copy_command(&["--force"], &source, &disk), calls).output().unwrap();
-        assert_eq!(said(copied).0, 0);
-        let found = fs::metadata(&disk).unwrap();
-        assert_eq!((found.uid(), found.gid(), found.mode() & 0o7777), (1000, 1001, 0o6660));
-        assert_eq!(fs::read(&disk).unwrap(), [1; 4096]);
-        assert_eq!(names(dir.path()), ["disk", "source"]);
-    }
-}
-
-/// An access control list of `acl(5)` as the kernel keeps it: version 2, then tag, permissions and number of each entry.
-/// One more user may read.
-const LIST: &[u8] = b"\x02\0\0\0\
-    \x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\x07\0\0\0\x04\0\x04\0\xff\xff\xff\xff\
-    \x10\0\x04\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
-
-/// Names and values.
-type Attributes = Vec<(&'static str, &'static [u8])>;
-
-/// A place and the attributes that files can have there.
-fn attributes() -> Result<(TempDir, Attributes), String> {
-    let dir = place();
-    let probe = File::create(dir.path().join("disk")).map_err(|error| error.to_string())?;
-    let mut can = vec![("user.comment", &b"mine"[..]), ("system.posix_acl_access", LIST)];
-    if Uid::effective().is_root() {
-        can.push(("trusted.owner", b"root"));
-    }
-    for (name, value) in &can {
-        fsetxattr(&probe, *name, value, XattrFlags::empty())
-            .map_err(|errno| format!("no {name}: {errno}"))?;
-    }
-    Ok((dir, can))
-}
-
-fn keeps_attributes((dir, attributes): (TempDir, Attributes)) {
-    let (source, disk) = (dir.path().join("source"), dir.path().join("disk"));
-    image(&source, &[1; 4096], 4096);
-    let before = fs::metadata(&disk).unwrap();
-    assert_eq!(copy(&["--force"], &source, &disk).0, 0);
-    let now = File::open(&disk).unwrap();
-    let metadata = now.metadata().unwrap();
-    assert_ne!(metadata.ino(), before.ino());
-    assert_eq!(metadata.mode(), before.mode());
-    for (name, value) in attributes {
-        let mut found = [0; 256];
-        let length = fgetxattr(&now, name, &mut found[..]).unwrap();
-        assert_eq!(&found[..length], value, "{name}");
-    }
-}
-
-/// A place where another user may run the command.
-fn stranger() -> Result<TempDir, String> {
-    root()?;
-    let dir = tempfile::tempdir().map_err(|error| error.to_string())?;
-    let binary = dir.path().join("ringblk");
-    fs::copy(env!("CARGO_BIN_EXE_ringblk"), &binary).map_err(|error| error.to_string())?;
-    for path in [dir.path(), &binary] {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o777)).map_err(|error| error.to_string())?;
-    }
-    let runs = Command::new(&binary).arg("--version").uid(65534).gid(65534).stdout(Stdio::null()).status();
-    match runs {
-        Ok(status) if status.success() => Ok(dir),
-        other => Err(format!("another user cannot run {}: {other:?}", binary.display())),
-    }
-}
-
-/// Who may not give it to its owner leaves it to him.
-fn strangers(dir: &TempDir) {
-    let (source, disk) = (dir.path().join("source"), dir.path().join("disk"));
-    image(&source, &[1; 4096], 4096);
-    image(&disk, &[2; 512], 512);
-    let mut stranger = Command::new(dir.path().join("ringblk"));
-    stranger.args(["image", "copy", "--quiet", "--force"]).arg(&source).arg(&disk).uid(65534).gid(65534);
-    let (code, error) = said(stranger.output().unwrap());
-    assert!(code == 1 && error.contains("owner (0:0)"), "{code}: {error}");
-    assert_eq!(fs::read(&disk).unwrap(), [2; 512]);
-    assert_eq!(names(dir.path()), ["disk", "ringblk", "source"]);
-}
-
 fn without_links() {
     let dir = place();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
@@ -360,82 +281,6 @@ fn killed(calls: &[i64]) {
         assert_eq!(code, 0, "{error}");
         names(dir.path()) == [".ringblk-1-1.tmp", "source", "target"]
     });
-}
-
-/// A server of what is in memory, of 16 MiB.
-fn exports() {
-    let dir = place();
-    let (source, back) = (dir.path().join("source"), dir.path().join("back"));
-    image(&source, &vec![1; 3 << 20], 16 * MIB);
-    let file = File::options().write(true).open(&source).unwrap();
-    file.write_all_at(&[2; 5000], 9 << 20).unwrap();
-    file.write_all_at(&[3; 512], (16 << 20) - 512).unwrap();
-    for filters in [
-        &[][..],
-        &[
-            "--filter=blocksize-policy",
-            "blocksize-minimum=4096",
-            "blocksize-preferred=4096",
-            "blocksize-maximum=64K",
-            "blocksize-error-policy=error",
-        ],
-    ] {
-        let (one, two) = (Server::start(filters), Server::start(filters));
-        let [one_uri, two_uri] = [&one, &two].map(|server| PathBuf::from(server.uri()));
-        let (code, error) = copy(&[], &source, &one_uri);
-        assert!(code == 1 && error.contains("already exists"), "{error}");
-        for (from, to) in [(&source, &one_uri), (&one_uri, &two_uri), (&two_uri, &back)] {
-            let (code, error) = copy(&["--force", "--depth", "40"], from, to);
-            assert!(code == 0 && error.is_empty(), "{} -> {}: {code}: {error}", from.display(), to.display());
-        }
-        assert!(fs::read(&source).unwrap() == fs::read(&back).unwrap());
-        assert!(one.find("Zero*count=").is_some() || !filters.is_empty(), "holes are not written");
-        assert!(one.find("Flush").is_some(), "it ends with a flush");
-        assert!(two.find("Write").is_some());
-        fs::remove_file(&back).unwrap();
-        // What was there is overwritten, with the holes.
-        image(&source, &[4; 4096], 16 * MIB);
-        assert_eq!(copy(&["--force"], &source, &one_uri).0, 0);
-        assert_eq!(copy(&["--detect-zeroes"], &one_uri, &back).0, 0);
-        assert!(fs::read(&source).unwrap() == fs::read(&back).unwrap());
-        let found = fs::metadata(&back).unwrap();
-        assert!(found.blocks() * 512 < MIB && found.mode() & 0o777 == 0o600, "{found:?}");
-    }
-}
-
-fn unsuitable_exports() {
-    let dir = place();
-    let (source, new) = (dir.path().join("source"), dir.path().join("new"));
-    image(&source, b"QFI\xfb\0\0\0\x03", 16 * MIB);
-    let mut server = Server::start(&[]);
-    let uri = PathBuf::from(server.uri());
-    let refused = |options: &[&str], from: &Path, to: &Path, word: &str| {
-        let (code, error) = copy(options, from, to);
-        assert!(code == 1 && error.contains(word), "{code}: {error}");
-        assert!(!new.exists());
-    };
-    refused(&["--force"], &uri, &uri, "are the same");
-    assert_eq!(copy(&["--force", "--format=raw"], &source, &uri).0, 0);
-    refused(&[], &uri, &new, "qcow2");
-    image(&source, &[], 17 * MIB);
-    refused(&["--force"], &source, &uri, "17825792");
-    image(&source, &[], 1000);
-    refused(&["--force"], &source, &uri, "whole blocks of 512");
-    image(&source, &[], MIB);
-    server.crash();
-    refused(&["--force"], &source, &uri, "cannot connect");
-    refused(&[], Path::new("nbd+unix:///?socket=relative"), &new, "not an absolute path");
-    // It goes in the middle: after 20 MiB at most of what is read in pieces of 1 MiB.
-    let slow = Server::start(&["--filter=delay", "rdelay=20ms"]);
-    let uri = PathBuf::from(slow.uri());
-    let job = copy_command(&["--depth", "1"], &uri, &new).stderr(Stdio::piped()).spawn().unwrap();
-    eventually("it reads", || slow.find("Read*offset=0x100000").is_some());
-    drop(slow);
-    let (code, error) = said(job.wait_with_output().unwrap());
-    assert!(code == 1 && error.contains("cannot read from nbd+unix:"), "{code}: {error}");
-    assert_eq!(names(dir.path()), ["source"]);
-    let writable = Server::start(&["--readonly"]);
-    refused(&["--force"], &source, Path::new(&writable.uri()), "read-only");
 }
 
 /// A file system on a loop device, mounted; gone when this is dropped.

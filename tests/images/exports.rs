@@ -1,0 +1,85 @@
+//! Exports of NBD servers as ends of a copy.
+
+use super::{MIB, copy, copy_command, image, names, place, said};
+use crate::common::eventually;
+use crate::common::nbd::Server;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+/// A server of what is in memory, of 16 MiB.
+pub fn exports() {
+    let dir = place();
+    let (source, back) = (dir.path().join("source"), dir.path().join("back"));
+    image(&source, &vec![1; 3 << 20], 16 * MIB);
+    let file = File::options().write(true).open(&source).unwrap();
+    file.write_all_at(&[2; 5000], 9 << 20).unwrap();
+    file.write_all_at(&[3; 512], (16 << 20) - 512).unwrap();
+    for filters in [
+        &[][..],
+        &[
+            "--filter=blocksize-policy",
+            "blocksize-minimum=4096",
+            "blocksize-preferred=4096",
+            "blocksize-maximum=64K",
+            "blocksize-error-policy=error",
+        ],
+    ] {
+        let (one, two) = (Server::start(filters), Server::start(filters));
+        let [one_uri, two_uri] = [&one, &two].map(|server| PathBuf::from(server.uri()));
+        let (code, error) = copy(&[], &source, &one_uri);
+        assert!(code == 1 && error.contains("already exists"), "{error}");
+        for (from, to) in [(&source, &one_uri), (&one_uri, &two_uri), (&two_uri, &back)] {
+            let (code, error) = copy(&["--force", "--depth", "40"], from, to);
+            assert!(code == 0 && error.is_empty(), "{} -> {}: {code}: {error}", from.display(), to.display());
+        }
+        assert!(fs::read(&source).unwrap() == fs::read(&back).unwrap());
+        assert!(one.find("Zero*count=").is_some() || !filters.is_empty(), "holes are not written");
+        assert!(one.find("Flush").is_some(), "it ends with a flush");
+        assert!(two.find("Write").is_some());
+        fs::remove_file(&back).unwrap();
+        // What was there is overwritten, with the holes.
+        image(&source, &[4; 4096], 16 * MIB);
+        assert_eq!(copy(&["--force"], &source, &one_uri).0, 0);
+        assert_eq!(copy(&["--detect-zeroes"], &one_uri, &back).0, 0);
+        assert!(fs::read(&source).unwrap() == fs::read(&back).unwrap());
+        let found = fs::metadata(&back).unwrap();
+        assert!(found.blocks() * 512 < MIB && found.mode() & 0o777 == 0o600, "{found:?}");
+    }
+}
+
+pub fn unsuitable_exports() {
+    let dir = place();
+    let (source, new) = (dir.path().join("source"), dir.path().join("new"));
+    image(&source, b"QFI\xfb\0\0\0\x03", 16 * MIB);
+    let mut server = Server::start(&[]);
+    let uri = PathBuf::from(server.uri());
+    let refused = |options: &[&str], from: &Path, to: &Path, word: &str| {
+        let (code, error) = copy(options, from, to);
+        assert!(code == 1 && error.contains(word), "{code}: {error}");
+        assert!(!new.exists());
+    };
+    refused(&["--force"], &uri, &uri, "are the same");
+    assert_eq!(copy(&["--force", "--format=raw"], &source, &uri).0, 0);
+    refused(&[], &uri, &new, "qcow2");
+    image(&source, &[], 17 * MIB);
+    refused(&["--force"], &source, &uri, "17825792");
+    image(&source, &[], 1000);
+    refused(&["--force"], &source, &uri, "whole blocks of 512");
+    image(&source, &[], MIB);
+    server.crash();
+    refused(&["--force"], &source, &uri, "cannot connect");
+    refused(&[], Path::new("nbd+unix:///?socket=relative"), &new, "not an absolute path");
+    // It goes in the middle: after 20 MiB at most of what is read in pieces of 1 MiB.
+    let slow = Server::start(&["--filter=delay", "rdelay=20ms"]);
+    let uri = PathBuf::from(slow.uri());
+    let job = copy_command(&["--depth", "1"], &uri, &new).stderr(Stdio::piped()).spawn().unwrap();
+    eventually("it reads", || slow.find("Read*offset=0x100000").is_some());
+    drop(slow);
+    let (code, error) = said(job.wait_with_output().unwrap());
+    assert!(code == 1 && error.contains("cannot read from nbd+unix:"), "{code}: {error}");
+    assert_eq!(names(dir.path()), ["source"]);
+    let writable = Server::start(&["--readonly"]);
+    refused(&["--force"], &source, Path::new(&writable.uri()), "read-only");
+}
