@@ -2,10 +2,11 @@
 
 use super::{copy, copy_command, image, names, place, root, said, without};
 use nix::unistd::Uid;
-use rustix::fs::{XattrFlags, fgetxattr, fsetxattr};
+use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
@@ -64,6 +65,58 @@ pub fn keeps_attributes((dir, attributes): (TempDir, Attributes)) {
         let length = fgetxattr(&now, name, &mut found[..]).unwrap();
         assert_eq!(&found[..length], value, "{name}");
     }
+}
+
+/// The same list for what is made in a directory: as `LIST`, and the further user may write.
+const INHERITED: &[u8] = b"\x02\0\0\0\
+    \x01\0\x07\0\xff\xff\xff\xff\x02\0\x07\0\x07\0\0\0\x04\0\x07\0\xff\xff\xff\xff\
+    \x10\0\x07\0\xff\xff\xff\xff\x20\0\x07\0\xff\xff\xff\xff";
+
+/// A place whose files are made with a list.
+pub fn lists() -> Result<TempDir, String> {
+    let dir = place();
+    let directory = File::open(dir.path()).map_err(|error| error.to_string())?;
+    fsetxattr(&directory, "system.posix_acl_default", INHERITED, XattrFlags::empty())
+        .map_err(|errno| format!("no default list: {errno}"))?;
+    Ok(dir)
+}
+
+/// What the directory would give a new file is not given to one that takes another's place.
+pub fn more_open(dir: TempDir) {
+    let (source, disk) = (dir.path().join("source"), dir.path().join("disk"));
+    image(&source, &[1; 4096], 4096);
+    let list = |path: &Path| {
+        let mut found = [0; 256];
+        fgetxattr(File::open(path).unwrap(), "system.posix_acl_access", &mut found[..])
+            .map(|length| found[..length].to_vec())
+    };
+    assert!(list(&source).is_ok());
+    for calls in [&[][..], &[libc::SYS_linkat, libc::SYS_link]] {
+        for given in [None, Some(LIST)] {
+            image(&disk, &[2; 512], 512);
+            let old = File::open(&disk).unwrap();
+            fremovexattr(&old, "system.posix_acl_access").unwrap();
+            fs::set_permissions(&disk, fs::Permissions::from_mode(0o640)).unwrap();
+            if let Some(given) = given {
+                fsetxattr(&old, "system.posix_acl_access", given, XattrFlags::empty()).unwrap();
+            }
+            let mode = old.metadata().unwrap().mode();
+            let copied = without(copy_command(&["--force"], &source, &disk), calls).output().unwrap();
+            assert_eq!(said(copied).0, 0);
+            assert_eq!(fs::read(&disk).unwrap(), [1; 4096]);
+            assert_eq!(list(&disk).ok().as_deref(), given);
+            assert_eq!(fs::metadata(&disk).unwrap().mode(), mode);
+            fs::remove_file(&disk).unwrap();
+        }
+    }
+    // Where they cannot be taken away, nothing is replaced.
+    image(&disk, &[2; 512], 512);
+    fremovexattr(File::open(&disk).unwrap(), "system.posix_acl_access").unwrap();
+    let copied = without(copy_command(&["--force"], &source, &disk), &[libc::SYS_fremovexattr]);
+    let (code, error) = said({ copied }.output().unwrap());
+    assert!(code == 1 && error.contains("posix_acl_access, which it does not have"), "{code}: {error}");
+    assert_eq!(fs::read(&disk).unwrap(), [2; 512]);
+    assert_eq!(names(dir.path()), ["disk", "source"]);
 }
 
 /// A place where another user may run the command.
