@@ -20,6 +20,8 @@ pub(super) enum Command {
 }
 
 /// Make an image of zeroes: one hole that takes no space until it is written.
+///
+/// Only its owner may read and write it (mode 0600), whatever the umask is.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  ringblk image create /srv/root.img 20G")]
 pub(super) struct CreateArgs {
@@ -48,7 +50,7 @@ pub(super) struct InfoArgs {
 /// Copy an image, holes stay holes.
 ///
 /// Source and destination are files, block devices, or exports of NBD servers by their URIs. A new file appears when it
-/// is complete and on disk, never in part. A block device or an export must be large enough; what lies behind the copy
+/// is complete and on disk, never in part, and only its owner may use it (mode 0600), whatever the source's mode is. A block device or an export must be large enough; what lies behind the copy
 /// stays as it was. An image or device in use is neither read nor written: by the locks of QEMU and of `ringblk serve`, and the kernel's claims (mounts, LVM, swap).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\

@@ -163,7 +163,7 @@ mod tests {
         let old = File::create(&path).unwrap();
         fremovexattr(&old, ACCESS).unwrap();
         for round in 0..300 {
-            let scratch = super::super::scratch::Scratch::new(dir.path(), 0o600).unwrap();
+            let scratch = super::super::scratch::Scratch::new(dir.path()).unwrap();
             let new = &scratch.file;
             assert!(value(new, ACCESS).unwrap().is_some());
             let done = AtomicBool::new(false);

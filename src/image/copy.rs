@@ -87,7 +87,7 @@ impl fmt::Display for CopySummary {
 
 /// Copies an image.
 ///
-/// A new file appears under its name when it is complete and on disk. A block device or an export must be at least as
+/// A new file appears under its name when it is complete and on disk, for its owner alone (mode 0600). A block device or an export must be at least as
 /// large as the source; what lies behind the copy is left as it was. A file that is replaced keeps its owner, mode and attributes.
 ///
 /// # Errors

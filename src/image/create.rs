@@ -11,10 +11,8 @@ use super::target::NewFile;
 use super::{ImageError, is_path, run};
 use crate::block::{Geometry, SECTOR, Size};
 
-/// Mode of a new image, less the umask.
-const MODE: u32 = 0o666;
-
-/// Makes an image of `size` zero bytes: one hole, or with `preallocate` all of it reserved on disk.
+/// Makes an image of `size` zero bytes, for its owner alone (mode 0600): one hole, or with `preallocate` all of it reserved
+/// on disk.
 ///
 /// # Errors
 /// A size that no block device has, a `path` that exists, the system's refusal, a signal.
@@ -26,7 +24,7 @@ pub fn create(path: &Path, size: Size, preallocate: bool) -> Result<(), ImageErr
             "{size} is not a size for an image: a positive multiple of 512 bytes, below 8 EiB"
         )));
     }
-    let new = NewFile::create(path, bytes, MODE)?;
+    let new = NewFile::create(path, bytes)?;
     let file = File::from_std(new.handle()?);
     run(path, async move {
         let fill = async {

@@ -27,6 +27,9 @@ pub(super) struct Scratch {
     name: Option<PathBuf>,
 }
 
+/// For its owner alone. What a directory's default list gives others is without effect by this too.
+const MODE: u32 = 0o600;
+
 /// Hidden names begin and end so. Between them are the process and a number.
 const PREFIX: &str = ".ringblk-";
 const SUFFIX: &str = ".tmp";
@@ -38,20 +41,20 @@ const NAME_TRIES: u32 = 1000;
 const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Scratch {
-    /// An empty file with `mode` less the umask, to be given a name in `directory`. Removes what dead jobs left there.
+    /// An empty file that only its owner may use, to be given a name in `directory`. Removes what dead jobs left there.
     ///
     /// # Errors
     /// The system's.
-    pub fn new(directory: &Path, mode: u32) -> io::Result<Scratch> {
+    pub fn new(directory: &Path) -> io::Result<Scratch> {
         remove_dead(directory);
-        match nameless(directory, mode) {
+        match nameless(directory) {
             Ok(Some(file)) => return Ok(Scratch { file, directory: directory.to_owned(), name: None }),
             Ok(None) => {}
             // What else is wrong, making a file with a name says too.
             Err(error) => log::debug!("{}: no O_TMPFILE: {error}", directory.display()),
         }
         let (file, name) = named(directory, |name| {
-            let made = OpenOptions::new().read(true).write(true).create_new(true).mode(mode).open(name)?;
+            let made = OpenOptions::new().read(true).write(true).create_new(true).mode(MODE).open(name)?;
             // Until it is locked it may be taken for a dead one.
             match lock(&made) && leads_to(name, &made.metadata()?) {
                 true => Ok(made),
@@ -124,9 +127,9 @@ fn named<T>(directory: &Path, mut make: impl FnMut(&Path) -> io::Result<T>) -> i
 }
 
 /// A file without a name that can be given one; `None` where there is no such thing.
-fn nameless(directory: &Path, mode: u32) -> io::Result<Option<File>> {
+fn nameless(directory: &Path) -> io::Result<Option<File>> {
     let open =
-        || OpenOptions::new().read(true).write(true).mode(mode).custom_flags(libc::O_TMPFILE).open(directory);
+        || OpenOptions::new().read(true).write(true).mode(MODE).custom_flags(libc::O_TMPFILE).open(directory);
     // A name is given by a link. Where there are none, as in some containers, that is better known before the whole image
     // is written; and a file that had a name and lost it gets no other.
     let probe = open()?;
@@ -152,7 +155,7 @@ fn link_nameless(file: &File, path: &Path) -> io::Result<()> {
 
 /// The last resort, on file systems that can neither link nor rename without replacing: an empty file holds the place.
 fn move_to_own(name: &Path, path: &Path) -> io::Result<()> {
-    let place = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let place = OpenOptions::new().write(true).create_new(true).mode(MODE).open(path)?;
     let empty = place.metadata()?;
     let ours = |now: &Metadata| now.ino() == empty.ino() && now.dev() == empty.dev() && now.len() == 0;
     if !fs::symlink_metadata(path).is_ok_and(|now| ours(&now)) {
@@ -253,7 +256,7 @@ pub(super) mod tests {
     fn it_has_a_name_when_it_is_published_and_not_before() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
-        for make in [|dir: &Path| Scratch::new(dir, 0o600).unwrap(), with_name] {
+        for make in [|dir: &Path| Scratch::new(dir).unwrap(), with_name] {
             drop(make(dir.path()));
             assert_eq!(names(dir.path()), [""; 0]);
             let mut scratch = make(dir.path());
@@ -301,7 +304,7 @@ pub(super) mod tests {
         fs::create_dir(dir.path().join(".ringblk-1-2.tmp")).unwrap();
         // Another test's thread may fork, and hold the lock for a moment.
         for _ in 0..1000 {
-            drop(Scratch::new(dir.path(), 0o600).unwrap());
+            drop(Scratch::new(dir.path()).unwrap());
             if !dead.exists() {
                 break;
             }

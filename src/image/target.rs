@@ -23,15 +23,16 @@ pub(super) struct NewFile {
 }
 
 impl NewFile {
-    /// A file of `size` zero bytes, with `mode` less the umask. `path` must not exist.
+    /// A file of `size` zero bytes, for its owner alone: what comes to be in a disk is not for everybody who may read the
+    /// directory, whatever the umask says or the source of a copy was. `path` must not exist.
     ///
     /// # Errors
     /// [`ImageError::Exists`], or the system's refusal.
-    pub fn create(path: &Path, size: u64, mode: u32) -> Result<NewFile, ImageError> {
+    pub fn create(path: &Path, size: u64) -> Result<NewFile, ImageError> {
         match fs::symlink_metadata(path) {
             Ok(_) => Err(ImageError::Exists(path.to_owned())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                NewFile::open(path.to_owned(), size, mode, None)
+                NewFile::open(path.to_owned(), size, None)
             }
             Err(error) => Err(ImageError::system("look at", path)(error)),
         }
@@ -48,11 +49,11 @@ impl NewFile {
         if old.metadata.nlink() > 1 {
             log::warn!("{}: its other names (hard links) keep the old image", path.display());
         }
-        NewFile::open(real, size, 0o600, Some(old))
+        NewFile::open(real, size, Some(old))
     }
 
-    fn open(path: PathBuf, size: u64, mode: u32, replaces: Option<Store>) -> Result<NewFile, ImageError> {
-        let scratch = Scratch::new(directory(&path), mode)
+    fn open(path: PathBuf, size: u64, replaces: Option<Store>) -> Result<NewFile, ImageError> {
+        let scratch = Scratch::new(directory(&path))
             .map_err(ImageError::system("make a file in the directory of", &path))?;
         let new = NewFile { scratch, path, replaces };
         if let Some(old) = &new.replaces {
@@ -120,13 +121,13 @@ mod tests {
     fn it_appears_when_published_and_not_before() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.img");
-        let new = NewFile::create(&path, 512, 0o600).unwrap();
+        let new = NewFile::create(&path, 512).unwrap();
         assert!(!path.exists());
         new.publish().unwrap();
         assert_eq!(names(dir.path()), ["a.img"]);
         assert_eq!(fs::metadata(&path).unwrap().len(), 512);
 
-        drop(NewFile::create(&dir.path().join("b.img"), 512, 0o600).unwrap());
+        drop(NewFile::create(&dir.path().join("b.img"), 512).unwrap());
         assert_eq!(names(dir.path()), ["a.img"]);
     }
 
@@ -134,12 +135,12 @@ mod tests {
     fn what_appears_meanwhile_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.img");
-        let new = NewFile::create(&path, 512, 0o600).unwrap();
+        let new = NewFile::create(&path, 512).unwrap();
         fs::write(&path, "other").unwrap();
         assert!(matches!(new.publish(), Err(ImageError::Exists(_))));
         assert_eq!(fs::read(&path).unwrap(), b"other");
         assert_eq!(names(dir.path()), ["a.img"]);
-        let error = NewFile::create(&path, 512, 0o600).unwrap_err();
+        let error = NewFile::create(&path, 512).unwrap_err();
         assert!(matches!(error, ImageError::Exists(_)), "{error}");
     }
 

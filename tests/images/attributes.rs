@@ -1,6 +1,6 @@
 //! What a file is besides its contents, which one that takes its place keeps.
 
-use super::{copy, copy_command, image, names, place, root, said, without};
+use super::{command, copy, copy_command, image, names, place, root, said, without};
 use nix::unistd::Uid;
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
 use std::fs::{self, File};
@@ -64,6 +64,31 @@ pub fn keeps_attributes((dir, attributes): (TempDir, Attributes)) {
         let mut found = [0; 256];
         let length = fgetxattr(&now, name, &mut found[..]).unwrap();
         assert_eq!(&found[..length], value, "{name}");
+    }
+}
+
+/// Whatever the umask and the source say, with and without files without a name.
+pub fn private() {
+    let dir = place();
+    let path = |name: &str| dir.path().join(name);
+    let source = path("source");
+    image(&source, &[1; 4096], 4096);
+    fs::set_permissions(&source, fs::Permissions::from_mode(0o666)).unwrap();
+    for (round, calls) in [&[][..], &[libc::SYS_linkat, libc::SYS_link]].into_iter().enumerate() {
+        let [made, copied] = ["made", "copied"].map(|name| path(&format!("{name}{round}")));
+        let mut create = command(&["image", "create"]);
+        create.arg(&made).arg("1M");
+        for (mut command, path) in [(create, &made), (copy_command(&[], &source, &copied), &copied)] {
+            // SAFETY: one system call without memory.
+            unsafe {
+                command.pre_exec(|| {
+                    libc::umask(0);
+                    Ok(())
+                })
+            };
+            assert_eq!(said(without(command, calls).output().unwrap()).0, 0);
+            assert_eq!(fs::metadata(path).unwrap().mode() & 0o7777, 0o600, "{}", path.display());
+        }
     }
 }
 

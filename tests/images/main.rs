@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             attributes::attributes(),
             attributes::keeps_attributes,
         ),
+        trial("what_is_new_is_its_owners_alone", Ok(()), |()| attributes::private()),
         trial("what_is_replaced_is_no_more_open", attributes::lists(), attributes::more_open),
         trial("another_users_image_is_not_made_ones_own", attributes::stranger(), |dir| {
             attributes::strangers(&dir)

@@ -4,7 +4,6 @@
 
 use std::fs::{self, Metadata};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::rc::Rc;
 
@@ -116,15 +115,7 @@ impl Target {
         }
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // A copy is no more public than its source was; a device's own mode says nothing about its contents, and
-                // a server has none.
-                let mode = match source {
-                    Source::Store(store) if store.kind == Kind::File => {
-                        store.metadata.permissions().mode() & 0o666
-                    }
-                    _ => 0o600,
-                };
-                return NewFile::create(path, source.size(), mode).map(Target::New);
+                return NewFile::create(path, source.size()).map(Target::New);
             }
             Err(error) => return Err(ImageError::system("look at", path)(error)),
             Ok(_) => {}
