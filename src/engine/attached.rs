@@ -4,7 +4,7 @@ use super::grace::{Admitted, Grace};
 use super::losses::Flusher;
 use super::node::Edge;
 use super::policy::Policy;
-use crate::block::{Errno, Geometry};
+use crate::block::{Data, Errno, Geometry};
 use crate::log_limit::LogLimit;
 use crate::ring::{Io, Ring};
 use std::sync::Arc;
@@ -92,6 +92,15 @@ impl<R: Ring> Attached<R> {
         if self.edge.loss_reports() != before {
             self.edge.count_loss();
         }
+    }
+
+    /// Reads what the store has behind the last whole block ([`Volume::tail`](super::Volume::tail)): for offline jobs, which
+    /// keep every byte. What is asked for is not checked here, and passes by [`execute`](super::execute()).
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn read_tail(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
+        self.edge.read_tail(io, data, len, offset).await
     }
 
     /// What the request in `slot` waits for, for people.

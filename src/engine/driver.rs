@@ -18,7 +18,7 @@ use super::node::{Edge, Leaf, perform};
 use super::null::NullConfig;
 use super::resize::ResizeError;
 use super::volume::OpenError;
-use crate::block::{Errno, Geometry, Request};
+use crate::block::{Data, Errno, Geometry, Request};
 use crate::ring::{Core, Io, Ring};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
@@ -107,6 +107,8 @@ pub struct Opened {
     pub geometry: Geometry,
     /// What it is made of.
     pub identity: Identity,
+    /// Bytes that the store has behind the last whole block: no disk has them.
+    pub tail: u64,
     /// What all workers share.
     pub store: AnyStore,
 }
@@ -347,6 +349,14 @@ macro_rules! drivers {
                 match self {
                     $(AnyChannel::$leaf(leaf) => perform(leaf, io, request).await,)*
                     $($(#[$when])? AnyChannel::$layer(layer) => Box::pin(layer.submit(io, request)).await,)*
+                }
+            }
+
+            /// Reads what a leaf has behind the last whole block, which is no request's.
+            pub async fn read_tail(&self, io: &Io<R>, data: Data<'_>, len: u64, offset: u64) -> Result<(), Errno> {
+                match self {
+                    $(AnyChannel::$leaf(leaf) => leaf.read(io, data, len, offset).await,)*
+                    $($(#[$when])? AnyChannel::$layer(_) => Err(Errno::EOPNOTSUPP),)*
                 }
             }
 

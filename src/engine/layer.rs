@@ -65,7 +65,8 @@ pub fn opener<L: Layer + 'static>(
         let geometry = layer.geometry(own);
         let geometry = geometry.map_err(|source| OpenError::Geometry { name: name.clone(), source })?;
         let identity = Identity::over(driver, &base.identity);
-        Ok(Opened { geometry, identity, store: store(Over { driver, layer, base: Box::new(base) }) })
+        let tail = base.tail;
+        Ok(Opened { geometry, identity, tail, store: store(Over { driver, layer, base: Box::new(base) }) })
     }))
 }
 

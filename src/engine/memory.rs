@@ -60,7 +60,7 @@ impl Driver for MemoryConfig {
             let memory = Memory::new(bytes);
             let memory = memory.map_err(|source| OpenError::Memory { name: name.clone(), bytes, source })?;
             let identity = Identity::of_nothing(Self::NAME);
-            Ok(Opened { geometry, identity, store: AnyStore::Memory(memory) })
+            Ok(Opened { geometry, identity, tail: 0, store: AnyStore::Memory(memory) })
         }))
     }
 }

@@ -113,6 +113,17 @@ impl<R: Ring> Edge<R> {
         }
     }
 
+    /// See [`AnyChannel::read_tail`].
+    pub(super) async fn read_tail(
+        &self,
+        io: &Io<R>,
+        data: Data<'_>,
+        len: u64,
+        offset: u64,
+    ) -> Result<(), Errno> {
+        self.channel.read_tail(io, data, len, offset).await
+    }
+
     /// Brings every write that completed before to stable storage.
     ///
     /// # Errors

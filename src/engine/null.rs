@@ -58,7 +58,7 @@ impl Driver for NullConfig {
             let geometry = Geometry::new(config.size.bytes(), block);
             let geometry = geometry.map_err(|source| OpenError::Geometry { name: name.clone(), source })?;
             let identity = Identity::of_nothing(Self::NAME);
-            Ok(Opened { geometry, identity, store: AnyStore::Null(Null) })
+            Ok(Opened { geometry, identity, tail: 0, store: AnyStore::Null(Null) })
         }))
     }
 }

@@ -24,6 +24,7 @@ pub struct Volume {
     pub(super) geometry: Geometry,
     identity: Identity,
     capabilities: Capabilities,
+    tail: u64,
     pub(super) store: AnyStore,
     /// Held while the size changes.
     pub(super) resizing: Mutex<()>,
@@ -64,12 +65,18 @@ impl Opener {
     }
 
     /// Opens the volume. Nothing is changed in the store. A server that does not answer is waited for as long as `limit`,
-    /// and not for ever.
+    /// and not for ever. What no disk can show of it is said in the log.
     ///
     /// # Errors
     /// See [`Volume::open`] and [`Volume::with_topology`].
     pub fn open(&self, limit: Duration) -> Result<Volume, OpenError> {
         let volume = Volume::of(&self.name, (self.open)(limit)?).with_topology(self.topology)?;
+        if volume.tail() > 0 {
+            let (name, lost, block) = (&self.name, volume.tail(), volume.geometry.logical_block);
+            log::warn!(
+                "volume {name}: its last {lost} bytes do not fill a block of {block} and are not served"
+            );
+        }
         Ok(volume.with_policy(self.policy))
     }
 
@@ -172,7 +179,7 @@ impl Volume {
     }
 
     fn of(name: &str, opened: Opened) -> Volume {
-        let Opened { geometry, identity, store } = opened;
+        let Opened { geometry, identity, tail, store } = opened;
         let policy = Arc::new(Policy::new(name, PolicyConfig::default()));
         let capabilities = store.capabilities();
         Volume {
@@ -180,6 +187,7 @@ impl Volume {
             geometry,
             identity,
             capabilities,
+            tail,
             store,
             resizing: Mutex::default(),
             policy,
@@ -236,6 +244,11 @@ impl Volume {
     /// Shape and abilities.
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// Bytes that its store had behind the last whole block when it was opened: no disk has them.
+    pub fn tail(&self) -> u64 {
+        self.tail
     }
 
     /// What else it can do.

@@ -47,9 +47,11 @@ pub(super) fn is_uri(path: &Path) -> bool {
 pub(super) struct Export {
     /// As it was given.
     pub uri: PathBuf,
-    /// Bytes.
+    /// Bytes, with those that fill no block.
     pub size: u64,
-    /// What offsets and lengths are multiples of.
+    /// Bytes in whole blocks.
+    whole: u64,
+    /// What offsets and lengths are multiples of. What is behind the last whole block can be read in any piece.
     pub block: u32,
     /// It takes no writes.
     pub read_only: bool,
@@ -85,7 +87,8 @@ impl Export {
             other => refuse(other.to_string()),
         })?;
         let geometry = volume.geometry();
-        let (size, block, read_only) = (geometry.bytes(), geometry.logical_block, geometry.read_only);
+        let (whole, block, read_only) = (geometry.bytes(), geometry.logical_block, geometry.read_only);
+        let size = whole + volume.tail();
         let most_zeroes = u64::from(geometry.max_write_zeroes) * SECTOR;
         let start = |source| ImageError::system("start a client for", uri)(source);
         let bell = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(start)?);
@@ -101,7 +104,7 @@ impl Export {
         };
         thread::Builder::new().name("ringblk-nbd".into()).spawn(run).map_err(start)?;
         let uri = uri.to_owned();
-        Ok(Export { uri, size, block, read_only, most_zeroes, orders: Some(orders), bell, ended })
+        Ok(Export { uri, size, whole, block, read_only, most_zeroes, orders: Some(orders), bell, ended })
     }
 
     async fn order(
@@ -128,7 +131,8 @@ impl Export {
         }
     }
 
-    /// Fills `range` of the buffer (`Op::Read`) or stores it (`Op::Write`): at most [`CHUNK`] bytes, whole blocks.
+    /// Fills `range` of the buffer (`Op::Read`), perhaps less, or stores it (`Op::Write`): at most [`CHUNK`] bytes, whole
+    /// blocks but for a read's end at that of the export.
     pub async fn transfer(
         &self,
         op: Op,
@@ -136,8 +140,18 @@ impl Export {
         range: Range<usize>,
         offset: u64,
     ) -> (io::Result<usize>, Vec<u8>) {
-        let length = range.len();
+        let blocks = usize::try_from(self.whole.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let length = if blocks == 0 { range.len() } else { range.len().min(blocks) };
+        let range = range.start..range.start + length;
         let (result, buffer) = self.order(op, offset, length as u64, buffer, range).await;
+        let result = result.map_err(|error| match blocks {
+            0 => {
+                let (tail, block) = (self.size - self.whole, self.block);
+                let text = format!("its last {tail} bytes, which fill no block of {block}: {error}");
+                io::Error::new(error.kind(), text)
+            }
+            _ => error,
+        });
         (result.map(|()| length), buffer)
     }
 
@@ -158,12 +172,24 @@ impl Export {
 
     /// See [`Format::detect`].
     pub async fn format(&self) -> io::Result<Option<Format>> {
-        let block = (self.block as usize).max(Format::LOOK);
-        let (head, first) = self.transfer(Op::Read, vec![0; block], 0..block, 0).await;
-        head?;
-        let (tail, last) = self.transfer(Op::Read, vec![0; block], 0..block, self.size - block as u64).await;
-        tail?;
-        Ok(Format::detect(&first[..Format::LOOK], &last[block - Format::LOOK..]))
+        let block = u64::from(self.block).max(Format::LOOK as u64);
+        let head = self.bytes(0, block).await?;
+        let from = (self.size - Format::LOOK as u64) / block * block;
+        let tail = self.bytes(from, self.size).await?;
+        Ok(Format::detect(&head[..Format::LOOK], &tail[tail.len() - Format::LOOK..]))
+    }
+
+    /// What is there from `start`, on a block, to `end`, which is on one or the export's.
+    async fn bytes(&self, start: u64, end: u64) -> io::Result<Vec<u8>> {
+        let mut buffer = vec![0; (end - start) as usize];
+        let mut done = 0;
+        while done < buffer.len() {
+            let range = done..buffer.len();
+            let (result, back) = self.transfer(Op::Read, buffer, range, start + done as u64).await;
+            buffer = back;
+            done += result?;
+        }
+        Ok(buffer)
     }
 }
 
@@ -310,6 +336,11 @@ async fn carry_out(
     }
     let iovecs = [memory.iovec(0, bytes.len())];
     let data = if bytes.is_empty() { Data::None } else { Data::of(&iovecs) };
+    if order.op == Op::Read && order.offset >= volume.geometry().bytes() {
+        volume.read_tail(io, data, order.length, order.offset).await?;
+        memory.copy_out(0, bytes);
+        return Ok(());
+    }
     let (sector, sectors) = (order.offset / SECTOR, (order.length / SECTOR) as u32);
     let flags = Flags { unmap: true, ..Flags::default() };
     let request = Request { op: order.op, flags, sector, sectors, data };

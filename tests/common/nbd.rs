@@ -22,12 +22,18 @@ pub struct Server {
 impl Server {
     /// 16 MiB of zeroes, through these filters (and their parameters, which do not begin with a dash).
     pub fn start(filters: &[&str]) -> Server {
+        Server::of(&["memory", "16M"], filters)
+    }
+
+    /// What a plugin has, given with its parameters.
+    pub fn of(plugin: &[&str], filters: &[&str]) -> Server {
         let dir = tempfile::Builder::new().prefix("ringblk-nbd-").tempdir().unwrap();
         let log = dir.path().join("log");
         let (filters, parameters): (Vec<&str>, Vec<&str>) =
             filters.iter().partition(|argument| argument.starts_with("--"));
         let mut arguments: Vec<String> = filters.into_iter().map(String::from).collect();
-        arguments.extend(["--filter=log", "memory", "16M"].map(String::from));
+        arguments.push("--filter=log".into());
+        arguments.extend(plugin.iter().map(|argument| String::from(*argument)));
         arguments.extend(parameters.into_iter().map(String::from));
         arguments.extend([format!("logfile={}", log.display()), "logappend=true".into()]);
         let process = spawn(&dir.path().join("socket"), &arguments);

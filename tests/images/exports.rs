@@ -49,6 +49,69 @@ pub fn exports() {
     }
 }
 
+/// Sizes that are no whole blocks, in all directions.
+pub fn odd() {
+    let dir = place();
+    let (file, copied, small) =
+        (dir.path().join("file"), dir.path().join("copied"), dir.path().join("small"));
+    let policy = [
+        "--filter=blocksize-policy",
+        "blocksize-minimum=4096",
+        "blocksize-preferred=4096",
+        "blocksize-maximum=64K",
+    ];
+    for (size, filters) in [
+        (513, &[][..]),
+        (MIB as usize, &[]),
+        (MIB as usize + 1, &[]),
+        (3 * MIB as usize - 1, &[]),
+        // The server puts up with it.
+        (MIB as usize + 5000, &policy),
+    ] {
+        let bytes: Vec<u8> = (0..size).map(|byte| (byte % 251) as u8 + 1).collect();
+        fs::write(&file, &bytes).unwrap();
+        let server = Server::of(&["file", file.to_str().unwrap()], filters);
+        let uri = PathBuf::from(server.uri());
+        for options in [&["--force"][..], &["--force", "--detect-zeroes", "--depth=1"]] {
+            let (code, error) = copy(options, &uri, &copied);
+            assert!(code == 0 && error.is_empty(), "{size}: {code}: {error}");
+            assert!(fs::read(&copied).unwrap() == bytes, "{size} {options:?}");
+        }
+        // As a target: whole blocks alone, and what is behind them stays.
+        let (code, error) = copy(&["--force"], &copied, &uri);
+        match size % 512 {
+            0 => assert_eq!(code, 0, "{error}"),
+            _ => assert!(code == 1 && error.contains("takes whole blocks of"), "{code}: {error}"),
+        }
+        if size > MIB as usize && filters.is_empty() {
+            image(&small, &[7; MIB as usize], MIB);
+            assert_eq!(copy(&["--force"], &small, &uri).0, 0);
+            let now = fs::read(&file).unwrap();
+            assert!(
+                now[..MIB as usize] == vec![7; MIB as usize] && now[MIB as usize..] == bytes[MIB as usize..]
+            );
+        }
+    }
+    // The end of an image says what it is, too.
+    let mut bytes = vec![1; MIB as usize + 100];
+    let footer = bytes.len() - 512;
+    bytes[footer..footer + 8].copy_from_slice(b"conectix");
+    fs::write(&file, &bytes).unwrap();
+    let server = Server::of(&["file", file.to_str().unwrap()], &[]);
+    let (code, error) = copy(&["--force"], Path::new(&server.uri()), &copied);
+    assert!(code == 1 && error.contains("vhd image"), "{code}: {error}");
+    // A server that does not give its last bytes.
+    let strict = [&policy[..], &["blocksize-error-policy=error"]].concat();
+    let server = Server::of(&["file", file.to_str().unwrap()], &strict);
+    fs::remove_file(&copied).unwrap();
+    let (code, error) = copy(&["--format=raw"], Path::new(&server.uri()), &copied);
+    assert!(
+        code == 1 && error.contains("its last 100 bytes, which fill no block of 4096"),
+        "{code}: {error}"
+    );
+    assert!(!copied.exists());
+}
+
 pub fn unsuitable_exports() {
     let dir = place();
     let (source, new) = (dir.path().join("source"), dir.path().join("new"));

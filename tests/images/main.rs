@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         trial("a_killed_copy_without_nameless_files_is_cleared", Ok(()), |()| killed(&[libc::SYS_linkat])),
         trial("exports_are_copied_from_and_to", common::nbd::server(), |()| exports::exports()),
         trial("an_export_that_cannot_be_an_end", common::nbd::server(), |()| exports::unsuitable_exports()),
+        trial("an_export_is_copied_to_its_last_byte", common::nbd::server(), |()| exports::odd()),
         trial("a_mounted_device_is_in_use", mounted(), |mount| in_use(&mount)),
     ];
     run_trials(trials)

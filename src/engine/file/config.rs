@@ -95,7 +95,7 @@ impl FileConfig {
 fn open(config: &FileConfig) -> Result<Opened, Error> {
     let (volume, geometry) = FileVolume::open(config)?;
     let identity = volume.identity(FileConfig::NAME)?;
-    Ok(Opened { geometry, identity, store: AnyStore::File(volume) })
+    Ok(Opened { geometry, identity, tail: volume.tail(), store: AnyStore::File(volume) })
 }
 
 fn check_path(path: &Path) -> Result<(), String> {

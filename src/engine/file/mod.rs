@@ -39,6 +39,8 @@ pub struct FileVolume {
     length_alignment: u32,
     /// A read cannot be tried without waiting: see [`inline`].
     reads_wait: bool,
+    /// See [`tail`](Self::tail).
+    tail: u64,
 }
 
 /// Why a store cannot be served.
@@ -105,13 +107,7 @@ impl FileVolume {
             asked => asked.unwrap_or(store.logical_block),
         };
         let mut geometry = Geometry::new(store.bytes, logical_block)?;
-        if geometry.bytes() != store.bytes {
-            let lost = store.bytes - geometry.bytes();
-            log::warn!(
-                "{}: its last {lost} bytes do not fill a block of {logical_block} and are not served",
-                options.path.display()
-            );
-        }
+        let tail = store.bytes - geometry.bytes();
         geometry.physical_block = store.physical_block.max(logical_block);
         geometry.io_min = store.io_min;
         geometry.io_opt = store.io_opt;
@@ -127,12 +123,18 @@ impl FileVolume {
             memory_alignment: store.memory_alignment,
             length_alignment: store.logical_block,
             reads_wait: store.reads_wait,
+            tail,
         };
         Ok((volume, geometry))
     }
 }
 
 impl FileVolume {
+    /// Bytes behind the last whole block when it was opened.
+    pub fn tail(&self) -> u64 {
+        self.tail
+    }
+
     /// Whether it goes past the page cache.
     pub fn is_direct(&self) -> bool {
         self.memory_alignment > 1

@@ -276,6 +276,7 @@ mod tests {
             memory_alignment: 1,
             length_alignment: 512,
             reads_wait: false,
+            tail: 0,
         };
         let core = Core::new(Double::new(1, faults));
         let ops = Rc::new(FileOps::new(&core, volume));

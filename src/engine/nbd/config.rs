@@ -113,7 +113,7 @@ impl Driver for NbdConfig {
         Ok(Box::new(move |limit: Duration| {
             let (volume, geometry) = NbdVolume::open_at(&config, &target, limit).map_err(&failed)?;
             let identity = Identity::of_uri(Self::NAME, &config.uri);
-            Ok(Opened { geometry, identity, store: AnyStore::Nbd(volume) })
+            Ok(Opened { geometry, identity, tail: volume.tail(), store: AnyStore::Nbd(volume) })
         }))
     }
 }

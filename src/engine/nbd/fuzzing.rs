@@ -114,7 +114,7 @@ fn transmission(input: &mut Input) {
         instance: Default::default(),
         losses: Losses::default(),
     };
-    let volume = NbdVolume { remote: Arc::new(remote) };
+    let volume = NbdVolume { remote: Arc::new(remote), tail: 0 };
     let mut client = Client::new(&volume);
     let mut server = Server { stream: server, heard: Vec::new(), requests: Vec::new(), honest: true };
     for _ in 0..1 + input.u8() % 6 {

@@ -157,6 +157,8 @@ const MAX_RANGE: u32 = 1 << 30;
 #[derive(Clone, Debug)]
 pub struct NbdVolume {
     remote: Arc<Remote>,
+    /// See [`tail`](Self::tail).
+    tail: u64,
 }
 
 /// What is known of the server and owed to its users.
@@ -234,14 +236,7 @@ impl NbdVolume {
         let export = connected.agreed.export.clone();
         let mut geometry = geometry(&export)?;
         geometry.read_only |= config.read_only;
-        let lost = export.size - geometry.bytes();
-        if lost > 0 {
-            let block = geometry.logical_block;
-            log::warn!(
-                "{}: its last {lost} bytes do not fill a block of {block} and are not served",
-                config.uri
-            );
-        }
+        let tail = export.size - geometry.bytes();
         let instance = Instance::default();
         instance.set(connected.instance);
         geometry.server = geometry.volatile_cache.then(|| instance.clone());
@@ -272,12 +267,17 @@ impl NbdVolume {
             losses: Losses::default(),
             first: Mutex::new(Some(connected)),
         };
-        Ok((NbdVolume { remote: Arc::new(remote) }, geometry))
+        Ok((NbdVolume { remote: Arc::new(remote), tail }, geometry))
     }
 
     /// Losses of acknowledged writes.
     pub(super) fn losses(&self) -> &Losses {
         &self.remote.losses
+    }
+
+    /// Bytes behind the last whole block when it was opened.
+    pub fn tail(&self) -> u64 {
+        self.tail
     }
 
     /// Whether the server keeps several connections coherent, so that several workers may use it.

@@ -150,8 +150,10 @@ impl Target {
         has_room(path, export.size, source)?;
         if !source.size().is_multiple_of(export.block.into()) {
             let (size, block) = (source.size(), export.block);
-            let reason =
-                format!("takes whole blocks of {block}, and {} has {size} bytes", source.path().display());
+            let reason = format!(
+                "takes whole blocks of {block}, and {} has {size} bytes (truncate --size=%{block} gives a file more)",
+                source.path().display()
+            );
             return Err(ImageError::unsuitable(path, reason));
         }
         Ok(Target::Nbd(Rc::new(export)))
