@@ -290,6 +290,9 @@ mod tests {
     fn bad_paths_are_refused() {
         assert_eq!(refusal("file", r#"{"path": ""}"#).0, "path");
         assert_eq!(refusal("file", r#"{"path": "/a\u0000b"}"#).0, "path");
+        let (key, reason) = refusal("file", r#"{"path": "NBD://h/x"}"#);
+        assert!(key == "path" && reason.contains("driver nbd"), "{reason}");
+        read("file", r#"{"path": "./NBD://h/x"}"#).unwrap().check().unwrap();
     }
 
     #[test]
@@ -308,7 +311,7 @@ mod tests {
         ] {
             assert_eq!(refusal("nbd", &format!(r#"{{"uri": "{uri}"}}"#)).0, "uri", "{uri}");
         }
-        for uri in ["nbd://h", "nbd://[::1]:10809/e", "nbd+unix:///?socket=/run/nbd.sock"] {
+        for uri in ["nbd://h", "NBD://h", "nbd://[::1]:10809/e", "nbd+unix:///?socket=/run/nbd.sock"] {
             read("nbd", &format!(r#"{{"uri": "{uri}"}}"#)).unwrap().check().unwrap();
         }
         for (options, key) in [

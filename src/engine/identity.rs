@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::nbd::uri::Uri;
+use super::nbd::uri::normal;
 use crate::escape::{escaped, unescaped};
 use std::fmt;
 use std::fs::{self, File};
@@ -44,8 +44,7 @@ impl Identity {
 
     /// Of a server's export, by its URI, in whichever of the ways it can be written.
     pub fn of_uri(driver: &str, uri: &str) -> Identity {
-        let normal = Uri::parse(uri).map_or_else(|_| uri.to_owned(), |uri| uri.to_string());
-        Identity(format!("{driver} {}", escaped(&normal)))
+        Identity(format!("{driver} {}", escaped(&normal(uri))))
     }
 
     /// One that an earlier service has noted, as this one would say it: those before it noted URIs as they were written.

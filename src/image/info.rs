@@ -167,8 +167,10 @@ mod tests {
 
     #[test]
     fn an_export_is_no_file() {
-        let error = info(Path::new("nbd://h/x"), false).unwrap_err().to_string();
-        assert!(error.contains("only `image copy` takes"), "{error}");
+        for uri in ["nbd://h/x", "NBD+Unix:///?socket=/s"] {
+            let error = info(Path::new(uri), false).unwrap_err().to_string();
+            assert!(error.contains("only `image copy` takes"), "{error}");
+        }
     }
 
     #[test]

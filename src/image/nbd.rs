@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::ImageError;
 use crate::block::{Data, Errno, Flags, Format, Op, Request, SECTOR};
 use crate::engine::config::VolumeConfig;
-use crate::engine::{Attached, Flushers, OpenError, Volume, execute};
+use crate::engine::{Attached, Flushers, OpenError, Volume, execute, nbd};
 use crate::ring::{Core, Io, Kind, Mapping, Ring, Setup, Sqe, Target, Tasks, Uring};
 
 /// The most bytes of one order.
@@ -38,8 +38,7 @@ const GOODBYE: Duration = Duration::from_secs(2);
 
 /// Whether it names an export, and not a file.
 pub(super) fn is_uri(path: &Path) -> bool {
-    let schemes = ["nbd://", "nbd+unix://", "nbds://", "nbds+unix://"];
-    path.to_str().is_some_and(|text| schemes.iter().any(|scheme| text.starts_with(scheme)))
+    nbd::is_uri(&path.to_string_lossy())
 }
 
 /// A connected export.
@@ -79,7 +78,10 @@ impl Export {
     /// A URI that is none, a server that is not there or refuses, no memory for a ring.
     pub fn open(uri: &Path, read_only: bool) -> Result<Export, ImageError> {
         let refuse = |reason: String| ImageError::unsuitable(uri, reason);
-        let settings = serde_json::json!({ "uri": uri.to_string_lossy(), "read-only": read_only });
+        let Some(text) = uri.to_str() else {
+            return Err(refuse("is not UTF-8: write such bytes of a URI as %XX".into()));
+        };
+        let settings = serde_json::json!({ "uri": text, "read-only": read_only });
         let config = VolumeConfig::from_driver("nbd", settings).map_err(|error| refuse(error.to_string()))?;
         config.check().map_err(|(_, reason)| refuse(reason))?;
         let volume = Volume::open("image", &config).map_err(|error| match error {

@@ -124,6 +124,13 @@ pub fn unsuitable_exports() {
         assert!(!new.exists());
     };
     refused(&["--force"], &uri, &uri, "are the same");
+    // The scheme may be written so, and a path cannot.
+    let loud = PathBuf::from(server.uri().replacen("nbd+unix", "NBD+Unix", 1));
+    refused(&["--force"], &uri, &loud, "are the same");
+    refused(&["--force"], &loud, Path::new("NBD+vsock://2/x"), "scheme nbd+vsock is not supported");
+    refused(&[], &loud, Path::new("NBDS://h/x"), "already exists");
+    assert_eq!(copy(&[], &loud, &dir.path().join("zeroes")).0, 0);
+    fs::remove_file(dir.path().join("zeroes")).unwrap();
     assert_eq!(copy(&["--force", "--format=raw"], &source, &uri).0, 0);
     refused(&[], &uri, &new, "qcow2");
     image(&source, &[], 17 * MIB);

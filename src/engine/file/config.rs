@@ -5,6 +5,7 @@
 use super::{Error, FileVolume};
 use crate::engine::config::{check_block_size, yes};
 use crate::engine::driver::{AnyStore, Driver, Need, Open, Opened, Summary};
+use crate::engine::nbd::uri::is_uri;
 use crate::engine::volume::OpenError;
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
@@ -104,6 +105,10 @@ fn check_path(path: &Path) -> Result<(), String> {
     }
     if path.as_os_str().as_bytes().contains(&0) {
         return Err("must not contain a NUL byte".into());
+    }
+    if is_uri(&path.to_string_lossy()) {
+        let text = path.display();
+        return Err(format!("{text} is an NBD server's: it takes the driver nbd (./{text} is a file)"));
     }
     Ok(())
 }

@@ -61,7 +61,8 @@ impl Driver for NbdConfig {
     const NAME: &'static str = "nbd";
     const TARGET: &'static str = "uri";
     const HELP: &'static str = "
-  nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH
+  nbd:URI      nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH (the
+               URI alone will do)
                connections=1..16, read-only=on|off
                with TLS: nbds:// or nbds+unix://, and tls-ca=FILE (else the system's
                authorities), tls-cert=FILE and tls-key=FILE, tls-hostname=NAME,

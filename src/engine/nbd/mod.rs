@@ -54,7 +54,7 @@ mod tests;
 pub use config::NbdConfig;
 pub(super) use ops::NbdOps;
 pub use tls::farewell;
-pub use uri::Address as Server;
+pub use uri::{Address as Server, is_uri};
 
 use super::losses::Losses;
 use crate::block::{DiscardLimits, Geometry, GeometryError, Instance};
@@ -135,6 +135,14 @@ impl Error {
 /// [`Error::Uri`].
 pub fn server(uri: &str) -> Result<Server, Error> {
     Uri::parse(uri).map(|uri| uri.address).map_err(Error::Uri)
+}
+
+/// Whether two URIs name the same export of the same server, as far as they tell: whether it is encrypted is no matter.
+pub fn is_same(one: &str, other: &str) -> bool {
+    match (Uri::parse(one), Uri::parse(other)) {
+        (Ok(one), Ok(other)) => (one.address, one.name) == (other.address, other.name),
+        _ => one == other,
+    }
 }
 
 /// How long a connection may take to be made.

@@ -65,13 +65,13 @@ impl Uri {
     /// What is wrong with it, without the URI itself.
     pub fn parse(text: &str) -> Result<Uri, String> {
         let form = "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=/PATH";
-        let (scheme, rest) = text.split_once("://").ok_or_else(|| format!("not a URI: {form}"))?;
-        let (unix, tls) = match scheme.to_ascii_lowercase().as_str() {
+        let (scheme, rest) = split(text).ok_or_else(|| format!("not a URI: {form}"))?;
+        let (unix, tls) = match scheme.as_str() {
             "nbd" => (false, false),
             "nbds" => (false, true),
             "nbd+unix" => (true, false),
             "nbds+unix" => (true, true),
-            other => return Err(format!("scheme {other} is not supported: {form}")),
+            other => return Err(format!("scheme {} is not supported: {form}", other.escape_debug())),
         };
         if rest.contains('#') {
             return Err("a # ends a URI: write %23 for one that belongs to a name".into());
@@ -149,6 +149,24 @@ fn encode(bytes: &[u8], marks: &[u8]) -> String {
         }
         text
     })
+}
+
+/// The scheme in lower case, which is alike in either (RFC 3986 section 3.1), and what follows the slashes.
+fn split(text: &str) -> Option<(String, &str)> {
+    text.split_once("://").map(|(scheme, rest)| (scheme.to_ascii_lowercase(), rest))
+}
+
+/// Whether `text` means an export, where it could also be the path of a file: by its scheme, of those that NBD has, whether
+/// they are supported here or not. The one place that decides this.
+pub fn is_uri(text: &str) -> bool {
+    let Some((scheme, _)) = split(text) else { return false };
+    let (base, _transport) = scheme.split_once('+').unwrap_or((&scheme, ""));
+    base == "nbd" || base == "nbds"
+}
+
+/// The same export in the spelling that is compared with others: see [`Uri`]'s `Display`. What is no URI stays as it is.
+pub fn normal(text: &str) -> String {
+    Uri::parse(text).map_or_else(|_| text.to_owned(), |uri| uri.to_string())
 }
 
 /// The socket that a query names.
@@ -273,6 +291,22 @@ mod tests {
             let secure = uri.replacen("nbd", "nbds", 1).replacen("NBD", "NBDS", 1);
             assert_eq!(Uri::parse(&secure).unwrap(), Uri { tls: true, ..expected }, "{secure}");
         }
+    }
+
+    #[test]
+    fn a_uri_is_told_from_a_path() {
+        for uri in
+            ["nbd://", "NBD://h", "Nbds://h/x", "nbd+unix:///?socket=/s", "NBDS+UNIX://x", "nbd+vsock://2"]
+        {
+            assert!(is_uri(uri), "{uri}");
+        }
+        for path in
+            ["nbd", "nbd:/x", "./nbd://x", "/nbd://x", "nbdx://h", "http://h", "://", "+nbd://x", "file://x"]
+        {
+            assert!(!is_uri(path), "{path}");
+        }
+        assert_eq!(normal("NBD+Unix:///A?socket=/S"), "nbd+unix:///A?socket=/S");
+        assert_eq!(normal("A"), "A");
     }
 
     #[test]

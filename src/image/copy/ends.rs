@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use tokio_uring::fs::File;
 
+use crate::engine::nbd;
 use crate::image::ImageError;
 use crate::image::end::End;
 use crate::image::extents::Extents;
@@ -137,7 +138,8 @@ impl Target {
     }
 
     fn open_export(source: &Source, path: &Path, force: bool) -> Result<Target, ImageError> {
-        if matches!(source, Source::Nbd(export) if export.uri == path) {
+        let same_export = |uri: &Path| nbd::is_same(&uri.to_string_lossy(), &path.to_string_lossy());
+        if matches!(source, Source::Nbd(export) if same_export(&export.uri)) {
             return Err(same(source, path));
         }
         if !force {

@@ -11,6 +11,7 @@ use serde::de::{Deserializer, Error as _, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
 use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
+use crate::engine::nbd::is_uri;
 use crate::frontend::ublk::options::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 
@@ -20,7 +21,8 @@ pub(super) fn volume(text: &str) -> Result<(String, (VolumeConfig, PolicyConfig,
     let parts = split(text)?;
     let (head, options) = parts.split_first().ok_or(form)?;
     let (name, rest) = head.split_once('=').ok_or(form)?;
-    let (driver, target) = rest.split_once(':').ok_or(form)?;
+    // The driver of a URI needs no saying.
+    let (driver, target) = if is_uri(rest) { ("nbd", rest) } else { rest.split_once(':').ok_or(form)? };
     // An unknown driver has no target key; from_driver is the one that says so.
     let key = VolumeConfig::target_key(driver).unwrap_or("target");
     let (policy, settings) = settings(&[(key, target)], options)?.split(&PolicyConfig::KEYS);
@@ -199,6 +201,11 @@ mod tests {
         let (name, (found, ..)) = volume("n=nbd:nbd+unix:///e?socket=/run/a=b.sock,reconnect=5").unwrap();
         assert_eq!(name, "n");
         assert_eq!(found.target(), "nbd+unix:///e?socket=/run/a=b.sock");
+        // A URI says by itself which driver it takes.
+        for text in ["n=NBD://h:1/e,reconnect=5", "n=nbd:NBD://h:1/e,reconnect=5"] {
+            let (_, (found, ..)) = volume(text).unwrap();
+            assert_eq!((found.driver(), &*found.target()), ("nbd", "NBD://h:1/e"), "{text}");
+        }
         let found = vhost_user("v=/run/a=b.sock").unwrap();
         assert_eq!(found.socket, std::path::Path::new("/run/a=b.sock"));
     }
