@@ -51,6 +51,13 @@ pub trait Driver: Clone + fmt::Debug + PartialEq + Eq + DeserializeOwned {
     /// The key that is wrong, and why.
     fn check(&self) -> Result<(), (&'static str, String)>;
 
+    /// Looks for what would keep it from being opened, as far as that can be seen without being noticed: nothing is written,
+    /// locked or connected to.
+    ///
+    /// # Errors
+    /// What is wrong, for people.
+    fn examine(&self) -> Result<(), String>;
+
     /// What every driver is asked of its configuration.
     fn summary(&self) -> Summary<'_>;
 
@@ -248,6 +255,17 @@ macro_rules! drivers {
                 match self {
                     $(VolumeConfig::$leaf(config) => config.check(),)*
                     $($(#[$when])? VolumeConfig::$layer(config) => config.check(),)*
+                }
+            }
+
+            /// See [`Driver::examine`].
+            ///
+            /// # Errors
+            /// What is wrong, for people.
+            pub fn examine(&self) -> Result<(), String> {
+                match self {
+                    $(VolumeConfig::$leaf(config) => config.examine(),)*
+                    $($(#[$when])? VolumeConfig::$layer(config) => config.examine(),)*
                 }
             }
 

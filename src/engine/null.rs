@@ -42,6 +42,10 @@ impl Driver for NullConfig {
         check_size(self.size, self.block_size)
     }
 
+    fn examine(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn summary(&self) -> Summary<'_> {
         let block_size = self.block_size;
         Summary { base: None, block_size, read_only: false, reconnects: false, needs: None }

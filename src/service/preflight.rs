@@ -1,6 +1,6 @@
 //! A look at what a configuration names, before anybody depends on it: images, directories, users, addresses.
 //!
-//! Nothing is made, opened for writing, locked or connected to, so that a service which runs does not notice. What only
+//! Nothing is made, opened for writing, claimed, locked or connected to, so that a service which runs does not notice. What only
 //! the service itself can find out (a lock, a server that does not answer) is left to it.
 
 #![forbid(unsafe_code)]
@@ -44,11 +44,12 @@ fn volumes(config: &Config, which: impl Fn(bool) -> bool) -> impl Iterator<Item 
         which(policy.is_none_or(|policy| policy.required != Some(false)))
     });
     wanted.filter_map(|(name, volume)| {
-        let problem = match volume.summary().needs {
+        let reached = match volume.summary().needs {
             Some(Need::File { path, write }) => image(path, write),
             Some(Need::Server(uri)) => server(uri),
             None => Ok(()),
         };
+        let problem = reached.and_then(|()| volume.examine());
         problem.err().map(|problem| format!("volume {name}: {problem}"))
     })
 }
@@ -179,12 +180,30 @@ mod tests {
             let found = look(volume, &path(socket), &path(control));
             assert!(found.len() == 1 && found[0].contains(words), "{volume} {socket}: {found:?}");
         }
+        // What the service itself would find when it opens the image, each with its way out.
+        let write = |name: &str, bytes: &[u8]| fs::write(path(name), bytes).unwrap();
+        write("qcow2", b"QFI\xfb\0\0\0\x03");
+        fs::OpenOptions::new().write(true).open(path("qcow2")).unwrap().set_len(4096).unwrap();
+        write("empty", b"");
+        write("small", &[0; 1000]);
+        for (name, options, words) in [
+            ("qcow2", "", "qcow2: is a qcow2 image, not a raw one"),
+            ("qcow2", ",read-only=on", "format=raw"),
+            ("empty", "", "empty: 0 bytes are less than one logical block of 512"),
+            ("small", ",block-size=4096", "small: 1000 bytes are less than"),
+        ] {
+            let volume = format!("file:{}{options}", path(name).display());
+            let found = look(&volume, &path("v.sock"), &control);
+            assert!(found.len() == 1 && found[0].contains(words), "{volume}: {found:?}");
+        }
+        let raw = format!("file:{},format=raw", path("qcow2").display());
+        assert_eq!(look(&raw, &path("v.sock"), &control), [""; 0]);
         drop(there);
         // Nothing was made.
         let mut names: Vec<_> =
             fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         names.sort();
-        assert_eq!(names, ["image", "nbd"]);
+        assert_eq!(names, ["empty", "image", "nbd", "qcow2", "small"]);
     }
 
     #[test]

@@ -203,6 +203,10 @@ impl Driver for FaultConfig {
         }
     }
 
+    fn examine(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn summary(&self) -> Summary<'_> {
         let base = Some(self.base.as_str());
         Summary { base, block_size: None, read_only: false, reconnects: false, needs: None }

@@ -2,7 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Error, FileVolume};
+use super::{Error, FileVolume, examine};
+use crate::block::Causes;
 use crate::engine::config::{check_block_size, yes};
 use crate::engine::driver::{AnyStore, Driver, Need, Open, Opened, Summary};
 use crate::engine::nbd::uri::is_uri;
@@ -59,6 +60,10 @@ impl Driver for FileConfig {
     fn check(&self) -> Result<(), (&'static str, String)> {
         check_path(&self.path).map_err(|reason| ("path", reason))?;
         check_block_size(self.block_size)
+    }
+
+    fn examine(&self) -> Result<(), String> {
+        examine(self).map_err(|error| format!("{}: {}", self.path.display(), Causes(&error)))
     }
 
     fn summary(&self) -> Summary<'_> {

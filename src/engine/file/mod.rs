@@ -99,14 +99,8 @@ impl FileVolume {
             patience: DYING,
         };
         let file = opening.open()?;
-        let store = Store::probe(&file, options.direct)?;
-        let logical_block = match options.block_size {
-            Some(asked) if asked < store.logical_block => {
-                return Err(Error::Block { asked, needed: store.logical_block });
-            }
-            asked => asked.unwrap_or(store.logical_block),
-        };
-        let mut geometry = Geometry::new(store.bytes, logical_block)?;
+        let (store, mut geometry) = shape(&file, options)?;
+        let logical_block = geometry.logical_block;
         let tail = store.bytes - geometry.bytes();
         geometry.physical_block = store.physical_block.max(logical_block);
         geometry.io_min = store.io_min;
@@ -127,6 +121,31 @@ impl FileVolume {
         };
         Ok((volume, geometry))
     }
+}
+
+/// Looks for what would keep the store from being served, but for who else has it: it is opened to read, and neither locked
+/// nor claimed, so that nobody notices who has it.
+///
+/// # Errors
+/// See [`FileVolume::open`].
+fn examine(options: &FileConfig) -> Result<(), Error> {
+    let (path, direct, raw) = (&options.path, options.direct, options.format.is_some());
+    let opening =
+        Opening { path, write: false, direct, lock: None, claim: false, raw, patience: Duration::ZERO };
+    shape(&opening.open()?, options).map(drop)
+}
+
+/// What there is, and the disk that it makes.
+fn shape(file: &File, options: &FileConfig) -> Result<(Store, Geometry), Error> {
+    let store = Store::probe(file, options.direct)?;
+    let logical_block = match options.block_size {
+        Some(asked) if asked < store.logical_block => {
+            return Err(Error::Block { asked, needed: store.logical_block });
+        }
+        asked => asked.unwrap_or(store.logical_block),
+    };
+    let geometry = Geometry::new(store.bytes, logical_block)?;
+    Ok((store, geometry))
 }
 
 impl FileVolume {

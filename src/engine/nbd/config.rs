@@ -81,6 +81,10 @@ impl Driver for NbdConfig {
         check(self)
     }
 
+    fn examine(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn summary(&self) -> Summary<'_> {
         Summary {
             base: None,

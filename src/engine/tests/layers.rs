@@ -38,6 +38,10 @@ macro_rules! shift {
                 Ok(())
             }
 
+            fn examine(&self) -> Result<(), String> {
+                Ok(())
+            }
+
             fn summary(&self) -> Summary<'_> {
                 let base = Some(self.base.as_str());
                 Summary { base, block_size: None, read_only: false, reconnects: false, needs: None }
