@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         trial("qemu_nbd_agrees_with_the_model_over_tls", qemu_nbd(), |()| qemu_agrees()),
         trial("nbdkit_agrees_with_the_model_over_tls", nbdkit(), |()| nbdkit_agrees()),
         trial("nobody_is_trusted_who_cannot_be", qemu_nbd(), |()| trust()),
+        trial("files_that_are_missing_keep_nobody_else_down", qemu_nbd(), |()| late()),
         trial("there_is_no_way_from_tls_to_none", nbdkit(), |()| no_way_back()),
         trial("a_session_is_made_anew_after_a_loss", nbdkit(), |()| made_anew()),
         trial("a_server_that_stops_takes_no_threads_with_it", nbdkit(), |()| stopped()),
@@ -195,6 +196,41 @@ fn trust() {
     assert!(refused(&uri, &swapped).contains("tls-key"), "a key of another certificate");
     let said = refused(&format!("nbd://localhost:{port}/disk"), "");
     assert!(said.contains("requires TLS: write nbds://"), "{said}");
+}
+
+/// They are read when they are there, by a service that has given up its rights to other files.
+fn late() {
+    let (dir, place) = (certificates(&["localhost"]), tempfile::tempdir().unwrap());
+    let port = free_port();
+    let _server = qemu(dir.path(), &image(dir.path()), port);
+    let there = place.path().join("not/yet");
+    let uri = format!("nbd:nbds://localhost:{port}/disk{}", options(&there));
+    let with = |options: &str| {
+        let near = Setup::new().volume("near", "memory:4M").door("near", "near", "");
+        near.volume("far", &format!("{uri}{options}")).door("far", "a", "")
+    };
+    for options in ["", ",required=yes"] {
+        let (status, said) = with(options).refused();
+        assert!(status == 1 && said.contains("not/yet/ca-cert.pem"), "{said}");
+    }
+    let service = with(",required=no").start();
+    let why = |name: &str| {
+        service.status().volumes.into_iter().find(|volume| volume.name == name).unwrap().unavailable
+    };
+    assert_eq!(why("near"), None);
+    assert!(why("far").unwrap().contains("not/yet/ca-cert.pem: "), "{:?}", why("far"));
+    drop(everyday(&service.path("near")));
+    // One after the other, and each whole.
+    fs::create_dir_all(&there).unwrap();
+    for file in ["ca-cert.pem", "client-cert.pem", "client-key.pem"] {
+        eventually("the next file is missing", || why("far").unwrap().contains(file));
+        let moving = place.path().join(file);
+        fs::copy(dir.path().join(file), &moving).unwrap();
+        fs::rename(&moving, there.join(file)).unwrap();
+    }
+    eventually("it is there", || why("far").is_none());
+    let (_vmm, mut queue) = everyday(&service.path("a"));
+    assert_eq!(queue.write(8, &[3; 4096]), OK);
 }
 
 fn no_way_back() {

@@ -67,17 +67,39 @@ pub trait Driver: Clone + fmt::Debug + PartialEq + Eq + DeserializeOwned {
     /// The formatter's.
     fn details(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result;
 
-    /// How a volume of this name is opened. Reads what it takes to do so, such as certificates, since that may be
-    /// forbidden later. `base`: how the volume below is opened, for a driver that has one.
+    /// How a volume of this name is opened. `base`: how the volume below is, for a driver that has one.
     ///
     /// # Errors
-    /// When one of those cannot be used.
+    /// When there is none.
     fn opener(&self, name: &str, base: Option<Open>) -> Result<Open, OpenError>;
 }
 
-/// Opens a volume, as often as it takes, and waits no longer than it is told for a server that does not answer. Nothing is
-/// changed in the store.
-pub type Open = Box<dyn Fn(Duration) -> Result<Opened, OpenError> + Send + Sync>;
+/// Opens a volume, as often as it takes.
+pub trait Opens: Send + Sync {
+    /// Opens it, and waits no longer than `limit` for a server that does not answer. Nothing is changed in the store. What
+    /// it takes, such as certificates, is read once, by the first attempt that can: later that may be forbidden.
+    ///
+    /// # Errors
+    /// When it is missing, not ours to use, or cannot do what the configuration asks.
+    fn open(&self, limit: Duration) -> Result<Opened, OpenError>;
+
+    /// Files that are still to be read for that.
+    fn unread(&self) -> Vec<&Path>;
+}
+
+/// See [`Opens`].
+pub type Open = Box<dyn Opens>;
+
+/// What is opened without reading anything else, and without waiting.
+impl<F: Fn() -> Result<Opened, OpenError> + Send + Sync> Opens for F {
+    fn open(&self, _: Duration) -> Result<Opened, OpenError> {
+        self()
+    }
+
+    fn unread(&self) -> Vec<&Path> {
+        Vec::new()
+    }
+}
 
 /// What every driver is asked of its configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]

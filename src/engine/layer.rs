@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::driver::{AnyStore, Capabilities, Open, Opened, Store};
+use super::driver::{AnyStore, Capabilities, Open, Opened, Opens, Store};
 use super::graph::GraphError;
 use super::identity::Identity;
 use super::losses::Losses;
@@ -11,9 +11,11 @@ use super::resize::ResizeError;
 use super::volume::OpenError;
 use crate::block::{Capacity, Errno, Geometry, GeometryError, Request, SECTOR};
 use crate::ring::{Core, Io, Ring};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
 /// What a layer does. All workers share it.
 ///
@@ -59,15 +61,32 @@ pub fn opener<L: Layer + 'static>(
     let name = name.to_owned();
     let missing = GraphError::Missing(String::new());
     let base = base.ok_or_else(|| OpenError::Graph { name: name.clone(), source: missing })?;
-    Ok(Box::new(move |limit| {
-        let (base, layer) = (base(limit)?, Arc::new(make()));
+    let cover = move |base: Opened| {
+        let layer = Arc::new(make());
         let own = Geometry { capacity: Capacity::new(base.geometry.sectors()), ..base.geometry.clone() };
         let geometry = layer.geometry(own);
         let geometry = geometry.map_err(|source| OpenError::Geometry { name: name.clone(), source })?;
         let identity = Identity::over(driver, &base.identity);
         let tail = base.tail;
         Ok(Opened { geometry, identity, tail, store: store(Over { driver, layer, base: Box::new(base) }) })
-    }))
+    };
+    Ok(Box::new(OverOpener { base, cover }))
+}
+
+/// Opens what is below, and covers it.
+struct OverOpener<F> {
+    base: Open,
+    cover: F,
+}
+
+impl<F: Fn(Opened) -> Result<Opened, OpenError> + Send + Sync> Opens for OverOpener<F> {
+    fn open(&self, limit: Duration) -> Result<Opened, OpenError> {
+        (self.cover)(self.base.open(limit)?)
+    }
+
+    fn unread(&self) -> Vec<&Path> {
+        self.base.unread()
+    }
 }
 
 /// A layer over an opened volume.

@@ -56,7 +56,7 @@ impl Driver for MemoryConfig {
 
     fn opener(&self, name: &str, _: Option<Open>) -> Result<Open, OpenError> {
         let (name, config) = (name.to_owned(), self.clone());
-        Ok(Box::new(move |_| {
+        Ok(Box::new(move || {
             let block = config.block_size.unwrap_or(DEFAULT_BLOCK);
             let geometry = geometry(config.size.bytes(), block);
             let geometry = geometry.map_err(|source| OpenError::Geometry { name: name.clone(), source })?;

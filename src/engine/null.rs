@@ -57,7 +57,7 @@ impl Driver for NullConfig {
 
     fn opener(&self, name: &str, _: Option<Open>) -> Result<Open, OpenError> {
         let (name, config) = (name.to_owned(), self.clone());
-        Ok(Box::new(move |_| {
+        Ok(Box::new(move || {
             let block = config.block_size.unwrap_or(DEFAULT_BLOCK);
             let geometry = Geometry::new(config.size.bytes(), block);
             let geometry = geometry.map_err(|source| OpenError::Geometry { name: name.clone(), source })?;

@@ -14,6 +14,7 @@ use crate::block::{Geometry, GeometryError};
 use crate::ring::{Core, Ring};
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -42,11 +43,10 @@ pub struct Opener {
 }
 
 impl Opener {
-    /// For one of these volumes, with those that it stands on. Reads what it takes to open them, such as certificates,
-    /// since that may be forbidden later.
+    /// For one of these volumes, with those that it stands on.
     ///
     /// # Errors
-    /// When one of those cannot be used, or a volume that it stands on is not there.
+    /// When a volume that it stands on is not there.
     pub fn new(
         name: &str,
         volumes: &BTreeMap<String, VolumeConfig>,
@@ -59,18 +59,25 @@ impl Opener {
         Ok(Opener { name: name.into(), open, policy, topology, reconnects })
     }
 
+    /// The files that are still to be read before the volume can be opened, such as certificates, because the attempts so
+    /// far could not use them: once one could, nothing is read again.
+    pub fn unread(&self) -> Vec<&Path> {
+        self.open.unread()
+    }
+
     /// What becomes of it when its store fails.
     pub fn policy(&self) -> &PolicyConfig {
         &self.policy
     }
 
-    /// Opens the volume. Nothing is changed in the store. A server that does not answer is waited for as long as `limit`,
+    /// Opens the volume. Nothing is changed in the store. What it takes to open it is read at the first attempt, as long as
+    /// that works, since it may be forbidden later. A server that does not answer is waited for as long as `limit`,
     /// and not for ever. What no disk can show of it is said in the log.
     ///
     /// # Errors
     /// See [`Volume::open`] and [`Volume::with_topology`].
     pub fn open(&self, limit: Duration) -> Result<Volume, OpenError> {
-        let volume = Volume::of(&self.name, (self.open)(limit)?).with_topology(self.topology)?;
+        let volume = Volume::of(&self.name, self.open.open(limit)?).with_topology(self.topology)?;
         if volume.tail() > 0 {
             let (name, lost, block) = (&self.name, volume.tail(), volume.geometry.logical_block);
             log::warn!(
@@ -175,7 +182,7 @@ impl Volume {
     /// # Errors
     /// When it is missing, not ours to use, or cannot do what the configuration asks.
     pub fn open(name: &str, config: &VolumeConfig) -> Result<Volume, OpenError> {
-        Ok(Volume::of(name, (config.opener(name, None)?)(Duration::MAX)?))
+        Ok(Volume::of(name, config.opener(name, None)?.open(Duration::MAX)?))
     }
 
     fn of(name: &str, opened: Opened) -> Volume {

@@ -43,14 +43,15 @@ fn volumes(config: &Config, which: impl Fn(bool) -> bool) -> impl Iterator<Item 
         let policy = config.policies.get(*name);
         which(policy.is_none_or(|policy| policy.required != Some(false)))
     });
-    wanted.filter_map(|(name, volume)| {
-        let reached = match volume.summary().needs {
-            Some(Need::File { path, write }) => image(path, write),
-            Some(Need::Server(uri)) => server(uri),
-            None => Ok(()),
+    wanted.flat_map(|(name, volume)| {
+        let looks = match volume.summary().needs {
+            Some(Need::File { path, write }) => vec![image(path, write).and_then(|()| volume.examine())],
+            Some(Need::Server(uri)) => vec![server(uri), volume.examine()],
+            None => vec![volume.examine()],
         };
-        let problem = reached.and_then(|()| volume.examine());
-        problem.err().map(|problem| format!("volume {name}: {problem}"))
+        looks
+            .into_iter()
+            .filter_map(move |look| look.err().map(|problem| format!("volume {name}: {problem}")))
     })
 }
 
@@ -217,6 +218,28 @@ mod tests {
         loader.add_vhost_user_flag("v=/v").unwrap();
         let told = warnings(&loader.finish().unwrap());
         assert!(told.len() == 1 && told[0].contains("/no/such/image"), "{told:?}");
+    }
+
+    #[test]
+    fn the_files_that_tls_takes_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let volume = |options: &str| format!("nbd:nbds://127.0.0.1/x,{options}");
+        let (missing, wrong) = (path("missing.pem"), path("wrong.pem"));
+        fs::write(&wrong, "no certificate").unwrap();
+        let (missing, wrong) = (missing.display(), wrong.display());
+        for (options, words) in [
+            (format!("tls-ca={missing}"), format!("TLS: tls-ca {missing}: ")),
+            (format!("tls-ca={wrong}"), format!("tls-ca {wrong}: there is no certificate in it")),
+            (format!("tls-verify=off,tls-cert={missing},tls-key={wrong}"), format!("tls-cert {missing}: ")),
+        ] {
+            let found = look(&volume(&options), &path("v"), &path("c"));
+            assert!(found.len() == 1 && found[0].contains(&words), "{options}: {found:?}");
+        }
+        assert_eq!(look(&volume("tls-verify=off"), &path("v"), &path("c")), [""; 0]);
+        let both = format!("nbd:nbds+unix:///?socket={},tls-ca={missing}", path("none").display());
+        assert_eq!(look(&both, &path("v"), &path("c")).len(), 2);
+        assert_eq!(look(&format!("{both},required=no"), &path("v"), &path("c")), [""; 0]);
     }
 
     #[test]

@@ -234,7 +234,9 @@ impl Service {
         }
         let memory = MemoryBudget::of_process(config.vhost_user.len());
         // From here on we are no longer alone: what is given up, is given up by all.
-        let sandbox = sandbox::enter(&sandbox::Plan::of(&config).waiting_for(&config, waiting.keys()))?;
+        let unread = attempts.iter().flat_map(|each| each.unread());
+        let plan = sandbox::Plan::of(&config).waiting_for(&config, waiting.keys()).reading(unread);
+        let sandbox = sandbox::enter(&plan)?;
         let mut workers = Vec::new();
         for number in 0..placement.workers() {
             let worker = Worker::start(number, habits(number));

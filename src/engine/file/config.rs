@@ -88,7 +88,7 @@ impl Driver for FileConfig {
 
     fn opener(&self, name: &str, _: Option<Open>) -> Result<Open, OpenError> {
         let (name, config) = (name.to_owned(), self.clone());
-        Ok(Box::new(move |_| open(&config).map_err(|source| config.failed(&name, source))))
+        Ok(Box::new(move || open(&config).map_err(|source| config.failed(&name, source))))
     }
 }
 

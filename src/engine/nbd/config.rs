@@ -3,13 +3,14 @@
 #![forbid(unsafe_code)]
 
 use super::uri::Uri;
-use super::{NbdVolume, Target};
+use super::{Error, NbdVolume, Target};
 use crate::engine::config::yes;
-use crate::engine::driver::{AnyStore, Driver, Need, Open, Opened, Summary};
+use crate::engine::driver::{AnyStore, Driver, Need, Open, Opened, Opens, Summary};
 use crate::engine::identity::Identity;
 use crate::engine::volume::OpenError;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// `driver = "nbd"`.
@@ -81,8 +82,9 @@ impl Driver for NbdConfig {
         check(self)
     }
 
+    /// Reads the files that TLS takes.
     fn examine(&self) -> Result<(), String> {
-        Ok(())
+        Target::of(self).map(drop).map_err(|error| format!("{}: {error}", self.uri.escape_debug()))
     }
 
     fn summary(&self) -> Summary<'_> {
@@ -112,14 +114,47 @@ impl Driver for NbdConfig {
     }
 
     fn opener(&self, name: &str, _: Option<Open>) -> Result<Open, OpenError> {
-        let (name, config) = (name.to_owned(), self.clone());
-        let failed = move |source| OpenError::Nbd { name: name.clone(), uri: config.uri.clone(), source };
-        let (config, target) = (self.clone(), Target::of(self).map_err(&failed)?);
-        Ok(Box::new(move |limit: Duration| {
-            let (volume, geometry) = NbdVolume::open_at(&config, &target, limit).map_err(&failed)?;
-            let identity = Identity::of_uri(Self::NAME, &config.uri);
-            Ok(Opened { geometry, identity, tail: volume.tail(), store: AnyStore::Nbd(volume) })
-        }))
+        Ok(Box::new(NbdOpener { name: name.to_owned(), config: self.clone(), target: OnceLock::new() }))
+    }
+}
+
+/// Opens an export.
+struct NbdOpener {
+    name: String,
+    config: NbdConfig,
+    /// Once all has been read that it takes.
+    target: OnceLock<Target>,
+}
+
+impl NbdOpener {
+    fn target(&self) -> Result<&Target, Error> {
+        if let Some(target) = self.target.get() {
+            return Ok(target);
+        }
+        let target = Target::of(&self.config)?;
+        Ok(self.target.get_or_init(|| target))
+    }
+}
+
+impl Opens for NbdOpener {
+    fn open(&self, limit: Duration) -> Result<Opened, OpenError> {
+        let NbdOpener { name, config, .. } = self;
+        let opened = self.target().and_then(|target| NbdVolume::open_at(config, target, limit));
+        let (volume, geometry) = opened.map_err(|source| OpenError::Nbd {
+            name: name.clone(),
+            uri: config.uri.clone(),
+            source,
+        })?;
+        let identity = Identity::of_uri(NbdConfig::NAME, &config.uri);
+        Ok(Opened { geometry, identity, tail: volume.tail(), store: AnyStore::Nbd(volume) })
+    }
+
+    fn unread(&self) -> Vec<&Path> {
+        if self.target.get().is_some() {
+            return Vec::new();
+        }
+        let files = [&self.config.tls_ca, &self.config.tls_cert, &self.config.tls_key];
+        files.into_iter().flatten().map(PathBuf::as_path).collect()
     }
 }
 

@@ -81,10 +81,9 @@ impl Tls {
             let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider).build();
             builder.with_webpki_verifier(verifier.map_err(|error| other(&error))?)
         } else {
-            log::warn!("{}: tls-verify=off: anybody may answer as this server", config.uri.escape_debug());
             builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)))
         };
-        let config = match (&config.tls_cert, &config.tls_key) {
+        let client = match (&config.tls_cert, &config.tls_key) {
             (Some(cert), Some(key)) => {
                 let bad =
                     |error: &dyn fmt::Display| Error::Tls(format!("tls-key {}: {error}", key.display()));
@@ -94,7 +93,11 @@ impl Tls {
             }
             _ => builder.with_no_client_auth(),
         };
-        Ok(Some(Tls { config: Arc::new(config), server }))
+        // Once, however often the files were looked for before.
+        if !config.tls_verify {
+            log::warn!("{}: tls-verify=off: anybody may answer as this server", config.uri.escape_debug());
+        }
+        Ok(Some(Tls { config: Arc::new(client), server }))
     }
 
     /// Begins a session on `stream`, which has agreed to it: certificates are exchanged and judged.

@@ -17,6 +17,7 @@ use crate::service::exports::Export;
 use crate::service::exports::ublk::{Others, UblkExport, found};
 use crate::service::exports::vhost_user::Endpoint;
 use crate::service::status::{ExportStatus, UblkStatus, VhostUserStatus, VolumeStatus};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::thread;
@@ -133,6 +134,11 @@ impl Waiting {
 }
 
 impl Attempts {
+    /// Files that the attempts will read: see [`Opener::unread`].
+    pub fn unread(&self) -> Vec<&Path> {
+        self.opener.unread()
+    }
+
     /// Goes on until the volume is there with all its exports, or is not wanted any more.
     pub fn start(self, shared: &Arc<Shared>) -> Result<(), Error> {
         let shared = Arc::downgrade(shared);

@@ -71,11 +71,15 @@ impl Plan {
         for need in names.flat_map(|name| config.needs(name)) {
             self.foreign = true;
             if let Need::File { path, .. } = need {
-                let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-                let there = path.ancestors().skip(1).find(|directory| directory.is_dir());
-                self.expect_in.extend(there.map(Path::to_owned));
+                self.expect_in.extend(directory_there(path));
             }
         }
+        self
+    }
+
+    /// The same with files that are still to be read, which may not be there now.
+    pub fn reading<'a>(mut self, files: impl Iterator<Item = &'a Path>) -> Plan {
+        self.read.extend(files.filter_map(directory_there));
         self
     }
 
@@ -103,4 +107,10 @@ impl Plan {
     pub(super) fn links(&self) -> &'static str {
         crate::frontend::ublk::LINKS
     }
+}
+
+/// The directory that `path` will come to be in, or the nearest above that is there now.
+fn directory_there(path: &Path) -> Option<PathBuf> {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    path.ancestors().skip(1).find(|directory| directory.is_dir()).map(Path::to_owned)
 }
