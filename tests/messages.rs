@@ -42,6 +42,7 @@ fn main() -> ExitCode {
         trial("a_second_vmm_is_listed", none(), |()| second_vmm()),
         trial("one_socket_is_as_good_as_another_to_those_who_wait", none(), |()| impatient()),
         trial("every_refusal_of_serve_has_a_way_out", none(), |()| refusals()),
+        trial("a_volume_that_cannot_be_opened_may_be_left_out", none(), |()| left_out()),
     ];
     run_trials(trials)
 }
@@ -370,6 +371,36 @@ fn impatient() {
     eventually("it waits", || list(&service).contains("another VMM waits"));
     drop(first);
     assert_eq!(second.join().unwrap(), OK);
+}
+
+/// Whatever is the matter with it; and a check says the same beforehand, where it can know.
+fn left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    fs::write(path("qcow2"), [&b"QFI\xfb\0\0\0\x03"[..], &[0; 4096]].concat()).unwrap();
+    fs::write(path("empty"), "").unwrap();
+    for (volume, words) in [
+        (format!("file:{}", path("none")), "none: cannot be opened"),
+        (format!("file:{},required=yes", path("none")), "none: cannot be opened"),
+        (format!("file:{}", path("empty")), "0 bytes are less than"),
+        (format!("file:{},required=yes", path("qcow2")), "is a qcow2 image"),
+        ("file:/dev/null".into(), "neither a regular file"),
+        (format!("nbd:nbd+unix:///?socket={},required=yes", path("none")), "cannot connect"),
+        (format!("nbd:nbds://127.0.0.1:1/,tls-ca={}", path("none")), "TLS: tls-ca "),
+    ] {
+        let setup = || plain().volume("w", &volume).door("w", "w", "");
+        let (status, said) = setup().refused();
+        let hint = "(required=no on this volume has the service begin without it, and try it again)";
+        assert!(status == 1 && said.contains(words) && said.contains(hint), "{volume}: {said}");
+        let check = setup().args(["--check"]).command().output().unwrap();
+        let said = String::from_utf8(check.stderr).unwrap();
+        assert_eq!(check.status.code(), Some(1), "{volume}: {said}");
+        let spared = volume.replace(",required=yes", "") + ",required=no";
+        let service = plain().volume("w", &spared).door("w", "w", "").start();
+        let waits =
+            |name: &str| service.status().volumes.iter().any(|v| v.name == name && v.unavailable.is_some());
+        assert!(waits("w") && !waits("v"), "{volume}");
+    }
 }
 
 fn refusals() {

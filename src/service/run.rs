@@ -18,7 +18,7 @@ use super::namespace;
 use super::sandbox;
 use super::socket::{Access, SocketError, SocketFile};
 use super::status::{SandboxStatus, VolumeStatus};
-use crate::block::Errno;
+use crate::block::{Causes, Errno};
 use crate::engine::config::Need;
 use crate::engine::{OpenError, Volume};
 use crate::frontend::ublk::StableName;
@@ -48,9 +48,9 @@ pub enum Error {
     /// See [`ConfigError`].
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// See [`OpenError`].
-    #[error(transparent)]
-    Volume(#[from] OpenError),
+    /// A volume that the service does not begin without, whatever is the matter with it.
+    #[error("{} (required=no on this volume has the service begin without it, and try it again)", Causes(.0))]
+    Volume(OpenError),
     /// See [`sandbox::Error`].
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),

@@ -48,7 +48,7 @@ pub(super) fn open(
     let opening = match thread::Builder::new().name("ringblk-open".into()).spawn(open) {
         Ok(opening) => opening,
         // Without a thread, here and now.
-        Err(_) => return Ok(Some(Opened::of(config)?)),
+        Err(_) => return Opened::of(config).map(Some).map_err(Error::Volume),
     };
     let interrupted = runtime.block_on(async {
         tokio::select! {
@@ -62,7 +62,8 @@ pub(super) fn open(
         return Ok(None);
     }
     // It is over, and we are alone again, as the sandbox wants us.
-    Ok(Some(opening.join().unwrap_or_else(|panic| resume_unwind(panic))?))
+    let opened = opening.join().unwrap_or_else(|panic| resume_unwind(panic));
+    opened.map(Some).map_err(Error::Volume)
 }
 
 /// Has a thread start the exports, so that we hear signals meanwhile: the kernel reads each new disk's partition table, which

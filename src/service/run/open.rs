@@ -51,7 +51,6 @@ impl Opened {
                     }
                     Err(again) => error = again,
                 }
-                log::info!("volume {name}: with required=no, or reconnect=SECONDS, it would be waited for");
                 return Err(error);
             }
             let (waiting, attempts) = late::waiting(name, volume, opener, Causes(&error).to_string());
