@@ -14,11 +14,12 @@ use super::identity::Identity;
 use super::losses::Losses;
 use super::memory::MemoryConfig;
 use super::nbd::NbdConfig;
-use super::node::{Edge, Leaf, perform};
+use super::node::{Edge, Leaf};
 use super::null::NullConfig;
 use super::resize::ResizeError;
+use super::transfer;
 use super::volume::OpenError;
-use crate::block::{Data, Errno, Geometry, Request};
+use crate::block::{Data, Errno, Flags, Geometry, Op, Request, SECTOR};
 use crate::ring::{Core, Io, Ring};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
@@ -384,11 +385,32 @@ macro_rules! drivers {
         }
 
         impl<R: Ring> AnyChannel<R> {
-            /// Carries out what was checked. A leaf costs no allocation, a layer one for its future.
-            pub async fn perform(&self, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
-                match self {
-                    $(AnyChannel::$leaf(leaf) => perform(leaf, io, request).await,)*
-                    $($(#[$when])? AnyChannel::$layer(layer) => Box::pin(layer.submit(io, request)).await,)*
+            /// Carries out what was checked, a write durably with `fua` whatever its flags say, and writes the zeroes that
+            /// the store has no call for. A leaf costs no allocation, a layer one for its future.
+            pub async fn perform(&self, io: &Io<R>, request: &Request<'_>, fua: bool) -> Result<(), Errno> {
+                let (offset, len) = (request.sector * SECTOR, request.len());
+                // All in one function, since each further one would cost every request on its way in and at its end.
+                let result = match self {
+                    $(AnyChannel::$leaf(leaf) => match request.op {
+                        Op::Flush => leaf.flush(io).await,
+                        _ if len == 0 => Ok(()),
+                        Op::Read => leaf.read(io, request.data, len, offset).await,
+                        Op::Write => leaf.write(io, request.data, len, offset, fua).await,
+                        Op::Discard => leaf.discard(io, offset, len).await,
+                        Op::WriteZeroes => leaf.write_zeroes(io, offset, len, request.flags.unmap).await,
+                    },)*
+                    $($(#[$when])? AnyChannel::$layer(_) if len == 0 && request.op != Op::Flush => Ok(()),)*
+                    $($(#[$when])? AnyChannel::$layer(layer) => {
+                        let request = Request { flags: Flags { fua, ..request.flags }, ..*request };
+                        Box::pin(layer.submit(io, &request)).await
+                    })*
+                };
+                match result {
+                    Err(Errno::EOPNOTSUPP) if request.op == Op::WriteZeroes => {
+                        // Boxed, as what is rare: a slot's future has no room for it.
+                        Box::pin(transfer::write_zeroes(self, io, request)).await
+                    }
+                    other => other,
                 }
             }
 

@@ -5,7 +5,7 @@
 
 use super::policy::{Attempts, What};
 use super::{Attached, Flusher};
-use crate::block::{Errno, Flags, Op, Request};
+use crate::block::{Errno, Op, Request};
 use crate::ring::{Io, Ring};
 
 /// Carries `request` out, wholly or with the error that stopped it. Where the volume's [policy](super::policy) says
@@ -33,7 +33,8 @@ pub async fn execute<R: Ring>(
         // Before the look at the capacity: a volume that shrinks waits for requests which saw the old one.
         let _admitted = volume.admitted();
         volume.edge().validate(request)?;
-        change(volume, io, request).await
+        // A flush has only what comes afterwards.
+        if request.op == Op::Flush { Ok(()) } else { change(volume, io, request).await }
     };
     match result {
         Err(errno) if policy.covers(errno) => Box::pin(change_again(volume, io, request, errno)).await?,
@@ -81,13 +82,13 @@ async fn flush<R: Ring>(
 }
 
 /// What a request changes or reads; what it syncs comes afterwards.
-async fn change<R: Ring>(volume: &Attached<R>, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
-    if request.op == Op::Flush {
-        return Ok(());
-    }
+fn change<'a, R: Ring>(
+    volume: &'a Attached<R>,
+    io: &'a Io<R>,
+    request: &'a Request<'_>,
+) -> impl Future<Output = Result<(), Errno>> + use<'a, R> {
     let fua = request.flags.fua && request.op == Op::Write && !syncs(volume, request);
-    let request = Request { flags: Flags { fua, ..request.flags }, ..*request };
-    volume.edge().perform(io, &request).await
+    volume.edge().perform(io, request, fua)
 }
 
 /// Whether a request ends with a flush. A write with FUA needs none, unless its own errors must be told from those of

@@ -6,8 +6,7 @@
 
 use super::driver::AnyChannel;
 use super::losses::Losses;
-use super::transfer;
-use crate::block::{Data, Errno, Flags, Geometry, Op, Request, SECTOR};
+use crate::block::{Data, Errno, Flags, Geometry, Op, Request};
 use crate::ring::{Io, Ring};
 
 /// The operations of a volume that keeps bytes, as one worker uses it.
@@ -49,22 +48,6 @@ pub trait Leaf<R: Ring> {
     fn abandon(&self);
 }
 
-/// A request as the operation that it is.
-pub(super) async fn perform<R: Ring>(
-    leaf: &impl Leaf<R>,
-    io: &Io<R>,
-    request: &Request<'_>,
-) -> Result<(), Errno> {
-    let (offset, len) = (request.sector * SECTOR, request.len());
-    match request.op {
-        Op::Read => leaf.read(io, request.data, len, offset).await,
-        Op::Write => leaf.write(io, request.data, len, offset, request.flags.fua).await,
-        Op::Flush => leaf.flush(io).await,
-        Op::Discard => leaf.discard(io, offset, len).await,
-        Op::WriteZeroes => leaf.write_zeroes(io, offset, len, request.flags.unmap).await,
-    }
-}
-
 /// The way to a volume's channel, or to that of one below it.
 pub struct Edge<R: Ring> {
     geometry: Geometry,
@@ -97,20 +80,17 @@ impl<R: Ring> Edge<R> {
     /// See [`validate`](Self::validate); otherwise what the volume says.
     pub async fn submit(&self, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
         self.validate(request)?;
-        self.perform(io, request).await
+        self.perform(io, request, request.flags.fua).await
     }
 
-    /// Carries out what was [validated](Self::validate).
-    pub(super) async fn perform(&self, io: &Io<R>, request: &Request<'_>) -> Result<(), Errno> {
-        if request.is_empty() && request.op != Op::Flush {
-            return Ok(());
-        }
-        match self.channel.perform(io, request).await {
-            Err(Errno::EOPNOTSUPP) if request.op == Op::WriteZeroes => {
-                transfer::write_zeroes(&self.channel, io, request).await
-            }
-            other => other,
-        }
+    /// Carries out what was [validated](Self::validate): see [`AnyChannel::perform`].
+    pub(super) fn perform(
+        &self,
+        io: &Io<R>,
+        request: &Request<'_>,
+        fua: bool,
+    ) -> impl Future<Output = Result<(), Errno>> {
+        self.channel.perform(io, request, fua)
     }
 
     /// See [`AnyChannel::read_tail`].
@@ -129,7 +109,7 @@ impl<R: Ring> Edge<R> {
     /// # Errors
     /// The volume's.
     pub async fn flush(&self, io: &Io<R>) -> Result<(), Errno> {
-        self.perform(io, &FLUSH).await
+        self.perform(io, &FLUSH, false).await
     }
 
     /// Refuses what no volume should see. Costs a handful of comparisons.
@@ -190,8 +170,11 @@ impl<R: Ring> Edge<R> {
 
     /// How often stores told of lost writes so far, all of them together.
     pub(super) fn loss_reports(&self) -> u64 {
-        let below = self.channel.below().iter().map(Edge::loss_reports).sum::<u64>();
-        below + self.channel.losses().map_or(0, Losses::reports)
+        let own = self.channel.losses().map_or(0, Losses::reports);
+        match self.channel.below() {
+            [] => own,
+            below => own + below.iter().map(Edge::loss_reports).sum::<u64>(),
+        }
     }
 
     /// Losses so far, all together.

@@ -128,7 +128,7 @@ pub(super) async fn write_zeroes<R: Ring>(
             sectors: (step / SECTOR) as u32,
             data: Data::of(&iovecs),
         };
-        channel.perform(io, &write).await?;
+        channel.perform(io, &write, false).await?;
         done += step;
     }
     Ok(())
