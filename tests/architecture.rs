@@ -1,4 +1,5 @@
-//! The rules of the house, held by a test: who may import whom, and where `unsafe` may be.
+//! The rules of the house, held by a test: who may import whom, where `unsafe` may be, and that the documentation's links
+//! lead somewhere.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -112,6 +113,42 @@ fn unsafe_is_where_it_belongs() {
             let free =
                 !text.contains("unsafe {") && !text.contains("unsafe fn") && !text.contains("unsafe impl");
             assert!(covered || (parent && free), "src/{file} does not forbid unsafe code");
+        }
+    }
+}
+
+/// The targets of a text's links that are files of ours.
+fn links(text: &str) -> impl Iterator<Item = &str> {
+    let targets = text.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(target, _)| target));
+    targets.filter(|target| !target.contains("://"))
+}
+
+/// What a heading is called in a link.
+fn anchor(heading: &str) -> String {
+    let kept = heading.to_lowercase();
+    kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).collect::<String>().replace(' ', "-")
+}
+
+#[test]
+fn links_lead_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let of = |dir: &Path| {
+        let entries = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.extension().is_some_and(|extension| extension == "md")).collect::<Vec<_>>()
+    };
+    let pages = [of(root), of(&root.join("docs")), of(&root.join("tests"))].concat();
+    assert!(pages.len() > 8, "the pages were not found");
+    for page in pages {
+        for link in links(&fs::read_to_string(&page).unwrap()) {
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if path.is_empty() { page.clone() } else { page.parent().unwrap().join(path) };
+            assert!(target.exists(), "{}: {link}", page.display());
+            if !heading.is_empty() {
+                let text = fs::read_to_string(&target).unwrap();
+                let found = text.lines().filter_map(|line| line.strip_prefix('#'));
+                let found = found.map(|line| anchor(line.trim_start_matches('#').trim()));
+                assert!(found.into_iter().any(|found| found == heading), "{}: {link}", page.display());
+            }
         }
     }
 }

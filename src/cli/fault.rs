@@ -15,9 +15,7 @@ use clap::ValueEnum;
 /// A volume of the driver fault stands on another and makes errors, delays, torn and lost writes on demand, for testing what
 /// uses it: `--volume bad=fault:good,errors=1%,operations=read+write --vhost-user bad=/run/bad.sock`.
 #[derive(Debug, clap::Args)]
-#[command(
-    after_help = "What a volume's faults are: see README.md, or `ringblk serve --config FILE --check`."
-)]
+#[command(after_help = "`ringblk serve --help` lists the faults there are.")]
 pub(super) struct Args {
     /// The volume
     #[arg(value_name = "NAME")]

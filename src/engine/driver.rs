@@ -1,6 +1,6 @@
 //! What a kind of volume has to say and to do, and the list of them.
 //!
-//! A driver is a folder (or a file) and one word in the [list](drivers): its configuration, which implements [`Driver`];
+//! A driver is a folder (or a file) and one word in the list below: its configuration, which implements [`Driver`];
 //! what all workers share once it is open, a [`Store`]; and one worker's use of that, which is a
 //! [`Leaf`] where bytes are kept and a layer where requests are passed on. The list makes
 //! the enums that stand for any of them, and every match over kinds is made here. None of these traits has defaults:

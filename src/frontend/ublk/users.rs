@@ -1,7 +1,7 @@
 //! Who uses a disk: what would be hurt if it went.
 //!
 //! The kernel tells whether anybody has a ublk disk open only when it is asked to stop it (`UBLK_F_SAFE_STOP_DEV`, Linux
-//! 7.0), and never who: see [`users`](crate::users).
+//! 7.0), and never who: see [`crate::users`].
 
 #![forbid(unsafe_code)]
 

@@ -91,7 +91,7 @@ impl NewSocket<'_> {
         done
     }
 
-    /// Gives the file its mode, then its owner. Nobody can connect before it [listens](SocketFile::listen).
+    /// Gives the file its mode, then its owner. Nobody can connect before it listens: see `SocketFile::listen`.
     fn finish(
         &self,
         dir: &Directory,
