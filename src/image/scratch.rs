@@ -1,7 +1,7 @@
 //! A file that is written before it has its name, and that nothing is left of if it never gets one.
 //!
-//! Where the file system has files without a name (`O_TMPFILE` of `open(2)`), the kernel itself forgets one whose process
-//! is killed. Elsewhere it has a hidden name beside its place, and its process holds a writer's lock on it: the next job in
+//! Where the file system has files without a name (`O_TMPFILE` of `open(2)`), the kernel itself forgets what was written by
+//! a process that is killed. Elsewhere it has a hidden name beside its place, and its process holds a writer's lock on it: the next job in
 //! that directory removes those whose lock is free.
 
 #![forbid(unsafe_code)]
@@ -131,7 +131,8 @@ fn nameless(directory: &Path) -> io::Result<Option<File>> {
     let open =
         || OpenOptions::new().read(true).write(true).mode(MODE).custom_flags(libc::O_TMPFILE).open(directory);
     // A name is given by a link. Where there are none, as in some containers, that is better known before the whole image
-    // is written; and a file that had a name and lost it gets no other.
+    // is written; and a file that had a name and lost it gets no other. A job killed between the link and its removal leaves
+    // an empty file, which the next job in that directory removes.
     let probe = open()?;
     lock(&probe);
     match named(directory, |name| link_nameless(&probe, name)) {
