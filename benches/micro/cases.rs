@@ -8,7 +8,7 @@ use ringblk::engine::{Flushers, Volume, execute};
 use ringblk::frontend::Source;
 use ringblk::frontend::ublk::{Asked, Descriptor, command};
 use ringblk::frontend::vhost_user::Vring;
-use ringblk::ring::{Core, Cqe, Mapping, Ring, Sqe, Target, Tasks};
+use ringblk::ring::{Core, Cqe, DriverCommand, Mapping, Ring, Sqe, Target, Tasks};
 use ringblk::worker::{Habits, Lent, Worker};
 use std::future::Future;
 use std::hint::black_box;
@@ -165,10 +165,10 @@ impl Slots<()> {
         let mut tasks = Tasks::new(core.clone());
         for _ in 0..REQUESTS {
             tasks.add(|io| async move {
+                let bytes = Mapping::anonymous(4096).unwrap();
                 let mut offset = 0;
                 loop {
-                    let addr = std::ptr::null_mut();
-                    let sqe = Sqe::Read { file: Target::Fixed(0), addr, len: 4096, offset };
+                    let sqe = Sqe::Read { file: Target::Fixed(0), range: bytes.iovec(0, 4096), offset };
                     offset += io.submit(&sqe).await as u64 + 1;
                 }
             });
@@ -206,7 +206,9 @@ impl Run for Ublk {
         for (tag, descriptor) in black_box(&self.descriptors).iter().enumerate() {
             let asked = Asked::read(descriptor, 512 << 10).unwrap();
             let cmd = command(0, tag as u16, black_box(&asked).bytes as i32, 0);
-            black_box(Sqe::Command { file: Target::Fixed(0), op: 0, cmd, addr: 0 });
+            // SAFETY: no driver is asked.
+            let command = unsafe { DriverCommand::new(0, cmd, 0) };
+            black_box(Sqe::Command { file: Target::Fixed(0), command });
         }
     }
 }

@@ -18,9 +18,9 @@ impl Echo {
 }
 
 impl Ring for Echo {
-    fn push(&self, sqe: &Sqe, user_data: UserData) {
+    unsafe fn push(&self, sqe: &Sqe<'_>, user_data: UserData) {
         let result = match black_box(sqe) {
-            Sqe::Read { len, .. } | Sqe::Write { len, .. } => *len as i32,
+            Sqe::Read { range, .. } | Sqe::Write { range, .. } => range.len() as i32,
             _ => 0,
         };
         self.ready.borrow_mut().push(Cqe { user_data, result, more: false });
@@ -31,7 +31,7 @@ impl Ring for Echo {
     }
 
     /// No case has a store that is asked this way.
-    fn carry_out(&self, _: &Sqe) -> i32 {
+    fn carry_out(&self, _: &Sqe<'_>) -> i32 {
         -libc::EINVAL
     }
 

@@ -22,7 +22,7 @@ pub enum Data<'a> {
 
 impl<'a> Data<'a> {
     /// All bytes of the ranges, in their order.
-    pub fn of(iovecs: &'a [Iovec]) -> Data<'a> {
+    pub fn of(iovecs: &'a [Iovec<'a>]) -> Data<'a> {
         Data::Iovecs(Window::new(iovecs))
     }
 
@@ -47,7 +47,7 @@ impl<'a> Data<'a> {
 /// Some bytes of a list of ranges: without the first few of its first range, and the last few of its last one.
 #[derive(Clone, Copy, Debug)]
 pub struct Window<'a> {
-    iovecs: &'a [Iovec],
+    iovecs: &'a [Iovec<'a>],
     /// Bytes of the first range that are not ours.
     skip: usize,
     /// Bytes of the last range that are not ours.
@@ -58,14 +58,14 @@ pub struct Window<'a> {
 #[derive(Clone, Copy, Debug)]
 pub enum Front<'a> {
     /// A range, or a part of one.
-    One(Iovec),
+    One(Iovec<'a>),
     /// Ranges as they are in memory: more than one, or none.
-    Many(&'a [Iovec]),
+    Many(&'a [Iovec<'a>]),
 }
 
 impl<'a> Window<'a> {
     /// All of the ranges.
-    pub fn new(iovecs: &'a [Iovec]) -> Window<'a> {
+    pub fn new(iovecs: &'a [Iovec<'a>]) -> Window<'a> {
         Window { iovecs, skip: 0, spare: 0 }
     }
 
@@ -80,7 +80,7 @@ impl<'a> Window<'a> {
     }
 
     /// Its ranges, the first and the last cut to what is ours; some may be empty.
-    pub fn iter(&self) -> impl Iterator<Item = Iovec> + use<'a> {
+    pub fn iter(&self) -> impl Iterator<Item = Iovec<'a>> + use<'a> {
         let Window { iovecs, skip, spare } = *self;
         iovecs.iter().enumerate().map(move |(index, iovec)| {
             let mut iovec = *iovec;
@@ -95,7 +95,7 @@ impl<'a> Window<'a> {
     }
 
     /// The ranges that it lies in, and how many bytes of the first one come before it.
-    pub fn as_raw(&self) -> (&'a [Iovec], usize) {
+    pub fn as_raw(&self) -> (&'a [Iovec<'a>], usize) {
         (self.iovecs, self.skip)
     }
 
@@ -165,7 +165,7 @@ mod tests {
     use proptest::prelude::*;
 
     /// Ranges over bytes that are never followed, each a gap after the one before it; and each byte's address.
-    fn ranges(lengths: &[usize]) -> (Vec<Iovec>, Vec<usize>) {
+    fn ranges(lengths: &[usize]) -> (Vec<Iovec<'static>>, Vec<usize>) {
         let (mut iovecs, mut bytes, mut at) = (Vec::new(), Vec::new(), 4096);
         for len in lengths {
             iovecs.push(Iovec::nowhere(at, *len));
@@ -175,7 +175,7 @@ mod tests {
         (iovecs, bytes)
     }
 
-    fn addresses(iovecs: impl IntoIterator<Item = Iovec>) -> Vec<usize> {
+    fn addresses<'m>(iovecs: impl IntoIterator<Item = Iovec<'m>>) -> Vec<usize> {
         let of = |iovec: Iovec| iovec.base().addr()..iovec.base().addr() + iovec.len();
         iovecs.into_iter().flat_map(of).collect()
     }

@@ -1,14 +1,17 @@
 //! A range of host memory that somebody else may be writing to.
 
-/// A host memory range: `struct iovec` of `sys/uio.h`, which the kernel reads as it stands.
+use std::marker::PhantomData;
+
+/// A range of host memory that stays mapped for `'m`: `struct iovec` of `sys/uio.h`, which the kernel reads as it stands.
 ///
 /// What it points at may be written by others (a guest, the kernel) at any time, so it is handed to the
 /// kernel or copied, never borrowed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Iovec {
+pub struct Iovec<'m> {
     base: *mut u8,
     len: usize,
+    mapped: PhantomData<&'m ()>,
 }
 
 const _: () = {
@@ -16,23 +19,29 @@ const _: () = {
     assert!(align_of::<Iovec>() == align_of::<libc::iovec>());
 };
 
-impl Iovec {
+impl<'m> Iovec<'m> {
     /// No bytes.
-    pub const EMPTY: Iovec = Iovec { base: std::ptr::null_mut(), len: 0 };
+    pub const EMPTY: Iovec<'static> = Iovec { base: std::ptr::null_mut(), len: 0, mapped: PhantomData };
 
     /// `len` bytes from `base` on. It is safe to copy what an `Iovec` names because making one is not.
     ///
     /// # Safety
-    /// The bytes stay mapped, for reading and for whatever writing the request asks for, until the request
-    /// that carries the range is complete; and no Rust reference to them is used meanwhile.
-    pub unsafe fn new(base: *mut u8, len: usize) -> Iovec {
-        Iovec { base, len }
+    /// For all of `'m` the bytes stay mapped, for reading and for whatever writing is asked of the range, and no Rust
+    /// reference to them is used. Whoever gives a `'m` longer than the compiler would (a guest's memory, a tag's buffer)
+    /// promises the rest: until whatever request carries the range is complete.
+    pub unsafe fn new(base: *mut u8, len: usize) -> Iovec<'m> {
+        Iovec { base, len, mapped: PhantomData }
+    }
+
+    /// All of `bytes`, which are nobody else's meanwhile.
+    pub fn of(bytes: &'m mut [u8]) -> Iovec<'m> {
+        Iovec { base: bytes.as_mut_ptr(), len: bytes.len(), mapped: PhantomData }
     }
 
     /// One that nobody may follow.
     #[cfg(test)]
-    pub(crate) fn nowhere(base: usize, len: usize) -> Iovec {
-        Iovec { base: std::ptr::without_provenance_mut(base), len }
+    pub(crate) fn nowhere(base: usize, len: usize) -> Iovec<'m> {
+        Iovec { base: std::ptr::without_provenance_mut(base), len, mapped: PhantomData }
     }
 
     /// First byte.
@@ -58,7 +67,7 @@ impl Iovec {
     }
 
     /// Keeps the first `count` bytes (at most all) and returns the rest.
-    pub fn split_off(&mut self, count: usize) -> Iovec {
+    pub fn split_off(&mut self, count: usize) -> Iovec<'m> {
         let mut rest = *self;
         rest.advance(count);
         self.len -= rest.len;

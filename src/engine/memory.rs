@@ -132,7 +132,7 @@ async fn in_slices<R: Ring>(
     data: Data<'_>,
     len: u64,
     offset: u64,
-    copy: impl Fn(usize, Iovec),
+    copy: impl Fn(usize, Iovec<'_>),
 ) -> Result<(), Errno> {
     let Data::Iovecs(window) = data else { return Err(Errno::EINVAL) };
     let mut at = offset as usize;

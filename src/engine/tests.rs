@@ -73,7 +73,12 @@ fn request(op: Op, sector: u64, sectors: u32) -> Request<'static> {
 }
 
 /// A read or write of the whole of `memory`, which is leaked: a test has little.
-fn transfer(op: Op, sector: u64, memory: &Mapping) -> Request<'static> {
+/// Memory of requests that have no end.
+fn mapping(len: usize) -> &'static Mapping {
+    Box::leak(Box::new(Mapping::anonymous(len).unwrap()))
+}
+
+fn transfer(op: Op, sector: u64, memory: &'static Mapping) -> Request<'static> {
     let iovecs = vec![memory.iovec(0, memory.len())].leak();
     Request { data: Data::of(iovecs), ..request(op, sector, memory.len() as u32 / 512) }
 }
@@ -87,9 +92,8 @@ fn a_large_transfer_of_memory_lets_others_pass() {
     let core = Core::new(Double::new(1, Faults::default()));
     let attached = Rc::new(volume.attach(&core, false));
     let bytes = Random(5).bytes(LEN);
-    let (from, to, small) = (Mapping::anonymous(LEN), Mapping::anonymous(LEN), Mapping::anonymous(512));
-    let (from, to, small) = (from.unwrap(), to.unwrap(), small.unwrap());
-    put(&from, 0, &bytes);
+    let (from, to, small) = (mapping(LEN), mapping(LEN), mapping(512));
+    put(from, 0, &bytes);
     let order: Rc<RefCell<Vec<&str>>> = Rc::default();
     let mut tasks = crate::ring::Tasks::new(core.clone());
     for (name, op, memory) in [("large", Op::Write, &from), ("small", Op::Read, &small)] {
@@ -101,19 +105,19 @@ fn a_large_transfer_of_memory_lets_others_pass() {
     }
     settle(&core, &mut tasks);
     assert_eq!(*order.borrow(), ["small", "large"]);
-    assert_eq!(once(&core, &attached, transfer(Op::Read, 0, &to)), Ok(()));
-    assert!(get(&to, 0, LEN) == bytes);
+    assert_eq!(once(&core, &attached, transfer(Op::Read, 0, to)), Ok(()));
+    assert!(get(to, 0, LEN) == bytes);
 }
 
-fn is_sync(sqe: &Sqe) -> bool {
+fn is_sync(sqe: &Sqe<'_>) -> bool {
     matches!(sqe, Sqe::Fdatasync { .. })
 }
 
-fn is_write(sqe: &Sqe) -> bool {
+fn is_write(sqe: &Sqe<'_>) -> bool {
     matches!(sqe, Sqe::Write { .. } | Sqe::Writev { .. })
 }
 
-fn is_fallocate(sqe: &Sqe, flag: i32) -> bool {
+fn is_fallocate(sqe: &Sqe<'_>, flag: i32) -> bool {
     matches!(sqe, Sqe::Fallocate { mode, .. } if mode & flag != 0)
 }
 
@@ -190,12 +194,12 @@ proptest! {
 fn refused<R: Tested>(core: &Rc<Core<R>>, volume: &Rc<Attached<R>>) {
     let sectors = volume.geometry().sectors();
     let block = volume.geometry().logical_block / 512;
-    let memory = Mapping::anonymous(block as usize * 512).unwrap();
+    let memory = mapping(block as usize * 512);
     for at in [sectors, sectors - 1, u64::MAX, u64::MAX / 512, 1 << 63] {
         // The last sector alone is past the end for a block of more.
         let at = if at == sectors - 1 { at - u64::from(block) + 2 } else { at };
-        assert_eq!(once(core, volume, transfer(Op::Read, at, &memory)), Err(Errno::EIO), "{at}");
-        assert_eq!(once(core, volume, transfer(Op::Write, at, &memory)), Err(Errno::ENOSPC), "{at}");
+        assert_eq!(once(core, volume, transfer(Op::Read, at, memory)), Err(Errno::EIO), "{at}");
+        assert_eq!(once(core, volume, transfer(Op::Write, at, memory)), Err(Errno::ENOSPC), "{at}");
         for op in [Op::Discard, Op::WriteZeroes] {
             assert_eq!(once(core, volume, request(op, at, block)), Err(Errno::ENOSPC), "{op:?} {at}");
             assert_eq!(once(core, volume, request(op, 0, u32::MAX)), Err(Errno::ENOSPC), "{op:?}");
@@ -206,8 +210,8 @@ fn refused<R: Tested>(core: &Rc<Core<R>>, volume: &Rc<Attached<R>>) {
             assert_eq!(once(core, volume, request(op, 1, block)), Err(Errno::EINVAL), "{op:?}");
             assert_eq!(once(core, volume, request(op, 0, 1)), Err(Errno::EINVAL), "{op:?}");
         }
-        assert_eq!(once(core, volume, transfer(Op::Read, 1, &memory)), Err(Errno::EINVAL));
-        assert_eq!(once(core, volume, transfer(Op::Write, 1, &memory)), Err(Errno::EINVAL));
+        assert_eq!(once(core, volume, transfer(Op::Read, 1, memory)), Err(Errno::EINVAL));
+        assert_eq!(once(core, volume, transfer(Op::Write, 1, memory)), Err(Errno::EINVAL));
     }
 }
 
@@ -219,13 +223,13 @@ fn impossible_requests_are_refused_before_anything_is_submitted() {
         let core = Core::new(Double::new(1, Faults::default()));
         refused(&core, &Rc::new(volume.attach(&core, false)));
         let read_only = Rc::new(volume.attach(&core, true));
-        let memory = Mapping::anonymous(4096).unwrap();
+        let memory = mapping(4096);
         for op in [Op::Discard, Op::WriteZeroes] {
             assert_eq!(once(&core, &read_only, request(op, 0, 8)), Err(Errno::EROFS));
         }
-        assert_eq!(once(&core, &read_only, transfer(Op::Write, 0, &memory)), Err(Errno::EROFS));
+        assert_eq!(once(&core, &read_only, transfer(Op::Write, 0, memory)), Err(Errno::EROFS));
         assert_eq!(core.ring().count(|_| true), 0);
-        assert_eq!(once(&core, &read_only, transfer(Op::Read, 0, &memory)), Ok(()));
+        assert_eq!(once(&core, &read_only, transfer(Op::Read, 0, memory)), Ok(()));
         assert_eq!(once(&core, &read_only, request(Op::Flush, 0, 0)), Ok(()));
     }
 }
@@ -233,9 +237,9 @@ fn impossible_requests_are_refused_before_anything_is_submitted() {
 #[test]
 fn a_failed_flush_is_told_and_not_tried_again() {
     let (core, volume) = small(Faults { sync_error: 100, ..Faults::default() });
-    let memory = Mapping::anonymous(4096).unwrap();
-    put(&memory, 0, &[0x77; 4096]);
-    assert_eq!(once(&core, &volume, transfer(Op::Write, 0, &memory)), Ok(()));
+    let memory = mapping(4096);
+    put(memory, 0, &[0x77; 4096]);
+    assert_eq!(once(&core, &volume, transfer(Op::Write, 0, memory)), Ok(()));
     assert_eq!(once(&core, &volume, request(Op::Flush, 0, 0)), Err(Errno::EIO));
     assert_eq!(core.ring().count(is_sync), 1);
     let zeroes = Request { flags: Flags { fua: true, unmap: false }, ..request(Op::WriteZeroes, 0, 8) };
@@ -246,11 +250,11 @@ fn a_failed_flush_is_told_and_not_tried_again() {
 #[test]
 fn a_power_cut_loses_what_was_not_flushed_and_nothing_else() {
     let (core, volume) = small(Faults { short: 50, again: 20, ..Faults::default() });
-    let memory = Mapping::anonymous(4096).unwrap();
+    let memory = mapping(4096);
     let write = |sector, byte, fua| {
-        put(&memory, 0, &[byte; 4096]);
+        put(memory, 0, &[byte; 4096]);
         let flags = Flags { fua, unmap: false };
-        let write = Request { flags, ..transfer(Op::Write, sector, &memory) };
+        let write = Request { flags, ..transfer(Op::Write, sector, memory) };
         assert_eq!(once(&core, &volume, write), Ok(()));
     };
     let before = core.ring().contents().unwrap();
@@ -260,8 +264,8 @@ fn a_power_cut_loses_what_was_not_flushed_and_nothing_else() {
     write(16, 3, true);
     core.ring().power_cut(0);
     let read = |sector| {
-        assert_eq!(once(&core, &volume, transfer(Op::Read, sector, &memory)), Ok(()));
-        get(&memory, 0, 4096)
+        assert_eq!(once(&core, &volume, transfer(Op::Read, sector, memory)), Ok(()));
+        get(memory, 0, 4096)
     };
     assert_eq!(read(0), [1; 4096]);
     assert_eq!(read(8), before[4096..8192]);
@@ -304,17 +308,17 @@ fn blocks_are_given_back_only_when_that_was_asked_for() {
 #[test]
 fn a_file_that_only_says_again_is_given_up() {
     let (core, volume) = small(Faults { again: 100, ..Faults::default() });
-    let memory = Mapping::anonymous(4096).unwrap();
-    assert_eq!(once(&core, &volume, transfer(Op::Read, 0, &memory)), Err(Errno::EAGAIN));
+    let memory = mapping(4096);
+    assert_eq!(once(&core, &volume, transfer(Op::Read, 0, memory)), Err(Errno::EAGAIN));
     assert!(core.ring().count(|_| true) > 1, "not at once");
 }
 
 #[test]
 fn a_request_costs_one_submission() {
     let (core, volume) = small(Faults::default());
-    let memory = Mapping::anonymous(8192).unwrap();
+    let memory = mapping(8192);
     for op in [Op::Read, Op::Write] {
-        assert_eq!(once(&core, &volume, transfer(op, 0, &memory)), Ok(()));
+        assert_eq!(once(&core, &volume, transfer(op, 0, memory)), Ok(()));
         let iovecs = vec![memory.iovec(0, 512), memory.iovec(4096, 1024)].leak();
         let two = Request { data: Data::of(iovecs), ..request(op, 0, 3) };
         assert_eq!(once(&core, &volume, two), Ok(()));
@@ -326,17 +330,17 @@ fn a_request_costs_one_submission() {
 #[test]
 fn a_write_that_cannot_be_tried_is_carried_out_here() {
     let (core, volume) = small(Faults { no_nowait: true, short: 50, ..Faults::default() });
-    let memory = Mapping::anonymous(8192).unwrap();
+    let memory = mapping(8192);
     let bytes = Random(7).bytes(8192);
-    put(&memory, 0, &bytes);
+    put(memory, 0, &bytes);
     for _ in 0..10 {
-        assert_eq!(once(&core, &volume, transfer(Op::Write, 1, &memory)), Ok(()));
+        assert_eq!(once(&core, &volume, transfer(Op::Write, 1, memory)), Ok(()));
     }
     assert_eq!(core.ring().count(|_| true), 0);
     assert_eq!(core.ring().contents().unwrap()[512..512 + 8192], bytes);
     assert_ne!(core.ring().stable().unwrap()[512..512 + 8192], bytes);
     let fua = Flags { fua: true, unmap: false };
-    let durable = Request { flags: fua, ..transfer(Op::Write, 1, &memory) };
+    let durable = Request { flags: fua, ..transfer(Op::Write, 1, memory) };
     assert_eq!(once(&core, &volume, durable), Ok(()));
     assert!(core.ring().count(is_write) > 0);
     assert_eq!(core.ring().stable().unwrap()[512..512 + 8192], bytes);
@@ -350,16 +354,16 @@ fn direct_io_bounces_only_what_it_must() {
     let (memory, unit) = (volume.geometry().dma_alignment as usize, 512);
     let core = Core::new(Double::new(1, Faults { direct: Some((memory, unit)), ..Faults::default() }));
     let attached = Rc::new(volume.attach(&core, false));
-    let buffer = Mapping::anonymous(16384).unwrap();
+    let buffer = mapping(16384);
     let read = |cuts: &[(usize, usize)]| {
         let iovecs = cuts.iter().map(|(at, len)| buffer.iovec(*at, *len)).collect::<Vec<_>>().leak();
         let request = Request { data: Data::of(iovecs), ..request(Op::Read, 8, 8) };
         assert_eq!(once(&core, &attached, request), Ok(()), "{cuts:?}");
-        let found: Vec<u8> = cuts.iter().flat_map(|(at, len)| get(&buffer, *at, *len)).collect();
+        let found: Vec<u8> = cuts.iter().flat_map(|(at, len)| get(buffer, *at, *len)).collect();
         assert_eq!(found, bytes[4096..8192], "{cuts:?}");
         let ours = buffer.as_ptr().addr()..buffer.as_ptr().addr() + buffer.len();
         core.ring().count(|sqe| match sqe {
-            Sqe::Read { addr, .. } => !ours.contains(&addr.addr()),
+            Sqe::Read { range, .. } => !ours.contains(&range.base().addr()),
             _ => false,
         })
     };
@@ -378,7 +382,7 @@ fn a_bounce_takes_no_more_memory_than_it_needs() {
     let direct = Some((volume.geometry().dma_alignment as usize, 512));
     let core = Core::new(Double::new(1, Faults { direct, short: 30, ..Faults::default() }));
     let attached = Rc::new(volume.attach(&core, false));
-    let memory = Mapping::anonymous(LEN + 8192).unwrap();
+    let memory = mapping(LEN + 8192);
     // A third of the ranges are empty, and none starts or ends where the parts do.
     let cuts = || {
         let ends = (1..LEN).step_by(700_001).chain([LEN]);
@@ -394,15 +398,15 @@ fn a_bounce_takes_no_more_memory_than_it_needs() {
     };
     let all = |op| Request { data: Data::of(cuts()), ..request(op, 0, (LEN / 512) as u32) };
     assert_eq!(once(&core, &attached, all(Op::Read)), Ok(()));
-    assert!(get(&memory, 1, LEN) == bytes);
-    assert_eq!(get(&memory, 0, 1), [0]);
+    assert!(get(memory, 1, LEN) == bytes);
+    assert_eq!(get(memory, 0, 1), [0]);
     let other = Random(99).bytes(LEN);
-    put(&memory, 1, &other);
+    put(memory, 1, &other);
     assert_eq!(once(&core, &attached, all(Op::Write)), Ok(()));
     assert!(core.ring().contents().unwrap() == other);
-    let large = |sqe: &Sqe| {
+    let large = |sqe: &Sqe<'_>| {
         let most = Pool::<Double>::BYTES as u32;
-        matches!(sqe, Sqe::Read { len, .. } | Sqe::Write { len, .. } if *len > most)
+        matches!(sqe, Sqe::Read { range, .. } | Sqe::Write { range, .. } if range.len() > most as usize)
     };
     assert_eq!(core.ring().count(large), 0);
 }
@@ -411,12 +415,12 @@ fn a_bounce_takes_no_more_memory_than_it_needs() {
 fn registered_buffers_are_filled_and_stored_whole() {
     let (core, volume) = small(Faults { short: 70, again: 30, interrupted: 20, ..Faults::default() });
     let bytes = core.ring().contents().unwrap();
-    let memory = Mapping::anonymous(8192).unwrap();
+    let memory = mapping(8192);
     let index = core.ring().add_buffer(memory.iovec(0, 8192));
     let data = || Data::Registered { index, skip: 0 };
     assert_eq!(once(&core, &volume, Request { data: data(), ..request(Op::Read, 3, 16) }), Ok(()));
-    assert_eq!(get(&memory, 0, 8192), bytes[3 * 512..19 * 512]);
-    put(&memory, 0, &[0x55; 8192]);
+    assert_eq!(get(memory, 0, 8192), bytes[3 * 512..19 * 512]);
+    put(memory, 0, &[0x55; 8192]);
     assert_eq!(once(&core, &volume, Request { data: data(), ..request(Op::Write, 30, 16) }), Ok(()));
     let now = core.ring().contents().unwrap();
     assert_eq!(now[30 * 512..46 * 512], [0x55; 8192]);
@@ -430,7 +434,7 @@ fn a_file_that_lost_its_end_gives_an_error() {
     let core = Core::new(uring());
     let attached = Rc::new(volume.attach(&core, false));
     file.as_file().set_len(1000).unwrap();
-    let memory = Mapping::anonymous(2048).unwrap();
-    assert_eq!(once(&core, &attached, transfer(Op::Read, 0, &memory)), Err(Errno::EIO));
-    assert_eq!(once(&core, &attached, transfer(Op::Read, 4, &memory)), Err(Errno::EIO));
+    let memory = mapping(2048);
+    assert_eq!(once(&core, &attached, transfer(Op::Read, 0, memory)), Err(Errno::EIO));
+    assert_eq!(once(&core, &attached, transfer(Op::Read, 4, memory)), Err(Errno::EIO));
 }

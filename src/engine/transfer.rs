@@ -22,12 +22,6 @@ pub(super) enum By {
     Us,
 }
 
-/// The most the kernel moves in one call (`MAX_RW_COUNT` of `linux/fs.h`, for 4 KiB pages).
-const MAX_RW: u64 = 0x7fff_f000;
-
-/// The most ranges the kernel takes in one call (`UIO_MAXIOV`).
-const MAX_IOVECS: usize = 1024;
-
 /// In a row, without a byte moved. The kernel says `EAGAIN` when it is short of memory for a moment; a file
 /// that says nothing else is broken, and its error is passed on.
 const MAX_RETRIES: u32 = 1000;
@@ -76,8 +70,8 @@ pub(super) async fn exactly<R: Ring>(
     }
 }
 
-fn fixed(file: Target, direction: Direction, index: u16, skip: u64, len: u64, offset: u64) -> Sqe {
-    let len = len.min(MAX_RW) as u32;
+fn fixed(file: Target, direction: Direction, index: u16, skip: u64, len: u64, offset: u64) -> Sqe<'static> {
+    let len = len.min(Sqe::MAX_RW as u64) as u32;
     match direction {
         Direction::Read => Sqe::ReadFixed { file, index, skip, len, offset },
         Direction::Write { rw_flags } => Sqe::WriteFixed { file, index, skip, len, offset, rw_flags },
@@ -85,24 +79,13 @@ fn fixed(file: Target, direction: Direction, index: u16, skip: u64, len: u64, of
 }
 
 /// One range goes without a vector, which the kernel would have to copy and check.
-pub(super) fn vector(file: Target, direction: Direction, window: Window<'_>, offset: u64) -> Sqe {
+pub(super) fn vector<'a>(file: Target, direction: Direction, window: Window<'a>, offset: u64) -> Sqe<'a> {
     match (direction, window.front()) {
-        (Direction::Read, Front::One(one)) => {
-            Sqe::Read { file, addr: one.base(), len: (one.len() as u64).min(MAX_RW) as u32, offset }
-        }
-        (Direction::Write { rw_flags }, Front::One(one)) => Sqe::Write {
-            file,
-            addr: one.base(),
-            len: (one.len() as u64).min(MAX_RW) as u32,
-            offset,
-            rw_flags,
-        },
-        (Direction::Read, Front::Many(many)) => {
-            Sqe::Readv { file, iovecs: many.as_ptr(), count: many.len().min(MAX_IOVECS) as u32, offset }
-        }
-        (Direction::Write { rw_flags }, Front::Many(many)) => {
-            let count = many.len().min(MAX_IOVECS) as u32;
-            Sqe::Writev { file, iovecs: many.as_ptr(), count, offset, rw_flags }
+        (Direction::Read, Front::One(range)) => Sqe::Read { file, range, offset },
+        (Direction::Write { rw_flags }, Front::One(range)) => Sqe::Write { file, range, offset, rw_flags },
+        (Direction::Read, Front::Many(ranges)) => Sqe::Readv { file, ranges, offset },
+        (Direction::Write { rw_flags }, Front::Many(ranges)) => {
+            Sqe::Writev { file, ranges, offset, rw_flags }
         }
     }
 }

@@ -116,13 +116,12 @@ impl Mapping {
         self.len
     }
 
-    /// `len` bytes from `offset` on, for a request that ends before the mapping does.
+    /// `len` bytes from `offset` on.
     ///
     /// # Panics
     /// When the range reaches past the end of the mapping.
-    pub fn iovec(&self, offset: usize, len: usize) -> Iovec {
-        // SAFETY: inside the mapping, and there are no references into one. That the mapping outlives the
-        // request is this method's contract and, for what the kernel has, that of `ring`.
+    pub fn iovec(&self, offset: usize, len: usize) -> Iovec<'_> {
+        // SAFETY: inside the mapping, which is borrowed for as long, and there are no references into one.
         unsafe { Iovec::new(self.range(offset, len), len) }
     }
 
@@ -130,12 +129,12 @@ impl Mapping {
     ///
     /// # Panics
     /// When the ranges together reach past the end of the mapping.
-    pub fn scatter(&self, offset: usize, iovecs: &[Iovec]) {
+    pub fn scatter(&self, offset: usize, iovecs: &[Iovec<'_>]) {
         self.scatter_each(offset, iovecs.iter().copied());
     }
 
     /// The same for ranges that come one by one.
-    pub(super) fn scatter_each(&self, offset: usize, iovecs: impl Iterator<Item = Iovec>) {
+    pub(super) fn scatter_each<'m>(&self, offset: usize, iovecs: impl Iterator<Item = Iovec<'m>>) {
         let mut at = offset;
         for iovec in iovecs {
             let from = self.range(at, iovec.len());
@@ -169,12 +168,12 @@ impl Mapping {
     ///
     /// # Panics
     /// As for [`scatter`](Self::scatter).
-    pub fn gather(&self, offset: usize, iovecs: &[Iovec]) {
+    pub fn gather(&self, offset: usize, iovecs: &[Iovec<'_>]) {
         self.gather_each(offset, iovecs.iter().copied());
     }
 
     /// The same for ranges that come one by one.
-    pub(super) fn gather_each(&self, offset: usize, iovecs: impl Iterator<Item = Iovec>) {
+    pub(super) fn gather_each<'m>(&self, offset: usize, iovecs: impl Iterator<Item = Iovec<'m>>) {
         let mut at = offset;
         for iovec in iovecs {
             let to = self.range(at, iovec.len());
@@ -238,7 +237,7 @@ impl Zeroes {
 static ZEROES: Zeroes = Zeroes([0; Zeroes::LEN]);
 
 /// Up to `len` bytes of zeroes to write from; fewer where `len` is more than there are.
-pub fn zeroes(len: u64) -> Iovec {
+pub fn zeroes(len: u64) -> Iovec<'static> {
     let len = len.min(Zeroes::LEN as u64) as usize;
     // SAFETY: a static is always mapped. Only writes are given it, and a write only reads it.
     unsafe { Iovec::new(ZEROES.0.as_ptr().cast_mut(), len) }
@@ -248,7 +247,7 @@ pub fn zeroes(len: u64) -> Iovec {
 mod tests {
     use super::*;
 
-    fn halves(bytes: &mut [u8], at: usize) -> [Iovec; 2] {
+    fn halves(bytes: &mut [u8], at: usize) -> [Iovec<'_>; 2] {
         let (a, b) = bytes.split_at_mut(at);
         // SAFETY: used while `bytes` lives, and not through it meanwhile.
         unsafe { [Iovec::new(a.as_mut_ptr(), a.len()), Iovec::new(b.as_mut_ptr(), b.len())] }

@@ -104,10 +104,20 @@ impl<R: Ring> Core<R> {
         state.interrupted = true;
         if state.state == State::InFlight && state.rests {
             let user_data = UserData::new(Kind::Slot, state.generation, slot);
-            self.ring.push(&Sqe::Cancel { user_data }, UserData::new(Kind::Nobody, 0, 0));
+            self.push(&Sqe::Cancel { user_data }, UserData::new(Kind::Nobody, 0, 0));
         }
         drop(slots);
         self.wake(slot);
+    }
+
+    /// Queues an operation that is no slot's: see [`Ring::push`].
+    ///
+    /// # Panics
+    /// When `user_data` is a slot's, for whose operation it would be taken.
+    pub fn push(&self, sqe: &Sqe<'static>, user_data: UserData) {
+        assert_ne!(user_data.kind(), Some(Kind::Slot), "{sqe:?} is no slot's");
+        // SAFETY: it borrows nothing that ends, and no slot takes its completion for its own.
+        unsafe { self.ring.push(sqe, user_data) };
     }
 
     /// Whether `slot` was [interrupted](Self::interrupt).
@@ -255,6 +265,7 @@ impl<R: Ring> Io<R> {
         while { core.turns.borrow_mut().accept(slot) }.is_none() {
             self.park().await;
         }
+        #[expect(clippy::mem_forget, reason = "it has no place to leave any more")]
         std::mem::forget(waits);
     }
 
@@ -262,22 +273,26 @@ impl<R: Ring> Io<R> {
     ///
     /// Costs a copy into the submission queue: no allocation, no system call (see [`Ring::push`]).
     ///
+    /// What it gives is not to be dropped before it is ready, which would end the process: the kernel has what it borrows.
+    ///
     /// # Panics
     /// When the slot already has an operation in flight: completing one of the two would complete the other.
     #[must_use = "the result of an operation is its completion"]
-    pub fn submit(&self, sqe: &Sqe) -> Submitted<'_, R> {
+    pub fn submit<'a>(&'a self, sqe: &Sqe<'a>) -> Submitted<'a, R> {
         let mut slots = self.core.slots.borrow_mut();
         let slot = &mut slots[self.slot as usize];
         assert_eq!(slot.state, State::Idle, "slot {} submits twice at once", self.slot);
         slot.generation = (slot.generation + 1) % UserData::GENERATIONS;
         slot.state = State::InFlight;
         self.core.in_flight.set(self.core.in_flight.get() + 1);
-        self.core.ring.push(sqe, UserData::new(Kind::Slot, slot.generation, self.slot));
-        Submitted { io: self }
+        // SAFETY: what is given back borrows the same, and goes on only when the operation is complete: see its `drop`.
+        // The slot has no other operation, and a completion of one that it had has another generation.
+        unsafe { self.core.ring.push(sqe, UserData::new(Kind::Slot, slot.generation, self.slot)) };
+        Submitted { io: self, ended: false }
     }
 
     /// See [`Ring::carry_out`].
-    pub fn carry_out(&self, sqe: &Sqe) -> i32 {
+    pub fn carry_out(&self, sqe: &Sqe<'_>) -> i32 {
         self.core.ring.carry_out(sqe)
     }
 
@@ -288,7 +303,7 @@ impl<R: Ring> Io<R> {
 
     /// As [`submit`](Self::submit), for an operation that waits and names no memory but its own: a poll or a timeout.
     /// `-ECANCELED` when the slot is interrupted.
-    pub async fn rest(&self, sqe: &Sqe) -> i32 {
+    pub async fn rest(&self, sqe: &Sqe<'_>) -> i32 {
         let rests = |so| self.core.slots.borrow_mut()[self.slot as usize].rests = so;
         if self.is_interrupted() {
             return -libc::ECANCELED;
@@ -301,14 +316,12 @@ impl<R: Ring> Io<R> {
 
     /// Ends after `time`. Others get their turn meanwhile, however short that is.
     pub async fn sleep(&self, time: Duration) {
-        let timespec = Timespec::from(time);
-        self.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
+        self.submit(&Sqe::Timeout { after: Timespec::from(time) }).await;
     }
 
     /// Ends after `time`, or when the slot is interrupted.
     pub async fn rest_for(&self, time: Duration) {
-        let timespec = Timespec::from(time);
-        self.rest(&Sqe::Timeout { timespec: &raw const timespec }).await;
+        self.rest(&Sqe::Timeout { after: Timespec::from(time) }).await;
     }
 
     /// Waits for [`Core::wake`]; returns at once if it came since the last park.
@@ -331,20 +344,33 @@ impl Drop for Waits<'_> {
     }
 }
 
-/// An operation in flight.
+/// An operation in flight, and the borrow of what it names.
 pub struct Submitted<'a, R> {
     io: &'a Io<R>,
+    ended: bool,
+}
+
+impl<R> Drop for Submitted<'_, R> {
+    fn drop(&mut self) {
+        if !self.ended {
+            // Whoever drops it would free, or use, memory that the kernel may still write.
+            log::error!("slot {}: an operation in flight is dropped: giving up", self.io.slot);
+            std::process::abort();
+        }
+    }
 }
 
 impl<R: Ring> Future for Submitted<'_, R> {
     type Output = i32;
 
-    fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<i32> {
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<i32> {
         let mut slots = self.io.core.slots.borrow_mut();
         let slot = &mut slots[self.io.slot as usize];
         match slot.state {
             State::Done(result) => {
                 slot.state = State::Idle;
+                drop(slots);
+                self.ended = true;
                 Poll::Ready(result)
             }
             _ => Poll::Pending,

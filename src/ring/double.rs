@@ -78,7 +78,7 @@ struct State {
     faults: Faults,
     files: Vec<File>,
     /// The registered buffers; the index is the place in the table.
-    buffers: Vec<Iovec>,
+    buffers: Vec<Iovec<'static>>,
     /// Pushed, and not carried out.
     pending: Vec<Pending>,
     /// Writes that are carried out, and whose completions were not reaped.
@@ -92,14 +92,14 @@ struct State {
     /// What [`Faults::stale`] draws from.
     past: Vec<Cqe>,
     /// Everything that was ever pushed.
-    log: Vec<Sqe>,
+    log: Vec<Sqe<'static>>,
     /// How often writes were lost.
     losses: u64,
 }
 
 #[derive(Clone, Copy)]
 struct Pending {
-    sqe: Sqe,
+    sqe: Sqe<'static>,
     user_data: UserData,
     /// When it was pushed.
     since: u64,
@@ -142,7 +142,7 @@ impl Double {
     }
 
     /// How many of the operations pushed so far were such.
-    pub fn count(&self, such: impl Fn(&Sqe) -> bool) -> usize {
+    pub fn count(&self, such: impl Fn(&Sqe<'_>) -> bool) -> usize {
         self.state.borrow().log.iter().filter(|sqe| such(sqe)).count()
     }
 
@@ -176,7 +176,7 @@ impl Double {
     }
 
     /// Registers a buffer in the next place of the table, and says which one that is.
-    pub fn add_buffer(&self, buffer: Iovec) -> u16 {
+    pub fn add_buffer(&self, buffer: Iovec<'static>) -> u16 {
         let buffers = &mut self.state.borrow_mut().buffers;
         buffers.push(buffer);
         (buffers.len() - 1) as u16
@@ -211,11 +211,13 @@ impl Double {
 }
 
 impl Ring for Double {
-    fn push(&self, sqe: &Sqe, user_data: UserData) {
+    unsafe fn push(&self, sqe: &Sqe<'_>, user_data: UserData) {
+        // SAFETY: whoever pushes keeps the borrow until the completion, and nothing here is followed later.
+        let sqe = unsafe { std::mem::transmute::<Sqe<'_>, Sqe<'static>>(*sqe) };
         let state = &mut *self.state.borrow_mut();
         let since = state.now;
-        state.pending.push(Pending { sqe: *sqe, user_data, since });
-        state.log.push(*sqe);
+        state.pending.push(Pending { sqe, user_data, since });
+        state.log.push(sqe);
     }
 
     fn enter(&self, wait: bool) -> io::Result<()> {
@@ -255,7 +257,7 @@ impl Ring for Double {
         }
     }
 
-    fn carry_out(&self, sqe: &Sqe) -> i32 {
+    fn carry_out(&self, sqe: &Sqe<'_>) -> i32 {
         let state = &mut *self.state.borrow_mut();
         state.now += 1;
         let moment = Moment::new(Some(state.now).into());
@@ -333,21 +335,15 @@ impl State {
     }
 
     /// Carries out what was pushed at `since` and whose completion will have been seen at `moment`.
-    fn carry_out(&mut self, sqe: &Sqe, since: u64, moment: &Moment) -> Result<i32, i32> {
+    fn carry_out(&mut self, sqe: &Sqe<'_>, since: u64, moment: &Moment) -> Result<i32, i32> {
         match *sqe {
-            Sqe::Read { file, addr, len, offset } => self.read(file, &[range(addr, len)], offset),
-            Sqe::Write { file, addr, len, offset, rw_flags } => {
-                self.write(file, &[range(addr.cast_mut(), len)], offset, rw_flags, moment)
+            Sqe::Read { file, range, offset } => self.read(file, &[range], offset),
+            Sqe::Write { file, range, offset, rw_flags } => {
+                self.write(file, &[range], offset, rw_flags, moment)
             }
-            Sqe::Readv { file, iovecs, count, offset } => {
-                // SAFETY: the contract of `ring`: what a submission names is valid until its completion.
-                let iovecs = unsafe { std::slice::from_raw_parts(iovecs, count as usize) };
-                self.read(file, iovecs, offset)
-            }
-            Sqe::Writev { file, iovecs, count, offset, rw_flags } => {
-                // SAFETY: as above.
-                let iovecs = unsafe { std::slice::from_raw_parts(iovecs, count as usize) };
-                self.write(file, iovecs, offset, rw_flags, moment)
+            Sqe::Readv { file, ranges, offset } => self.read(file, ranges, offset),
+            Sqe::Writev { file, ranges, offset, rw_flags } => {
+                self.write(file, ranges, offset, rw_flags, moment)
             }
             Sqe::ReadFixed { file, index, skip, len, offset } => {
                 let buffer = self.buffer(index, skip, len)?;
@@ -396,7 +392,7 @@ impl State {
         }
     }
 
-    fn read(&mut self, file: Target, iovecs: &[Iovec], offset: u64) -> Result<i32, i32> {
+    fn read(&mut self, file: Target, iovecs: &[Iovec<'_>], offset: u64) -> Result<i32, i32> {
         let (count, error) = self.how_much(iovecs, offset, false)?;
         let file = self.file(file)?;
         let from = file.bytes.get(offset as usize..).unwrap_or_default();
@@ -414,7 +410,7 @@ impl State {
     fn write(
         &mut self,
         file: Target,
-        iovecs: &[Iovec],
+        iovecs: &[Iovec<'_>],
         offset: u64,
         rw_flags: i32,
         moment: &Moment,
@@ -444,11 +440,17 @@ impl State {
     }
 
     /// How many bytes a transfer moves, and the error it tells afterwards; or the one it tells at once.
-    fn how_much(&mut self, iovecs: &[Iovec], offset: u64, write: bool) -> Result<(usize, Option<i32>), i32> {
+    fn how_much(
+        &mut self,
+        iovecs: &[Iovec<'_>],
+        offset: u64,
+        write: bool,
+    ) -> Result<(usize, Option<i32>), i32> {
         let Faults { direct, again, interrupted, io_error, no_space, short, .. } = self.faults;
         let (memory, unit) = direct.unwrap_or((1, 1));
-        let fits =
-            |iovec: &Iovec| iovec.base().addr().is_multiple_of(memory) && iovec.len().is_multiple_of(unit);
+        let fits = |iovec: &Iovec<'_>| {
+            iovec.base().addr().is_multiple_of(memory) && iovec.len().is_multiple_of(unit)
+        };
         if !offset.is_multiple_of(unit as u64) || !iovecs.iter().all(fits) {
             return Err(EINVAL);
         }
@@ -490,7 +492,7 @@ impl State {
         if failed { Err(EIO) } else { Ok(0) }
     }
 
-    fn buffer(&self, index: u16, skip: u64, len: u32) -> Result<Iovec, i32> {
+    fn buffer(&self, index: u16, skip: u64, len: u32) -> Result<Iovec<'static>, i32> {
         let mut buffer = *self.buffers.get(index as usize).ok_or(EFAULT)?;
         buffer.advance(skip as usize);
         buffer.split_off(len as usize);
@@ -518,13 +520,8 @@ impl File {
 }
 
 /// Whether an operation waits for something that a pass does not bring about.
-fn waits(sqe: &Sqe) -> bool {
+fn waits(sqe: &Sqe<'_>) -> bool {
     matches!(sqe, Sqe::PollOnce { .. } | Sqe::PollMultishot { .. } | Sqe::Timeout { .. })
-}
-
-fn range(base: *mut u8, len: u32) -> Iovec {
-    // SAFETY: the contract of `ring`: what a submission names is valid until its completion.
-    unsafe { Iovec::new(base, len as usize) }
 }
 
 /// Copies bytes into a mapping.
@@ -583,9 +580,10 @@ mod tests {
     }
 
     /// Pushes `sqes` and waits for as many completions.
-    fn results(ring: &Double, sqes: &[Sqe]) -> Vec<i32> {
+    fn results(ring: &Double, sqes: &[Sqe<'_>]) -> Vec<i32> {
         for (number, sqe) in sqes.iter().enumerate() {
-            ring.push(sqe, slot(number as u32));
+            // SAFETY: borrowed until all completions are here.
+            unsafe { ring.push(sqe, slot(number as u32)) };
         }
         let mut seen = Vec::new();
         while seen.len() < sqes.len() {
@@ -607,8 +605,9 @@ mod tests {
     fn only_what_was_synced_survives_a_power_cut() {
         let ring = Double::new(1, Faults::default());
         let (_file, file) = file(&ring);
-        let bytes = [9u8; 30];
-        let write = |offset, rw_flags| Sqe::Write { file, addr: bytes.as_ptr(), len: 10, offset, rw_flags };
+        let mut bytes = [9u8; 10];
+        let range = Iovec::of(&mut bytes);
+        let write = |offset, rw_flags| Sqe::Write { file, range, offset, rw_flags };
         assert_eq!(results(&ring, &[write(0, 0)]), [10]);
         assert_eq!(results(&ring, &[Sqe::Fdatasync { file }]), [0]);
         assert_eq!(results(&ring, &[write(512, 0), write(1024, RWF_DSYNC)]), [10, 10]);
@@ -624,8 +623,9 @@ mod tests {
     /// What was not complete when the sync was pushed may be stable afterwards or not, and a cut may keep anything.
     #[test]
     fn a_loss_is_told_once_to_whoever_syncs_first() {
-        let bytes = [1u8; 512];
-        let write = |file, rw_flags| Sqe::Write { file, addr: bytes.as_ptr(), len: 512, offset: 0, rw_flags };
+        let mut bytes = [1u8; 512];
+        let range = Iovec::of(&mut bytes);
+        let write = |file, rw_flags| Sqe::Write { file, range, offset: 0, rw_flags };
         for told in [false, true] {
             let ring = Double::new(3, Faults::default());
             let (_file, target) = file(&ring);
@@ -647,8 +647,9 @@ mod tests {
         let after = |seed, written_back| {
             let ring = Double::new(seed, Faults::default());
             let (_file, file) = file(&ring);
-            let bytes = [9u8; 2048];
-            let write = |offset| Sqe::Write { file, addr: bytes.as_ptr(), len: 1024, offset, rw_flags: 0 };
+            let mut bytes = [9u8; 1024];
+            let range = Iovec::of(&mut bytes);
+            let write = |offset| Sqe::Write { file, range, offset, rw_flags: 0 };
             assert_eq!(results(&ring, &[write(0), Sqe::Fdatasync { file }, write(2048)]), [1024, 0, 1024]);
             ring.power_cut(written_back);
             let left = ring.contents().unwrap();
@@ -672,8 +673,8 @@ mod tests {
             let ring = Double::new(seed, faults);
             let (_file, file) = file(&ring);
             let mut bytes = [0u8; 100];
-            let addr = bytes.as_mut_ptr();
-            let reads: Vec<_> = (0..30).map(|offset| Sqe::Read { file, addr, len: 100, offset }).collect();
+            let range = Iovec::of(&mut bytes);
+            let reads: Vec<_> = (0..30).map(|offset| Sqe::Read { file, range, offset }).collect();
             results(&ring, &reads)
         };
         assert_eq!(run(5), run(5));
@@ -683,15 +684,19 @@ mod tests {
     #[test]
     fn polls_wait_and_cancels_end_them() {
         let ring = Double::new(1, Faults::default());
-        ring.push(&Sqe::PollMultishot { file: Target::Fd(77) }, slot(0));
+        let push = |sqe, number| {
+            // SAFETY: it borrows nothing.
+            unsafe { ring.push(&sqe, slot(number)) }
+        };
+        push(Sqe::PollMultishot { file: Target::Fd(77) }, 0);
         let mut seen = Vec::new();
         ring.enter(false).unwrap();
         ring.reap(&mut seen);
         assert!(seen.is_empty());
         ring.signal(77);
         ring.signal(78);
-        ring.push(&Sqe::Cancel { user_data: slot(0) }, slot(1));
-        ring.push(&Sqe::Cancel { user_data: slot(9) }, slot(2));
+        push(Sqe::Cancel { user_data: slot(0) }, 1);
+        push(Sqe::Cancel { user_data: slot(9) }, 2);
         ring.enter(true).unwrap();
         ring.reap(&mut seen);
         let seen: Vec<_> = seen.iter().map(|cqe| (cqe.user_data.number(), cqe.result, cqe.more)).collect();

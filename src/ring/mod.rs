@@ -9,8 +9,10 @@
 //!
 //! Contracts:
 //! - Exactly one completion per submission, except multishot polls ([`Cqe::more`]).
-//! - Memory that a submission names stays valid until its completion. Callers keep this by not dropping a
-//!   future that waits on the kernel; [`Tasks`] leaks such a future rather than free what the kernel may write.
+//! - Memory that a submission names stays valid until its completion. An [`Sqe`] borrows what it names; what waits for
+//!   its completion keeps the borrow, and ends the process where it is dropped before ([`Io::submit`]). [`Tasks`] leaks a
+//!   future that waits for the kernel rather than free what the kernel may write. Nobody else forgets a value
+//!   (`clippy::mem_forget` holds it).
 
 mod buffer;
 mod command;
@@ -21,6 +23,7 @@ mod fair;
 mod file_size;
 mod flusher;
 mod locked;
+mod message;
 mod pool;
 mod refused;
 mod runtime;
@@ -37,10 +40,11 @@ pub use flusher::set_io_flusher;
 /// A time for [`Sqe::Timeout`].
 pub use io_uring::types::Timespec;
 pub use locked::{NotLocked, is_locked, lock_process, use_stack};
+pub use message::{Message, MessageRanges};
 pub use pool::{Buffer, Pool};
 pub use runtime::runtime;
 pub use signal::EventSignal;
-pub use sqe::{Cqe, Kind, Sqe, Target, UserData};
+pub use sqe::{Cqe, DriverCommand, Kind, Sqe, Target, UserData};
 pub use task::Tasks;
 pub use uring::{Setup, Uring};
 
@@ -51,7 +55,11 @@ use std::os::fd::RawFd;
 pub trait Ring: 'static {
     /// Queues `sqe`. It never fails: what does not fit the submission queue now goes in at the next
     /// [`enter`](Ring::enter). No system call unless the queue is full.
-    fn push(&self, sqe: &Sqe, user_data: UserData);
+    ///
+    /// # Safety
+    /// What `sqe` borrows stays borrowed until its completion has been reaped, whatever the compiler thinks; and nobody
+    /// takes another completion for it: no other submission that is under way has the same `user_data`.
+    unsafe fn push(&self, sqe: &Sqe<'_>, user_data: UserData);
 
     /// Submits what was pushed and, with `wait`, sleeps until there is at least one completion to reap.
     /// One system call, or none where nothing was pushed and none was asked for.
@@ -69,7 +77,7 @@ pub trait Ring: 'static {
     /// blocking; such a hand-over costs more than most of the operations.
     ///
     /// The result is a count or a negated errno: `EINVAL` for anything but a read or a write of a plain descriptor.
-    fn carry_out(&self, sqe: &Sqe) -> i32;
+    fn carry_out(&self, sqe: &Sqe<'_>) -> i32;
 
     /// Enters `fd` into the ring's file table, which saves each operation a reference count. Where there is
     /// no table, or no place left in it, the plain descriptor serves. The caller keeps `fd` open until

@@ -68,6 +68,7 @@ impl<R: Ring> Pool<R> {
             io.park().await;
             let granted = self.waiting.borrow_mut().accept(slot);
             if let Some(index) = granted {
+                #[expect(clippy::mem_forget, reason = "it has no place to leave any more")]
                 std::mem::forget(waits);
                 return Ok(Buffer { pool: self, index });
             }
@@ -106,21 +107,21 @@ impl<R: Ring> Buffer<'_, R> {
     }
 
     /// Copies from the ranges, which together have at most [`Pool::BYTES`].
-    pub fn gather(&self, iovecs: impl Iterator<Item = Iovec>) {
+    pub fn gather<'m>(&self, iovecs: impl Iterator<Item = Iovec<'m>>) {
         if let (Some(memory), at) = self.at() {
             memory.gather_each(at, iovecs);
         }
     }
 
     /// Copies into the ranges, which together have at most [`Pool::BYTES`].
-    pub fn scatter(&self, iovecs: impl Iterator<Item = Iovec>) {
+    pub fn scatter<'m>(&self, iovecs: impl Iterator<Item = Iovec<'m>>) {
         if let (Some(memory), at) = self.at() {
             memory.scatter_each(at, iovecs);
         }
     }
 
-    /// Its first `len` bytes, at most [`Pool::BYTES`], for a request that ends before the buffer is dropped.
-    pub fn iovec(&self, len: usize) -> Iovec {
+    /// Its first `len` bytes, at most [`Pool::BYTES`].
+    pub fn iovec(&self, len: usize) -> Iovec<'_> {
         let (memory, at) = self.at();
         memory.map_or(Iovec::EMPTY, |memory| memory.iovec(at, len.min(Pool::<R>::BYTES)))
     }

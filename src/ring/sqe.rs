@@ -4,6 +4,7 @@
 //! not carry one out; this one it can. Turning it into the kernel's is a match the compiler folds into the
 //! call where it is built.
 
+use super::{Message, Timespec};
 use crate::block::{Errno, Iovec};
 use std::os::fd::RawFd;
 
@@ -16,17 +17,21 @@ pub enum Target {
     Fixed(u32),
 }
 
-/// One operation. Addresses are carried, never followed, until the ring carries the operation out.
+/// One operation, and the memory that it names. Addresses are carried, never followed, until the ring carries the
+/// operation out.
+///
+/// Every address in it comes from a type that borrows the memory, or that took a promise when it was made: safe code
+/// cannot make one that names memory which is gone.
 #[derive(Clone, Copy, Debug)]
-pub enum Sqe {
-    /// `pread(2)` into one range.
-    Read { file: Target, addr: *mut u8, len: u32, offset: u64 },
-    /// `pwritev2(2)` from one range with `RWF_*` flags.
-    Write { file: Target, addr: *const u8, len: u32, offset: u64, rw_flags: i32 },
-    /// `preadv(2)`.
-    Readv { file: Target, iovecs: *const Iovec, count: u32, offset: u64 },
-    /// `pwritev2(2)` with `RWF_*` flags.
-    Writev { file: Target, iovecs: *const Iovec, count: u32, offset: u64, rw_flags: i32 },
+pub enum Sqe<'a> {
+    /// `pread(2)` into one range, of which [`MAX_RW`](Self::MAX_RW) bytes count.
+    Read { file: Target, range: Iovec<'a>, offset: u64 },
+    /// `pwritev2(2)` from one range with `RWF_*` flags, likewise.
+    Write { file: Target, range: Iovec<'a>, offset: u64, rw_flags: i32 },
+    /// `preadv(2)` into the first [`MAX_RANGES`](Self::MAX_RANGES) ranges.
+    Readv { file: Target, ranges: &'a [Iovec<'a>], offset: u64 },
+    /// `pwritev2(2)` with `RWF_*` flags, likewise.
+    Writev { file: Target, ranges: &'a [Iovec<'a>], offset: u64, rw_flags: i32 },
     /// Read into a registered buffer, `skip` bytes in.
     ReadFixed { file: Target, index: u16, skip: u64, len: u32, offset: u64 },
     /// Write from a registered buffer, `skip` bytes in.
@@ -38,11 +43,11 @@ pub enum Sqe {
     /// Discard on a block device: `BLOCK_URING_CMD_DISCARD` of `linux/blkdev.h`, from Linux 6.12 on.
     BlockDiscard { file: Target, offset: u64, len: u64 },
     /// `recvmsg(2)` into the ranges, with `MSG_*` flags.
-    Recvmsg { file: Target, message: *mut libc::msghdr, flags: u32 },
+    Recvmsg { file: Target, message: &'a Message<'a>, flags: u32 },
     /// `sendmsg(2)` from the ranges, with `MSG_*` flags.
-    Sendmsg { file: Target, message: *const libc::msghdr, flags: u32 },
+    Sendmsg { file: Target, message: &'a Message<'a>, flags: u32 },
     /// `recv(2)`.
-    Recv { file: Target, addr: *mut u8, len: u32, flags: i32 },
+    Recv { file: Target, range: Iovec<'a>, flags: i32 },
     /// One completion, when the file becomes readable.
     PollOnce { file: Target },
     /// A completion for each time the file becomes readable, until cancelled.
@@ -50,9 +55,33 @@ pub enum Sqe {
     /// Cancels what was submitted with `user_data`.
     Cancel { user_data: UserData },
     /// Completes with `-ETIME` after the time.
-    Timeout { timespec: *const super::Timespec },
-    /// `IORING_OP_URING_CMD` with 16 bytes of command: ublk's fetch and commit (`linux/ublk_cmd.h`).
-    Command { file: Target, op: u32, cmd: [u8; 16], addr: u64 },
+    Timeout { after: Timespec },
+    /// `IORING_OP_URING_CMD`: ublk's fetch and commit (`linux/ublk_cmd.h`).
+    Command { file: Target, command: DriverCommand },
+}
+
+impl Sqe<'_> {
+    /// The most bytes that the kernel moves in one call (`MAX_RW_COUNT` of `linux/fs.h`, for 4 KiB pages).
+    pub const MAX_RW: usize = 0x7fff_f000;
+
+    /// The most ranges that the kernel takes in one call (`UIO_MAXIOV` of `linux/uio.h`).
+    pub const MAX_RANGES: usize = 1024;
+}
+
+/// What a driver is asked: 16 bytes of command and an address, of which `op` says what they mean.
+#[derive(Clone, Copy, Debug)]
+pub struct DriverCommand {
+    pub(super) op: u32,
+    pub(super) cmd: [u8; 16],
+    pub(super) addr: u64,
+}
+
+impl DriverCommand {
+    /// # Safety
+    /// Memory whose address the driver finds in there is as [`Iovec::new`] has it, until the completion.
+    pub unsafe fn new(op: u32, cmd: [u8; 16], addr: u64) -> DriverCommand {
+        DriverCommand { op, cmd, addr }
+    }
 }
 
 /// What a completion belongs to.

@@ -52,6 +52,7 @@ impl<R: Ring, F: Future<Output = ()>> Tasks<R, F> {
         let Some(task) = self.tasks.get_mut(slot as usize).and_then(Option::take) else { return };
         if self.core.is_in_flight(slot) {
             log::error!("slot {slot} is abandoned with an operation in flight");
+            #[expect(clippy::mem_forget, reason = "leaked, with all that the operation names")]
             std::mem::forget(task);
         } else {
             drop(task);
@@ -101,6 +102,7 @@ impl<R: Ring, F> Drop for Tasks<R, F> {
     fn drop(&mut self) {
         for (slot, task) in self.tasks.iter_mut().enumerate() {
             if task.is_some() && self.core.is_in_flight(slot as u32) {
+                #[expect(clippy::mem_forget, reason = "leaked, with all that the operation names")]
                 std::mem::forget(task.take());
             }
         }
@@ -110,6 +112,7 @@ impl<R: Ring, F> Drop for Tasks<R, F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::Iovec;
     use crate::ring::double::{Double, Faults};
     use crate::ring::{Kind, Setup, Sqe, Target, Uring, UserData};
     use std::cell::Cell;
@@ -142,11 +145,11 @@ mod tests {
         for n in 0..20 {
             let results = results.clone();
             tasks.add(|io| async move {
-                let mut bytes = vec![0u8; 20];
-                let read = Sqe::Read { file: fd, addr: bytes.as_mut_ptr(), len: n, offset: 0 };
+                let mut bytes = [0u8; 20];
+                let read = Sqe::Read { file: fd, range: Iovec::of(&mut bytes[..n]), offset: 0 };
                 let first = io.submit(&read).await;
                 let second = io.submit(&read).await;
-                results[n as usize].set(first + second);
+                results[n].set(first + second);
             });
         }
         settle(&core, &mut tasks);
@@ -203,9 +206,7 @@ mod tests {
         let witness = Witness(gone.clone());
         let slot = tasks.add(|io| async move {
             let mut bytes = Box::new([0u8; 4096]);
-            let addr = bytes.as_mut_ptr();
-            let read = Sqe::Read { file: target, addr, len: 4096, offset: 0 };
-            io.submit(&read).await;
+            io.submit(&Sqe::Read { file: target, range: Iovec::of(&mut *bytes), offset: 0 }).await;
             io.park().await;
             drop((witness, bytes));
         });
@@ -231,6 +232,22 @@ mod tests {
             core.ring().enter(true).unwrap();
             assert!(!gone.get());
         }
+    }
+
+    /// Nobody may go on with memory that the kernel still writes to, not even by a mistake of ours.
+    #[test]
+    fn dropping_what_the_kernel_works_on_ends_the_process() {
+        const CHILD: &str = "RINGBLK_TEST_DROPS_AN_OPERATION";
+        if std::env::var_os(CHILD).is_some() {
+            let core = uring();
+            let io = Io::new(&core, core.allocate());
+            drop(io.submit(&Sqe::Timeout { after: std::time::Duration::from_secs(3600).into() }));
+            return;
+        }
+        let name = "ring::task::tests::dropping_what_the_kernel_works_on_ends_the_process";
+        let mut test = std::process::Command::new(std::env::current_exe().unwrap());
+        let output = test.args(["--exact", name]).env(CHILD, "").output().unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&output.status), Some(libc::SIGABRT));
     }
 
     #[test]
@@ -261,8 +278,7 @@ mod tests {
                 let again = io.rest(&Sqe::PollOnce { file }).await;
                 io.rest_for(HOUR).await;
                 // Work of the kernel's own is done as ever.
-                let timespec = crate::ring::Timespec::from(Duration::from_millis(1));
-                let work = io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
+                let work = io.submit(&Sqe::Timeout { after: Duration::from_millis(1).into() }).await;
                 ended.set([polled, again, work]);
             })
         });
@@ -286,12 +302,12 @@ mod tests {
     #[test]
     fn an_operation_in_flight_is_not_interrupted() {
         let core = uring();
-        let timespec = crate::ring::Timespec::from(std::time::Duration::from_millis(50));
+        let after = std::time::Duration::from_millis(50).into();
         let result = Rc::new(Cell::new(0));
         let ended = result.clone();
         let mut tasks = Tasks::new(core.clone());
         let slot = tasks.add(|io| async move {
-            ended.set(io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await);
+            ended.set(io.submit(&Sqe::Timeout { after }).await);
         });
         core.interrupt(slot);
         settle(&core, &mut tasks);

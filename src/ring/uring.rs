@@ -2,7 +2,8 @@
 
 use super::refused::{explain, locked};
 use super::runtime::usable;
-use super::{Cqe, Ring, Sqe, Target, UserData};
+use super::{Cqe, DriverCommand, Ring, Sqe, Target, Timespec, UserData};
+use crate::block::Iovec;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -31,14 +32,53 @@ impl Default for Setup {
 /// `BLOCK_URING_CMD_DISCARD`: `_IO(0x12, 0)` of `linux/blkdev.h`.
 const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
 
+/// Builds an opcode for whichever kind of file it is.
+macro_rules! on {
+    ($file:expr, |$fd:ident| $build:expr) => {
+        match $file {
+            Target::Fd(raw) => {
+                let $fd = types::Fd(raw);
+                $build.build()
+            }
+            Target::Fixed(index) => {
+                let $fd = types::Fixed(index);
+                $build.build()
+            }
+        }
+    };
+}
+
 /// An io_uring that belongs to the thread that made it (`IORING_SETUP_SINGLE_ISSUER`).
 pub struct Uring {
     ring: RefCell<IoUring>,
     /// What did not fit the submission queue: only ever filled when the kernel would not take more.
     backlog: RefCell<VecDeque<squeue::Entry>>,
     pushed: Cell<bool>,
+    times: RefCell<Times>,
     free_files: RefCell<Vec<u32>>,
     free_buffers: RefCell<Vec<u16>>,
+}
+
+/// The times of what was pushed and is not taken yet: the kernel copies one when it takes its operation
+/// (`IORING_FEAT_SUBMIT_STABLE`).
+#[derive(Default)]
+struct Times {
+    #[expect(clippy::vec_box, reason = "the kernel is told where each is")]
+    all: Vec<Box<Timespec>>,
+    /// How many of them are in use.
+    kept: usize,
+}
+
+impl Times {
+    /// Keeps a time until everything that was pushed is taken. Allocates where never so many were kept before.
+    fn keep(&mut self, time: Timespec) -> *const Timespec {
+        match self.all.get_mut(self.kept) {
+            Some(place) => **place = time,
+            None => self.all.push(Box::new(time)),
+        }
+        self.kept += 1;
+        &raw const *self.all[self.kept - 1]
+    }
 }
 
 impl Uring {
@@ -74,6 +114,7 @@ impl Uring {
             ring: RefCell::new(ring),
             backlog: RefCell::default(),
             pushed: Cell::new(false),
+            times: RefCell::default(),
             free_files: RefCell::new((0..setup.files).rev().collect()),
             free_buffers: RefCell::new((0..buffers).rev().collect()),
         })
@@ -102,11 +143,79 @@ impl Uring {
             backlog.pop_front();
         }
     }
+
+    /// The kernel's form of `sqe`.
+    fn entry(&self, sqe: &Sqe<'_>) -> squeue::Entry {
+        let bytes = |range: &Iovec<'_>| range.len().min(Sqe::MAX_RW) as u32;
+        let count = |ranges: &[Iovec<'_>]| ranges.len().min(Sqe::MAX_RANGES) as u32;
+        match *sqe {
+            Sqe::Read { file, range, offset } => {
+                on!(file, |fd| opcode::Read::new(fd, range.base(), bytes(&range)).offset(offset))
+            }
+            Sqe::Write { file, range, offset, rw_flags } => {
+                on!(file, |fd| opcode::Write::new(fd, range.base(), bytes(&range))
+                    .offset(offset)
+                    .rw_flags(rw_flags))
+            }
+            Sqe::Readv { file, ranges, offset } => {
+                on!(file, |fd| opcode::Readv::new(fd, ranges.as_ptr().cast(), count(ranges)).offset(offset))
+            }
+            Sqe::Writev { file, ranges, offset, rw_flags } => {
+                on!(file, |fd| opcode::Writev::new(fd, ranges.as_ptr().cast(), count(ranges))
+                    .offset(offset)
+                    .rw_flags(rw_flags))
+            }
+            // A buffer registered by ublk starts at address 0 (`ublk_auto_buf_reg` in linux/ublk_cmd.h).
+            Sqe::ReadFixed { file, index, skip, len, offset } => {
+                on!(file, |fd| opcode::ReadFixed::new(fd, skip as *mut u8, len, index).offset(offset))
+            }
+            Sqe::WriteFixed { file, index, skip, len, offset, rw_flags } => {
+                on!(file, |fd| opcode::WriteFixed::new(fd, skip as *const u8, len, index)
+                    .offset(offset)
+                    .rw_flags(rw_flags))
+            }
+            Sqe::Fdatasync { file } => {
+                on!(file, |fd| opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC))
+            }
+            Sqe::Fallocate { file, mode, offset, len } => {
+                on!(file, |fd| opcode::Fallocate::new(fd, len).offset(offset).mode(mode))
+            }
+            Sqe::BlockDiscard { file, offset, len } => {
+                // The start goes in `addr`, the length in `addr3`, which is where the command bytes begin.
+                let mut cmd = [0; 16];
+                cmd[..8].copy_from_slice(&len.to_ne_bytes());
+                on!(file, |fd| opcode::UringCmd16::new(fd, BLOCK_URING_CMD_DISCARD)
+                    .cmd(cmd)
+                    .addr(Some(offset)))
+            }
+            Sqe::Recvmsg { file, message, flags } => {
+                on!(file, |fd| opcode::RecvMsg::new(fd, message.as_ptr()).flags(flags))
+            }
+            Sqe::Sendmsg { file, message, flags } => {
+                on!(file, |fd| opcode::SendMsg::new(fd, message.as_ptr()).flags(flags))
+            }
+            Sqe::Recv { file, range, flags } => {
+                on!(file, |fd| opcode::Recv::new(fd, range.base(), bytes(&range)).flags(flags))
+            }
+            Sqe::PollOnce { file } => on!(file, |fd| opcode::PollAdd::new(fd, libc::POLLIN as u32)),
+            Sqe::PollMultishot { file } => {
+                on!(file, |fd| opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true))
+            }
+            Sqe::Cancel { user_data } => opcode::AsyncCancel::new(user_data.raw()).build(),
+            Sqe::Timeout { after } => {
+                let mut times = self.times.borrow_mut();
+                opcode::Timeout::new(times.keep(after)).build()
+            }
+            Sqe::Command { file, command: DriverCommand { op, cmd, addr } } => {
+                on!(file, |fd| opcode::UringCmd16::new(fd, op).cmd(cmd).addr(Some(addr)))
+            }
+        }
+    }
 }
 
 impl Ring for Uring {
-    fn push(&self, sqe: &Sqe, user_data: UserData) {
-        let entry = entry(sqe).user_data(user_data.raw());
+    unsafe fn push(&self, sqe: &Sqe<'_>, user_data: UserData) {
+        let entry = self.entry(sqe).user_data(user_data.raw());
         self.pushed.set(true);
         let mut backlog = self.backlog.borrow_mut();
         if backlog.is_empty() {
@@ -141,6 +250,9 @@ impl Ring for Uring {
         // kernel's flags ask for it, and `wait` always does.
         let result = ring.submitter().submit_and_wait(usize::from(wait));
         self.pushed.set(!self.backlog.borrow().is_empty() || !ring.submission().is_empty());
+        if !self.pushed.get() {
+            self.times.borrow_mut().kept = 0;
+        }
         match result {
             Ok(_) => Ok(()),
             Err(error) => match error.raw_os_error() {
@@ -159,32 +271,27 @@ impl Ring for Uring {
         }));
     }
 
-    fn carry_out(&self, sqe: &Sqe) -> i32 {
-        let range = |addr: *const u8, len: u32| libc::iovec {
-            iov_base: addr.cast_mut().cast(),
-            iov_len: len as usize,
-        };
+    fn carry_out(&self, sqe: &Sqe<'_>) -> i32 {
         let one;
-        let (fd, iovecs, count, offset, write) = match *sqe {
-            Sqe::Read { file: Target::Fd(fd), addr, len, offset } => {
-                one = range(addr, len);
-                (fd, &raw const one, 1, offset, None)
+        let (fd, ranges, offset, write) = match *sqe {
+            Sqe::Read { file: Target::Fd(fd), range, offset } => {
+                one = [range];
+                (fd, &one[..], offset, None)
             }
-            Sqe::Write { file: Target::Fd(fd), addr, len, offset, rw_flags } => {
-                one = range(addr, len);
-                (fd, &raw const one, 1, offset, Some(rw_flags))
+            Sqe::Write { file: Target::Fd(fd), range, offset, rw_flags } => {
+                one = [range];
+                (fd, &one[..], offset, Some(rw_flags))
             }
-            Sqe::Readv { file: Target::Fd(fd), iovecs, count, offset } => {
-                (fd, iovecs.cast(), count, offset, None)
-            }
-            Sqe::Writev { file: Target::Fd(fd), iovecs, count, offset, rw_flags } => {
-                (fd, iovecs.cast(), count, offset, Some(rw_flags))
+            Sqe::Readv { file: Target::Fd(fd), ranges, offset } => (fd, ranges, offset, None),
+            Sqe::Writev { file: Target::Fd(fd), ranges, offset, rw_flags } => {
+                (fd, ranges, offset, Some(rw_flags))
             }
             _ => return -libc::EINVAL,
         };
-        let (count, offset) = (count as i32, offset as libc::off_t);
-        // SAFETY: what the entry names is valid until its completion, which is now: the contract of `ring`.
+        let (iovecs, count) = (ranges.as_ptr().cast(), ranges.len().min(Sqe::MAX_RANGES) as i32);
+        let offset = offset as libc::off_t;
         let done = match write {
+            // SAFETY: `sqe` borrows what it names, and the kernel is done with it when it returns.
             None => unsafe { libc::preadv2(fd, iovecs, count, offset, 0) },
             // SAFETY: as above.
             Some(rw_flags) => unsafe { libc::pwritev2(fd, iovecs, count, offset, rw_flags) },
@@ -218,79 +325,6 @@ impl Ring for Uring {
     }
 }
 
-/// Builds an opcode for whichever kind of file it is.
-macro_rules! on {
-    ($file:expr, |$fd:ident| $build:expr) => {
-        match $file {
-            Target::Fd(raw) => {
-                let $fd = types::Fd(raw);
-                $build.build()
-            }
-            Target::Fixed(index) => {
-                let $fd = types::Fixed(index);
-                $build.build()
-            }
-        }
-    };
-}
-
-/// The kernel's form of `sqe`.
-fn entry(sqe: &Sqe) -> squeue::Entry {
-    match *sqe {
-        Sqe::Read { file, addr, len, offset } => {
-            on!(file, |fd| opcode::Read::new(fd, addr, len).offset(offset))
-        }
-        Sqe::Write { file, addr, len, offset, rw_flags } => {
-            on!(file, |fd| opcode::Write::new(fd, addr, len).offset(offset).rw_flags(rw_flags))
-        }
-        Sqe::Readv { file, iovecs, count, offset } => {
-            on!(file, |fd| opcode::Readv::new(fd, iovecs.cast(), count).offset(offset))
-        }
-        Sqe::Writev { file, iovecs, count, offset, rw_flags } => {
-            on!(file, |fd| opcode::Writev::new(fd, iovecs.cast(), count).offset(offset).rw_flags(rw_flags))
-        }
-        // A buffer registered by ublk starts at address 0 (`ublk_auto_buf_reg` in linux/ublk_cmd.h).
-        Sqe::ReadFixed { file, index, skip, len, offset } => {
-            on!(file, |fd| opcode::ReadFixed::new(fd, skip as *mut u8, len, index).offset(offset))
-        }
-        Sqe::WriteFixed { file, index, skip, len, offset, rw_flags } => {
-            on!(file, |fd| opcode::WriteFixed::new(fd, skip as *const u8, len, index)
-                .offset(offset)
-                .rw_flags(rw_flags))
-        }
-        Sqe::Fdatasync { file } => {
-            on!(file, |fd| opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC))
-        }
-        Sqe::Fallocate { file, mode, offset, len } => {
-            on!(file, |fd| opcode::Fallocate::new(fd, len).offset(offset).mode(mode))
-        }
-        Sqe::BlockDiscard { file, offset, len } => {
-            // The start goes in `addr`, the length in `addr3`, which is where the command bytes begin.
-            let mut cmd = [0; 16];
-            cmd[..8].copy_from_slice(&len.to_ne_bytes());
-            on!(file, |fd| opcode::UringCmd16::new(fd, BLOCK_URING_CMD_DISCARD).cmd(cmd).addr(Some(offset)))
-        }
-        Sqe::Recvmsg { file, message, flags } => {
-            on!(file, |fd| opcode::RecvMsg::new(fd, message).flags(flags))
-        }
-        Sqe::Sendmsg { file, message, flags } => {
-            on!(file, |fd| opcode::SendMsg::new(fd, message).flags(flags))
-        }
-        Sqe::Recv { file, addr, len, flags } => {
-            on!(file, |fd| opcode::Recv::new(fd, addr, len).flags(flags))
-        }
-        Sqe::PollOnce { file } => on!(file, |fd| opcode::PollAdd::new(fd, libc::POLLIN as u32)),
-        Sqe::PollMultishot { file } => {
-            on!(file, |fd| opcode::PollAdd::new(fd, libc::POLLIN as u32).multi(true))
-        }
-        Sqe::Cancel { user_data } => opcode::AsyncCancel::new(user_data.raw()).build(),
-        Sqe::Timeout { timespec } => opcode::Timeout::new(timespec).build(),
-        Sqe::Command { file, op, cmd, addr } => {
-            on!(file, |fd| opcode::UringCmd16::new(fd, op).cmd(cmd).addr(Some(addr)))
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -305,12 +339,10 @@ mod tests {
         file.write_all(&[7; 4096]).unwrap();
         let target = ring.register(file.as_raw_fd());
         let mut bytes = [0u8; 40];
-        for n in 0..40 {
-            let addr = &raw mut bytes[n as usize];
-            ring.push(
-                &Sqe::Read { file: target, addr, len: 1, offset: n },
-                UserData::new(Kind::Slot, 0, n as u32),
-            );
+        for (n, byte) in bytes.chunks_mut(1).enumerate() {
+            let read = Sqe::Read { file: target, range: Iovec::of(byte), offset: n as u64 };
+            // SAFETY: `bytes` is looked at when all completions are here.
+            unsafe { ring.push(&read, UserData::new(Kind::Slot, 0, n as u32)) };
         }
         let mut seen = Vec::new();
         while seen.len() < 40 {
@@ -330,17 +362,17 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let plain = Target::Fd(file.as_raw_fd());
         let mut bytes = *b"here and now";
-        let (addr, len) = (bytes.as_mut_ptr(), bytes.len() as u32);
-        let write = Sqe::Write { file: plain, addr, len, offset: 5, rw_flags: 0 };
+        let write = Sqe::Write { file: plain, range: Iovec::of(&mut bytes), offset: 5, rw_flags: 0 };
         assert_eq!(ring.carry_out(&write), 12);
         bytes.fill(0);
-        assert_eq!(ring.carry_out(&Sqe::Read { file: plain, addr, len, offset: 10 }), 7, "short, at the end");
+        let read = Sqe::Read { file: plain, range: Iovec::of(&mut bytes), offset: 10 };
+        assert_eq!(ring.carry_out(&read), 7, "short, at the end");
         assert_eq!(&bytes, b"and now\0\0\0\0\0");
         assert_eq!(ring.carry_out(&Sqe::Fdatasync { file: plain }), -libc::EINVAL);
         let fixed = ring.register(file.as_raw_fd());
-        assert_eq!(ring.carry_out(&Sqe::Read { file: fixed, addr, len, offset: 0 }), -libc::EINVAL);
+        assert_eq!(ring.carry_out(&Sqe::Read { file: fixed, range: Iovec::EMPTY, offset: 0 }), -libc::EINVAL);
         let closed = Target::Fd(-1);
-        assert_eq!(ring.carry_out(&Sqe::Read { file: closed, addr, len, offset: 0 }), -libc::EBADF);
+        assert_eq!(ring.carry_out(&Sqe::Read { file: closed, range: Iovec::EMPTY, offset: 0 }), -libc::EBADF);
     }
 
     #[test]

@@ -128,6 +128,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let service = Service::start(config, opened)?;
     let result = runtime.block_on(service.until_stopped(signals));
     // Its end would wait for what the control API has others do: a change of size that its store does not answer.
+    #[expect(clippy::mem_forget, reason = "the process is about to end")]
     std::mem::forget(runtime);
     result
 }

@@ -168,7 +168,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     }
 
     fn enter(&self, wait: bool) {
-        self.watchdog.arm(self.core.ring());
+        self.watchdog.arm(&self.core);
         if let Err(error) = self.core.ring().enter(wait) {
             // Nothing in flight can complete any more. The process ends, and every client hears of it;
             // silence would leave them waiting.
@@ -193,8 +193,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
 
     /// Lets go of every volume, and gives what they have left to say (an NBD disconnect) a moment.
     fn say_goodbye(mut self, mut cqes: Vec<Cqe>) {
-        let moment = Timespec::from(GOODBYE);
-        self.core.ring().push(&Sqe::Timeout { timespec: &raw const moment }, NOBODY);
+        self.core.push(&Sqe::Timeout { after: Timespec::from(GOODBYE) }, NOBODY);
         for at in 0..self.places.len() {
             self.remove(at as u32);
         }
@@ -215,7 +214,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     }
 
     fn listen(&self) {
-        self.core.ring().push(&Sqe::PollMultishot { file: Target::Fd(self.mailbox.as_raw_fd()) }, MAILBOX);
+        self.core.push(&Sqe::PollMultishot { file: Target::Fd(self.mailbox.as_raw_fd()) }, MAILBOX);
     }
 
     fn read_mail(&mut self, cqe: &Cqe) {
@@ -361,7 +360,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             log.log().warn("doubtful", message);
         }
         let place = self.place(Queue::Vring(vring.clone()), attached, client, None);
-        vring.arm_kick(self.core.ring(), UserData::new(Kind::Kick, self.kicks, place));
+        vring.arm_kick(&self.core, UserData::new(Kind::Kick, self.kicks, place));
         // Requests may have been made available before the kick descriptor was ours.
         self.activate(place);
         Ok(VringId(place))
@@ -433,7 +432,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     fn kicked(&mut self, cqe: &Cqe) {
         let place = cqe.user_data.number();
         let Some(vring) = self.vring(place) else { return };
-        if vring.kicked(self.core.ring(), cqe.user_data, cqe.more) {
+        if vring.kicked(&self.core, cqe.user_data, cqe.more) {
             self.patience.kicked();
             self.activate(place);
         }
@@ -488,7 +487,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             let stopped = self.vring(at).map(|vring| {
                 vring.publish();
                 vring.tell(false);
-                vring.disarm_kick(self.core.ring());
+                vring.disarm_kick(&self.core);
                 vring.stopped()
             });
             self.remove(at);

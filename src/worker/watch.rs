@@ -6,7 +6,7 @@
 //! without requests has no timer.
 
 use crate::block::{Outline, Request};
-use crate::ring::{Kind, Ring, Sqe, Timespec, UserData};
+use crate::ring::{Core, Kind, Ring, Sqe, Timespec, UserData};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ pub(super) struct Watchdog {
     /// What is too long; zero for never.
     limit: Duration,
     /// Between two looks. In a place of its own, because the ring is given its address.
-    tick: Box<Timespec>,
+    tick: Timespec,
     armed: Cell<bool>,
     /// Requests under way.
     busy: Rc<Cell<usize>>,
@@ -48,7 +48,7 @@ pub(super) const WATCH: UserData = UserData::new(Kind::Watch, 0, 0);
 impl Watchdog {
     /// Looks for requests that take longer than `limit`; zero looks for none.
     pub fn new(limit: Duration) -> Watchdog {
-        let tick = Box::new(Timespec::from(limit / 2));
+        let tick = Timespec::from(limit / 2);
         Watchdog { limit, tick, armed: Cell::new(false), busy: Rc::default() }
     }
 
@@ -63,12 +63,12 @@ impl Watchdog {
     }
 
     /// Sets the timer if there is something to watch. Before each `enter`; costs a comparison when there is not.
-    pub fn arm<R: Ring>(&self, ring: &R) {
+    pub fn arm<R: Ring>(&self, core: &Core<R>) {
         if self.busy.get() == 0 || self.armed.get() || self.limit.is_zero() {
             return;
         }
         self.armed.set(true);
-        ring.push(&Sqe::Timeout { timespec: &raw const *self.tick }, WATCH);
+        core.push(&Sqe::Timeout { after: self.tick }, WATCH);
     }
 
     /// The timer has expired: the requests among `watches` that are to be told of, and how old each is at least.
@@ -150,26 +150,27 @@ mod tests {
     #[test]
     fn the_timer_runs_only_while_there_are_requests() {
         use crate::ring::double::{Double, Faults};
-        let ring = Double::new(1, Faults::default());
+        let core = Core::new(Double::new(1, Faults::default()));
+        let ring = core.ring();
         let timers = || ring.count(|sqe| matches!(sqe, Sqe::Timeout { .. }));
         let watchdog = Watchdog::new(LIMIT);
         let watch = watchdog.watch();
-        watchdog.arm(&ring);
+        watchdog.arm(&core);
         assert_eq!(timers(), 0);
         begin(&watch, 7);
-        watchdog.arm(&ring);
-        watchdog.arm(&ring);
+        watchdog.arm(&core);
+        watchdog.arm(&core);
         assert_eq!(timers(), 1);
         watch.end();
         assert_eq!(watchdog.look([((), &*watch)].into_iter()).count(), 0);
-        watchdog.arm(&ring);
+        watchdog.arm(&core);
         assert_eq!(timers(), 1);
         begin(&watch, 8);
-        watchdog.arm(&ring);
+        watchdog.arm(&core);
         assert_eq!(timers(), 2);
         let never = Watchdog::new(Duration::ZERO);
         begin(&never.watch(), 7);
-        never.arm(&ring);
+        never.arm(&core);
         assert_eq!(timers(), 2);
     }
 }

@@ -146,7 +146,7 @@ impl<R: Ring> FileOps<R> {
         Ok(())
     }
 
-    async fn once(&self, io: &Io<R>, sqe: Sqe) -> Result<(), Errno> {
+    async fn once(&self, io: &Io<R>, sqe: Sqe<'_>) -> Result<(), Errno> {
         loop {
             match Errno::split(io.submit(&sqe).await) {
                 Ok(_) => return Ok(()),

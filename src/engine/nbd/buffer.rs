@@ -58,13 +58,13 @@ impl Buffer {
     }
 
     /// Moves the first bytes to where they belong: no more than is here.
-    pub fn take(&self, into: Iovec) {
+    pub fn take(&self, into: Iovec<'_>) {
         self.mapping.scatter(self.start.get(), &[into]);
         self.consume(into.len());
     }
 
     /// Writes zeroes.
-    pub fn zero(&self, mut into: Iovec) {
+    pub fn zero(&self, mut into: Iovec<'_>) {
         while !into.is_empty() {
             let rest = into.split_off(ZEROES);
             self.mapping.scatter(AHEAD, &[into]);
@@ -73,7 +73,7 @@ impl Buffer {
     }
 
     /// Where the next bytes of the stream go: somewhere, as long as less than half is in use.
-    pub fn space(&self) -> Iovec {
+    pub fn space(&self) -> Iovec<'_> {
         if self.start.get() > AHEAD / 2 || self.len() == 0 {
             let len = self.len();
             self.mapping.scatter(self.start.get(), &[self.mapping.iovec(0, len)]);
@@ -91,7 +91,7 @@ impl Buffer {
 }
 
 /// The ranges of `len` bytes of `iovecs`, `skip` bytes in; none of them empty.
-pub fn window(iovecs: &[Iovec], skip: usize, len: usize) -> impl Iterator<Item = Iovec> {
+pub fn window<'m>(iovecs: &[Iovec<'m>], skip: usize, len: usize) -> impl Iterator<Item = Iovec<'m>> {
     let (mut skip, mut left) = (skip, len);
     let parts = iovecs.iter().map_while(move |iovec| {
         let mut part = *iovec;

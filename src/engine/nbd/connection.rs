@@ -22,7 +22,7 @@ use super::inflight::Inflight;
 use super::protocol::*;
 use super::watch::{TICKS, Watch};
 use crate::block::Errno;
-use crate::ring::{Core, Io, Ring, Sqe, Target};
+use crate::ring::{Core, Io, Message, MessageRanges, Ring, Sqe, Target};
 use nix::sys::socket::{Shutdown, shutdown};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -68,7 +68,7 @@ pub struct Connection<R: Ring> {
     pub(super) busy: Cell<usize>,
     pub(super) buffer: Buffer,
     /// Lists of ranges that nobody uses just now.
-    pub(super) scratch: RefCell<Vec<Vec<libc::iovec>>>,
+    pub(super) scratch: RefCell<Vec<MessageRanges>>,
     pub(super) sender: Cell<Option<u32>>,
     pub(super) receiver: Cell<Option<u32>>,
 }
@@ -280,28 +280,29 @@ impl<R: Ring> Connection<R> {
         self.socket.borrow().as_ref().map(|socket| socket.target)
     }
 
-    /// Sends from the ranges: at least one byte.
-    pub(super) async fn send_some(&self, io: &Io<R>, list: &mut [libc::iovec]) -> Result<usize, Errno> {
+    /// Sends from the message's ranges: at least one byte.
+    pub(super) async fn send_some(&self, io: &Io<R>, message: &Message<'_>) -> Result<usize, Errno> {
         // WAITALL has the kernel finish a short send by itself where it can.
         let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
-        let message = message(list);
-        let sent = self.some(io, |file| Sqe::Sendmsg { file, message: &raw const message, flags }).await;
+        let sent = self.some(io, |file| Sqe::Sendmsg { file, message, flags }).await;
         self.moved.set(self.inflight.borrow().now());
         sent
     }
 
-    /// Fills the ranges: with at least one byte.
-    pub(super) async fn receive_some(&self, io: &Io<R>, list: &mut [libc::iovec]) -> Result<usize, Errno> {
+    /// Fills the message's ranges: with at least one byte.
+    pub(super) async fn receive_some(&self, io: &Io<R>, message: &Message<'_>) -> Result<usize, Errno> {
         let flags = libc::MSG_WAITALL as u32;
-        let mut message = message(list);
-        let pointer = &raw mut message;
-        let received = self.some(io, |file| Sqe::Recvmsg { file, message: pointer, flags }).await;
+        let received = self.some(io, |file| Sqe::Recvmsg { file, message, flags }).await;
         self.hear();
         received
     }
 
     /// Submits until something moves. The end of the stream is an error.
-    pub(super) async fn some(&self, io: &Io<R>, sqe: impl Fn(Target) -> Sqe) -> Result<usize, Errno> {
+    pub(super) async fn some<'a>(
+        &self,
+        io: &'a Io<R>,
+        sqe: impl Fn(Target) -> Sqe<'a>,
+    ) -> Result<usize, Errno> {
         let mut retries = 0;
         loop {
             let Some(file) = self.target().filter(|_| self.up.get()) else { return Err(Errno::ENOTCONN) };
@@ -312,23 +313,5 @@ impl<R: Ring> Connection<R> {
                 Err(errno) => return Err(errno),
             }
         }
-    }
-}
-
-/// Our own bytes, as the kernel takes them to send.
-pub(super) fn bytes(bytes: &[u8]) -> libc::iovec {
-    libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }
-}
-
-/// A message of what the list names.
-fn message(list: &mut [libc::iovec]) -> libc::msghdr {
-    libc::msghdr {
-        msg_name: std::ptr::null_mut(),
-        msg_namelen: 0,
-        msg_iov: list.as_mut_ptr(),
-        msg_iovlen: list.len(),
-        msg_control: std::ptr::null_mut(),
-        msg_controllen: 0,
-        msg_flags: 0,
     }
 }

@@ -3,14 +3,14 @@
 #![forbid(unsafe_code)]
 
 use super::buffer::window;
-use super::connection::{Connection, bytes};
+use super::connection::Connection;
 use super::inflight::{Failure, Piece, Step};
 use super::protocol::Request;
 use crate::block::{Errno, Iovec};
-use crate::ring::{Io, Ring};
+use crate::ring::{Io, MessageRanges, Ring, Sqe};
 
-/// The most ranges the kernel takes in one call (`UIO_MAXIOV`), less one for a header.
-const MAX_RANGES: usize = 1023;
+/// Ranges of one message, beside a header.
+const MAX_RANGES: usize = Sqe::MAX_RANGES - 1;
 
 impl<R: Ring> Connection<R> {
     /// Has the server carry `request` out, whose payload is in `data`, `skip` bytes in.
@@ -21,7 +21,7 @@ impl<R: Ring> Connection<R> {
         &self,
         io: &Io<R>,
         request: &Request,
-        data: &[Iovec],
+        data: &[Iovec<'_>],
         skip: usize,
     ) -> Result<(), Failure> {
         if !self.up.get() {
@@ -70,26 +70,31 @@ impl<R: Ring> Connection<R> {
         io: &Io<R>,
         request: &Request,
         cookie: u64,
-        data: &[Iovec],
+        data: &[Iovec<'_>],
         skip: usize,
     ) -> Result<(), Errno> {
-        let header = request.encode(cookie);
+        let mut header = request.encode(cookie);
         let payload = request.payload();
         let mut sent = 0;
         let mut list = self.borrow_scratch();
         while sent < header.len() + payload {
-            list.clear();
-            list.extend(header.get(sent..).filter(|rest| !rest.is_empty()).map(bytes));
             let before = sent.saturating_sub(header.len());
-            list.extend(window(data, skip + before, payload - before).map(range).take(MAX_RANGES));
-            sent += self.send_some(io, &mut list).await?;
+            let rest = window(data, skip + before, payload - before).take(MAX_RANGES);
+            let head = header.get_mut(sent..).filter(|rest| !rest.is_empty()).map(Iovec::of);
+            sent += self.send_some(io, &list.message(head.into_iter().chain(rest))).await?;
         }
         self.return_scratch(list);
         Ok(())
     }
 
     /// Takes a piece of a reply in: what is here already, and the rest from the socket.
-    async fn take_piece(&self, io: &Io<R>, piece: &Piece, data: &[Iovec], skip: usize) -> Result<(), Errno> {
+    async fn take_piece(
+        &self,
+        io: &Io<R>,
+        piece: &Piece,
+        data: &[Iovec<'_>],
+        skip: usize,
+    ) -> Result<(), Errno> {
         let (start, length) = (skip + piece.at as usize, piece.length as usize);
         if piece.hole {
             window(data, start, length).for_each(|range| self.buffer.zero(range));
@@ -99,26 +104,20 @@ impl<R: Ring> Connection<R> {
         window(data, start, done).for_each(|range| self.buffer.take(range));
         let mut list = self.borrow_scratch();
         while done < length {
-            list.clear();
-            list.extend(window(data, start + done, length - done).map(range).take(MAX_RANGES));
-            done += self.receive_some(io, &mut list).await?;
+            let rest = window(data, start + done, length - done).take(MAX_RANGES);
+            done += self.receive_some(io, &list.message(rest)).await?;
         }
         self.return_scratch(list);
         Ok(())
     }
 
-    fn borrow_scratch(&self) -> Vec<libc::iovec> {
+    fn borrow_scratch(&self) -> MessageRanges {
         self.scratch.borrow_mut().pop().unwrap_or_default()
     }
 
-    fn return_scratch(&self, list: Vec<libc::iovec>) {
+    fn return_scratch(&self, list: MessageRanges) {
         self.scratch.borrow_mut().push(list);
     }
-}
-
-/// A request's memory, as the kernel takes it.
-fn range(iovec: Iovec) -> libc::iovec {
-    libc::iovec { iov_base: iovec.base().cast(), iov_len: iovec.len() }
 }
 
 /// A request's place, given back in any case. A future that is dropped before its request has ended leaves the

@@ -40,7 +40,7 @@ impl<R: Ring> NbdOps<R> {
         &self,
         io: &Io<R>,
         request: &Request,
-        data: &[Iovec],
+        data: &[Iovec<'_>],
         skip: usize,
     ) -> Result<Done, Errno> {
         let mut lost = None;

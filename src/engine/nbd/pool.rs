@@ -12,7 +12,7 @@ use super::connection::Connection;
 use super::dial::{self, Dial, Event};
 use super::watch::{self, Watch};
 use crate::block::Errno;
-use crate::ring::{Core, Io, Ring, Sqe, Target, Timespec};
+use crate::ring::{Core, Io, Ring, Sqe, Target};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -270,8 +270,7 @@ impl<R: Ring> Pool<R> {
                 Err(error) => {
                     self.remote.log.error("thread", format_args!("no thread to connect: {error}"));
                     self.give_up_waiting(connection);
-                    let timespec = Timespec::from(NO_THREAD_PAUSE);
-                    io.submit(&Sqe::Timeout { timespec: &raw const timespec }).await;
+                    io.sleep(NO_THREAD_PAUSE).await;
                     if self.closing.get() {
                         return None;
                     }

@@ -2,11 +2,11 @@
 
 #![forbid(unsafe_code)]
 
-use super::connection::{Connection, bytes};
+use super::connection::Connection;
 use super::inflight::Event;
 use super::protocol::{self, Body, Command, Decoded, Request};
-use crate::block::Errno;
-use crate::ring::{Io, Ring, Sqe};
+use crate::block::{Errno, Iovec};
+use crate::ring::{Io, MessageRanges, Ring, Sqe};
 use std::rc::Rc;
 
 /// Headers sent together.
@@ -16,6 +16,7 @@ impl<R: Ring> Connection<R> {
     /// The sender's life: as long as the connection is not closed.
     pub async fn send(self: Rc<Self>, io: Io<R>) {
         let mut headers = Vec::with_capacity(BATCH * Request::SIZE);
+        let mut ranges = MessageRanges::default();
         while !self.closing.get() {
             if !self.up.get() {
                 io.park().await;
@@ -24,7 +25,7 @@ impl<R: Ring> Connection<R> {
             headers.clear();
             let lend = self.gather(&mut headers);
             if !headers.is_empty() {
-                self.send_headers(&io, &headers).await;
+                self.send_headers(&io, &mut ranges, &mut headers).await;
             }
             match lend.filter(|_| self.up.get()) {
                 Some(cookie) => self.lend(&io, cookie).await,
@@ -34,7 +35,7 @@ impl<R: Ring> Connection<R> {
         }
         if self.up.get() {
             let good_bye = Request { flags: 0, command: Command::NBD_CMD_DISC, offset: 0, length: 0 };
-            self.send_headers(&io, &good_bye.encode(0)).await;
+            self.send_headers(&io, &mut ranges, &mut good_bye.encode(0)).await;
             self.lose("closed");
         }
         self.sender.set(None);
@@ -59,11 +60,12 @@ impl<R: Ring> Connection<R> {
         None
     }
 
-    async fn send_headers(&self, io: &Io<R>, headers: &[u8]) {
+    async fn send_headers(&self, io: &Io<R>, ranges: &mut MessageRanges, headers: &mut [u8]) {
         self.busy.set(self.busy.get() + 1);
         let mut sent = 0;
-        while let Some(rest) = headers.get(sent..).filter(|rest| !rest.is_empty()) {
-            match self.send_some(io, &mut [bytes(rest)]).await {
+        while let Some(rest) = headers.get_mut(sent..).filter(|rest| !rest.is_empty()) {
+            let message = ranges.message([Iovec::of(rest)].into_iter());
+            match self.send_some(io, &message).await {
                 Ok(count) => sent += count,
                 Err(errno) => {
                     self.lose(&format!("sending failed: {errno}"));
@@ -129,9 +131,8 @@ impl<R: Ring> Connection<R> {
 
     /// Receives some more bytes ahead.
     async fn fill(&self, io: &Io<R>) -> Result<(), String> {
-        let space = self.buffer.space();
-        let (addr, len) = (space.base(), space.len() as u32);
-        match self.some(io, |file| Sqe::Recv { file, addr, len, flags: 0 }).await {
+        let range = self.buffer.space();
+        match self.some(io, |file| Sqe::Recv { file, range, flags: 0 }).await {
             Ok(count) => {
                 self.buffer.filled(count);
                 self.hear();

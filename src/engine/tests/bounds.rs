@@ -1,7 +1,7 @@
 //! What one guest may take of the worker's time and memory, and what one store may hold up.
 
 use super::model::{once, settle};
-use super::{DISK, image, is_write, open, request, small, transfer, uring};
+use super::{DISK, image, is_write, mapping, open, request, small, transfer, uring};
 use crate::block::{Data, Errno, Flags, Op, Request, Size};
 use crate::engine::config::{MemoryConfig, VolumeConfig};
 use crate::engine::{Attached, Flusher, Volume, execute};
@@ -45,19 +45,19 @@ fn work_on_memory_is_shared_out_between_exports() {
     const LEN: usize = 8 << 20;
     for op in [Op::Read, Op::Write, Op::Discard, Op::WriteZeroes] {
         let Memories { core, volume, done } = Memories::new(LEN as u64);
-        let (large, small) = (Mapping::anonymous(LEN).unwrap(), Mapping::anonymous(512).unwrap());
+        let (large, small) = (mapping(LEN), mapping(512));
         let mut tasks = Tasks::new(core.clone());
         let mut add = |export, number, request| {
             tasks.add(|io| Memories::slot(io, (volume.clone(), done.clone()), (export, number), request));
         };
         for number in 0..100 {
             let request = match op {
-                Op::Read | Op::Write => transfer(op, 0, &large),
+                Op::Read | Op::Write => transfer(op, 0, large),
                 _ => request(op, 0, (LEN / 512) as u32),
             };
             add(1, number, request);
         }
-        add(2, 1000, transfer(Op::Read, 0, &small));
+        add(2, 1000, transfer(Op::Read, 0, small));
         let mut passes = 0;
         while done.borrow().is_empty() {
             tasks.run_ready();
@@ -74,10 +74,10 @@ fn work_on_memory_is_shared_out_between_exports() {
 #[test]
 fn a_pass_has_an_end() {
     let Memories { core, volume, done } = Memories::new(8 << 20);
-    let memory = Mapping::anonymous(64 << 10).unwrap();
+    let memory = mapping(64 << 10);
     let mut tasks = Tasks::new(core.clone());
     for number in 0..100 {
-        let request = transfer(Op::Write, 0, &memory);
+        let request = transfer(Op::Write, 0, memory);
         tasks.add(|io| {
             Memories::slot(io, (volume.clone(), done.clone()), (number as usize % 3, number), request)
         });
@@ -120,14 +120,14 @@ fn more_than_was_offered_is_refused() {
 #[test]
 fn a_shared_worker_carries_out_nothing_itself() {
     let (core, volume) = small(Faults { no_nowait: true, ..Faults::default() });
-    let memory = Mapping::anonymous(8192).unwrap();
+    let memory = mapping(8192);
     core.set_shared(true);
     for _ in 0..10 {
-        assert_eq!(once(&core, &volume, transfer(Op::Write, 1, &memory)), Ok(()));
+        assert_eq!(once(&core, &volume, transfer(Op::Write, 1, memory)), Ok(()));
     }
     assert_eq!(core.ring().count(is_write), 10);
     core.set_shared(false);
-    assert_eq!(once(&core, &volume, transfer(Op::Write, 1, &memory)), Ok(()));
+    assert_eq!(once(&core, &volume, transfer(Op::Write, 1, memory)), Ok(()));
     assert_eq!(core.ring().count(is_write), 10, "alone it goes on as before");
 }
 
@@ -136,8 +136,12 @@ fn bounces(core: &Core<Double>, guest: &Mapping) -> BTreeSet<usize> {
     let ours = guest.as_ptr().addr()..guest.as_ptr().addr() + guest.len();
     let found = RefCell::new(BTreeSet::new());
     core.ring().count(|sqe| match sqe {
-        Sqe::Read { addr, .. } if !ours.contains(&addr.addr()) => found.borrow_mut().insert(addr.addr()),
-        Sqe::Write { addr, .. } if !ours.contains(&addr.addr()) => found.borrow_mut().insert(addr.addr()),
+        Sqe::Read { range, .. } if !ours.contains(&range.base().addr()) => {
+            found.borrow_mut().insert(range.base().addr())
+        }
+        Sqe::Write { range, .. } if !ours.contains(&range.base().addr()) => {
+            found.borrow_mut().insert(range.base().addr())
+        }
         _ => false,
     });
     found.into_inner()
@@ -155,7 +159,7 @@ fn misaligned_requests_share_a_few_buffers() {
         let faults = Faults { direct, short: 30, again: 20, delay: 50, reorder: true, ..Faults::default() };
         let core = Core::new(Double::new(seed, faults));
         let attached = Rc::new(volume.attach(&core, false));
-        let memory = Mapping::anonymous(COUNT * (LEN + 1)).unwrap();
+        let memory = mapping(COUNT * (LEN + 1));
         let mut tasks = Tasks::new(core.clone());
         let done = Rc::new(RefCell::new(0));
         for number in 0..COUNT {
@@ -170,10 +174,10 @@ fn misaligned_requests_share_a_few_buffers() {
         }
         settle(&core, &mut tasks);
         assert_eq!(*done.borrow(), COUNT);
-        (0..COUNT).for_each(|number| assert!(get(&memory, number * (LEN + 1) + 1, LEN) == bytes));
+        (0..COUNT).for_each(|number| assert!(get(memory, number * (LEN + 1) + 1, LEN) == bytes));
         // A short transfer goes on within its buffer.
         let starts = |addr: &usize| addr / Pool::<Double>::BYTES;
-        let used: BTreeSet<usize> = bounces(&core, &memory).iter().map(starts).collect();
+        let used: BTreeSet<usize> = bounces(&core, memory).iter().map(starts).collect();
         assert!(used.len() <= Pool::<Double>::COUNT as usize + 1, "{used:?}");
     }
 }
@@ -187,7 +191,7 @@ fn buffers_of_a_store_that_hangs_are_not_missed_elsewhere() {
     let core = Core::new(uring());
     let attach = |file: &NamedTempFile| Rc::new(open(file.path(), true, None).attach(&core, false));
     let (hung, good) = (attach(&hung), attach(&good));
-    let memory = Mapping::anonymous(LEN + 1).unwrap();
+    let memory = mapping(LEN + 1);
     let misaligned = || {
         let iovecs = vec![memory.iovec(1, LEN)].leak();
         Request { data: Data::of(iovecs), ..request(Op::Read, 0, (LEN / 512) as u32) }

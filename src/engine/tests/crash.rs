@@ -142,7 +142,7 @@ async fn live(
     history: Rc<RefCell<History>>,
     steps: Vec<Step>,
 ) {
-    let memory = Mapping::anonymous(MOST as usize * 512).unwrap();
+    let memory = mapping(MOST as usize * 512);
     let flusher = Flusher::default();
     // When it was last told of a loss, and how many there had been by then.
     let (mut told, mut heard) = (0, 0);
@@ -153,7 +153,7 @@ async fn live(
         let data = if step.op == Op::Write { Data::of(&iovecs) } else { Data::None };
         if step.op == Op::Write {
             let bytes: Vec<u8> = step.range().flat_map(|sector| pattern(called, sector)).collect();
-            put(&memory, 0, &bytes);
+            put(memory, 0, &bytes);
         }
         let Step { op, flags, sector, sectors } = step;
         let result = execute(&volume, &io, &flusher, &Request { op, flags, sector, sectors, data }).await;

@@ -60,7 +60,7 @@ impl World {
             let (attached, flushers, outcome) =
                 (self.attached.clone(), self.exports[export].clone(), outcome.clone());
             tasks.add(|io: Io<Double>| async move {
-                let memory = Mapping::anonymous(512).unwrap();
+                let memory = mapping(512);
                 let iovecs = [memory.iovec(0, 512)];
                 let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
                 let flags = Flags { fua, unmap: false };
@@ -289,7 +289,7 @@ fn a_flush_that_stops_does_not_wait_for_others() {
         let (mut tasks, outcome) = (Tasks::new(world.core.clone()), Outcome::default());
         let (attached, flushers, give) = (world.attached.clone(), world.exports[0].clone(), outcome.clone());
         let slot = tasks.add(|io: Io<Double>| async move {
-            let memory = Mapping::anonymous(512).unwrap();
+            let memory = mapping(512);
             let iovecs = [memory.iovec(0, 512)];
             let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
             let (flags, sectors) = (Flags { fua: true, unmap: false }, u32::from(op == Op::Write));
@@ -335,7 +335,7 @@ fn a_write_that_is_late_is_not_vouched_for() {
         }
         let (attached, flushers, give) = (world.attached.clone(), world.exports[0].clone(), outcome.clone());
         tasks.add(|io: Io<Double>| async move {
-            let memory = Mapping::anonymous(512).unwrap();
+            let memory = mapping(512);
             let iovecs = [memory.iovec(0, 512)];
             let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
             let request = Request { op, flags: Flags::default(), sector: 7, sectors: 1, data };

@@ -227,7 +227,7 @@ impl<R: Tested> Run<R> {
         }
         put(&memory, 0, &expected);
         let epoch = self.model.borrow().failed_flushes;
-        let iovecs: Vec<Iovec> = places.iter().map(|(at, len)| memory.iovec(*at, *len)).collect();
+        let iovecs: Vec<Iovec<'_>> = places.iter().map(|(at, len)| memory.iovec(*at, *len)).collect();
         let result =
             execute(&self.volume, io, &self.flusher, &request(step, &range, Data::of(&iovecs))).await;
         self.check(step, range.len(), result);

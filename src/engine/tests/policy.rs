@@ -54,23 +54,23 @@ fn a_registered_buffer_begins_again() {
     let faults = Faults { io_error: 60, short: 50, ..Faults::default() };
     let (core, volume) = with_policy(retry(DAY), faults);
     let bytes = core.ring().contents().unwrap();
-    let memory = Mapping::anonymous(8192).unwrap();
+    let memory = mapping(8192);
     let index = core.ring().add_buffer(memory.iovec(0, 8192));
     let data = || Data::Registered { index, skip: 0 };
     assert_eq!(once(&core, &volume, Request { data: data(), ..request(Op::Read, 3, 16) }), Ok(()));
-    assert_eq!(get(&memory, 0, 8192), bytes[3 * 512..19 * 512]);
+    assert_eq!(get(memory, 0, 8192), bytes[3 * 512..19 * 512]);
     let other = Random(5).bytes(8192);
-    put(&memory, 0, &other);
+    put(memory, 0, &other);
     assert_eq!(once(&core, &volume, Request { data: data(), ..request(Op::Write, 30, 16) }), Ok(()));
     assert_eq!(core.ring().contents().unwrap()[30 * 512..46 * 512], other);
 }
 
 #[test]
 fn attempts_end_with_the_time() {
-    let memory = Mapping::anonymous(4096).unwrap();
+    let memory = mapping(4096);
     for (config, attempts) in [(PolicyConfig::default(), 1..=1), (retry(1), 4..=5), (retry(30), 16..=24)] {
         let (core, volume) = with_policy(config, Faults { io_error: 100, ..Faults::default() });
-        assert_eq!(once(&core, &volume, transfer(Op::Read, 0, &memory)), Err(Errno::EIO));
+        assert_eq!(once(&core, &volume, transfer(Op::Read, 0, memory)), Err(Errno::EIO));
         let reads = core.ring().count(|sqe| matches!(sqe, Sqe::Read { .. }));
         assert!(attempts.contains(&reads), "{reads} for {config:?}");
     }
@@ -80,40 +80,36 @@ fn attempts_end_with_the_time() {
 fn what_would_never_succeed_is_told_at_once() {
     // A store that wants aligned ranges, and is not known to.
     let faults = Faults { direct: Some((1, 4096)), no_punch: true, ..Faults::default() };
-    let memory = Mapping::anonymous(512).unwrap();
+    let memory = mapping(512);
     for config in [retry(30), stop()] {
         let (core, volume) = with_policy(config, faults);
-        assert_eq!(once(&core, &volume, transfer(Op::Read, 1, &memory)), Err(Errno::EINVAL));
+        assert_eq!(once(&core, &volume, transfer(Op::Read, 1, memory)), Err(Errno::EINVAL));
         assert_eq!(once(&core, &volume, request(Op::Discard, 0, 8)), Err(Errno::EOPNOTSUPP));
-        assert_eq!(once(&core, &volume, transfer(Op::Read, 64, &memory)), Err(Errno::EIO), "past the end");
-        assert_eq!(
-            once(&core, &volume, transfer(Op::Write, 64, &memory)),
-            Err(Errno::ENOSPC),
-            "past the end"
-        );
+        assert_eq!(once(&core, &volume, transfer(Op::Read, 64, memory)), Err(Errno::EIO), "past the end");
+        assert_eq!(once(&core, &volume, transfer(Op::Write, 64, memory)), Err(Errno::ENOSPC), "past the end");
     }
 }
 
 /// The kernel tells of writes that are lost once: the next flush would succeed, and hide the loss.
 #[test]
 fn a_failed_sync_is_never_tried_again() {
-    let memory = Mapping::anonymous(4096).unwrap();
+    let memory = mapping(4096);
     for config in [retry(30), stop()] {
         let (core, volume) = with_policy(config, Faults { sync_error: 100, ..Faults::default() });
         assert_eq!(once(&core, &volume, request(Op::Flush, 0, 0)), Err(Errno::EIO));
         assert_eq!(core.ring().count(is_sync), 1);
         let flags = Flags { fua: true, unmap: false };
-        let durable = Request { flags, ..transfer(Op::Write, 0, &memory) };
+        let durable = Request { flags, ..transfer(Op::Write, 0, memory) };
         assert_eq!(once(&core, &volume, durable), Err(Errno::EIO));
         assert_eq!((core.ring().count(is_write), core.ring().count(is_sync)), (1, 2));
         // One that fails as a write, not as a flush, is.
         core.ring().set_faults(Faults { no_space: 70, ..Faults::default() });
         let (core, volume) = with_policy(retry(DAY), Faults { no_space: 70, ..Faults::default() });
-        put(&memory, 0, &[0x31; 4096]);
-        let durable = Request { flags, ..transfer(Op::Write, 8, &memory) };
+        put(memory, 0, &[0x31; 4096]);
+        let durable = Request { flags, ..transfer(Op::Write, 8, memory) };
         assert_eq!(once(&core, &volume, durable), Ok(()));
         let dsync =
-            |sqe: &Sqe| matches!(sqe, Sqe::Write { rw_flags, .. } if *rw_flags & libc::RWF_DSYNC != 0);
+            |sqe: &Sqe<'_>| matches!(sqe, Sqe::Write { rw_flags, .. } if *rw_flags & libc::RWF_DSYNC != 0);
         assert_eq!((core.ring().count(dsync), core.ring().count(is_sync)), (0, 1));
         assert_eq!(core.ring().stable().unwrap()[4096..8192], [0x31; 4096]);
     }
@@ -127,7 +123,7 @@ type Ended = Vec<(u64, Result<(), Errno>)>;
 /// A volume that stops, on a file whose end can be cut off, and what became of the requests.
 struct World {
     file: File,
-    memory: Mapping,
+    memory: &'static Mapping,
     volume: Arc<Volume>,
     core: Rc<Core<Uring>>,
     attached: Rc<Attached<Uring>>,
@@ -144,14 +140,14 @@ impl World {
         let core = Core::new(uring());
         let attached = Rc::new(volume.attach(&core, false));
         let (tasks, ended) = (Tasks::new(core.clone()), Rc::default());
-        let memory = Mapping::anonymous(512).unwrap();
+        let memory = mapping(512);
         World { file: file.into_file(), memory, volume, core, attached, tasks, ended }
     }
 
     fn begin(&mut self, op: Op, sector: u64) -> u32 {
         let request = match op {
             Op::Flush => request(op, sector, 0),
-            _ => transfer(op, sector, &self.memory),
+            _ => transfer(op, sector, self.memory),
         };
         let (attached, ended) = (self.attached.clone(), self.ended.clone());
         self.tasks.add(|io| {
@@ -256,12 +252,12 @@ fn who_is_interrupted_does_not_wait() {
 #[test]
 fn attempts_end_when_their_slot_is_interrupted() {
     let (core, volume) = with_policy(retry(DAY), Faults { io_error: 100, ..Faults::default() });
-    let (memory, result) = (Mapping::anonymous(512).unwrap(), Rc::new(RefCell::new(None)));
+    let (memory, result) = (mapping(512), Rc::new(RefCell::new(None)));
     let ended = result.clone();
     let mut tasks = Tasks::new(core.clone());
     let slot = tasks.add(|io| async move {
         *ended.borrow_mut() =
-            Some(execute(&volume, &io, &Flusher::default(), &transfer(Op::Read, 0, &memory)).await);
+            Some(execute(&volume, &io, &Flusher::default(), &transfer(Op::Read, 0, memory)).await);
     });
     core.ring().enter(true).unwrap();
     let mut cqes = Vec::new();

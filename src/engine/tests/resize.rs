@@ -37,8 +37,8 @@ fn requests_are_held_against_the_size_of_the_moment() {
     // As a worker has it: attached before, read-only here and not there.
     let attached = [false, true].map(|read_only| Rc::new(volume.attach(&core, read_only)));
     let reads = |sector| {
-        let memory = Mapping::anonymous(512).unwrap();
-        [0, 1].map(|at| once(&core, &attached[at], transfer(Op::Read, sector, &memory)))
+        let memory = mapping(512);
+        [0, 1].map(|at| once(&core, &attached[at], transfer(Op::Read, sector, memory)))
     };
     assert_eq!((reads(2047), reads(2048)), ([Ok(()); 2], [Err(Errno::EIO); 2]));
     volume.resize(2 << 20, false, &Nobody).unwrap();
@@ -86,17 +86,17 @@ fn what_a_memory_volume_lost_comes_back_as_zeroes() {
         Volume::open("test", &VolumeConfig::Memory(MemoryConfig { size, block_size: None })).unwrap();
     let core = Core::new(Double::new(1, Faults::default()));
     let attached = Rc::new(volume.attach(&core, false));
-    let memory = Mapping::anonymous(1 << 20).unwrap();
+    let memory = mapping(1 << 20);
     let (start, end) = ([7; 4096], [0; 4096]);
     for at in (0..1 << 20).step_by(4096) {
-        put(&memory, at, &start);
+        put(memory, at, &start);
     }
-    once(&core, &attached, transfer(Op::Write, 0, &memory)).unwrap();
+    once(&core, &attached, transfer(Op::Write, 0, memory)).unwrap();
     volume.resize(1 << 19, true, &Nobody).unwrap();
     volume.resize(1 << 20, false, &Nobody).unwrap();
-    once(&core, &attached, transfer(Op::Read, 0, &memory)).unwrap();
-    assert_eq!(get(&memory, (1 << 19) - 4096, 4096), start);
-    assert_eq!(get(&memory, 1 << 19, 4096), end);
+    once(&core, &attached, transfer(Op::Read, 0, memory)).unwrap();
+    assert_eq!(get(memory, (1 << 19) - 4096, 4096), start);
+    assert_eq!(get(memory, 1 << 19, 4096), end);
 }
 
 type Life = Pin<Box<dyn Future<Output = ()>>>;
@@ -112,15 +112,15 @@ fn a_drain_waits_for_what_was_admitted() {
         // Nothing is carried out on the spot.
         core.ring().set_faults(Faults { delay: 90, no_nowait: true, ..Faults::default() });
         let attached = Rc::new(volume.attach(&core, false));
-        let memory = Rc::new(Mapping::anonymous(512).unwrap());
+        let memory = mapping(512);
         let order = Rc::new(RefCell::new(Vec::new()));
         let mut tasks = Tasks::<Double, Life>::new(core.clone());
         let write = |name: &'static str| {
-            let (attached, memory, order) = (attached.clone(), memory.clone(), order.clone());
+            let (attached, order) = (attached.clone(), order.clone());
             move |io| -> Life {
                 Box::pin(async move {
                     // Must reach the disk, which a worker never waits for.
-                    let mut request = transfer(Op::Write, 63, &memory);
+                    let mut request = transfer(Op::Write, 63, memory);
                     request.flags.fua = true;
                     let result = execute(&attached, &io, &Flusher::default(), &request).await;
                     order.borrow_mut().push((name, result));

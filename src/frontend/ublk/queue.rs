@@ -11,7 +11,7 @@ use super::buffers::{self, BufferUse};
 use super::descriptor::{Asked, Descriptor};
 use crate::block::{Data, Errno, Iovec, Request};
 use crate::frontend::Source;
-use crate::ring::{Core, Io, Mapping, Ring, Sqe, Target, Uring};
+use crate::ring::{Core, DriverCommand, Io, Mapping, Ring, Sqe, Target, Uring};
 use libublk::sys;
 use std::cell::Cell;
 use std::fs::File;
@@ -73,7 +73,7 @@ enum Buffers {
 pub struct Tag {
     step: Step,
     /// What a copied request's [`Data::Iovecs`] borrows.
-    iovec: [Iovec; 1],
+    iovec: [Iovec<'static>; 1],
 }
 
 impl Default for Tag {
@@ -170,7 +170,7 @@ impl Queue {
     }
 
     /// The data of a request, which fits: [`Asked::read`] checked it.
-    fn data<'a>(&self, tag: u16, bytes: u32, iovec: &'a mut [Iovec; 1]) -> Data<'a> {
+    fn data<'a>(&self, tag: u16, bytes: u32, iovec: &'a mut [Iovec<'static>; 1]) -> Data<'a> {
         match &self.buffers {
             _ if bytes == 0 => Data::None,
             Buffers::Registered(places) => Data::Registered { index: places[usize::from(tag)], skip: 0 },
@@ -189,7 +189,7 @@ impl Queue {
     }
 
     /// Fetches, or commits `result` and fetches.
-    fn command(&self, tag: u16, op: u32, result: i32) -> Sqe {
+    fn command(&self, tag: u16, op: u32, result: i32) -> Sqe<'static> {
         let (buffer, addr) = match &self.buffers {
             Buffers::Copied(memory) => (self.buffer(memory, tag) as u64, 0),
             Buffers::Registered(places) => {
@@ -198,7 +198,9 @@ impl Queue {
                 (0, sys::ublk_auto_buf_reg_to_sqe_addr(&place))
             }
         };
-        Sqe::Command { file: self.file, op, cmd: command(self.queue, tag, result, buffer), addr }
+        // SAFETY: the tag's own buffer, as in `data`; or a place in the ring's buffer table, which is no address.
+        let command = unsafe { DriverCommand::new(op, command(self.queue, tag, result, buffer), addr) };
+        Sqe::Command { file: self.file, command }
     }
 }
 

@@ -122,8 +122,8 @@ fn give_way(code: i32) {
     }
     // The access is repeated, this time for the other handler.
     match BEFORE.get() {
-        // SAFETY: it is what this process had installed.
         Some(Ok(before)) => {
+            // SAFETY: it is what this process had installed.
             let _ = unsafe { sigaction(Signal::SIGBUS, before) };
         }
         // SAFETY: it does not return.

@@ -161,7 +161,7 @@ impl Memory {
 
     /// Resolves all of `len` bytes from `at` on, giving each region's part to `push`, which says whether it
     /// had room. False when it had not, or when the guest has no memory somewhere in the range.
-    pub fn split(&self, mut at: u64, mut len: u64, mut push: impl FnMut(Iovec) -> bool) -> bool {
+    pub fn split(&self, mut at: u64, mut len: u64, mut push: impl FnMut(Iovec<'static>) -> bool) -> bool {
         while len > 0 {
             let Some((base, part)) = self.contiguous(at, len) else { return false };
             // SAFETY: `part` bytes from `base` on are mapped, by `_mappings`, which a vring holds until its last
@@ -244,7 +244,7 @@ fn descriptor_from(bytes: [u8; size_of::<Descriptor>()]) -> Descriptor {
 }
 
 /// Copies the ranges' first bytes out, until either side ends. How many there were.
-pub fn gather(from: &[Iovec], to: &mut [u8]) -> usize {
+pub fn gather(from: &[Iovec<'_>], to: &mut [u8]) -> usize {
     let mut done = 0;
     for iovec in from {
         let count = iovec.len().min(to.len() - done);
@@ -256,7 +256,7 @@ pub fn gather(from: &[Iovec], to: &mut [u8]) -> usize {
 }
 
 /// The bytes of a range that has just so many.
-pub fn read<const N: usize>(from: &Iovec) -> Option<[u8; N]> {
+pub fn read<const N: usize>(from: &Iovec<'_>) -> Option<[u8; N]> {
     if from.len() != N {
         return None;
     }
@@ -267,7 +267,7 @@ pub fn read<const N: usize>(from: &Iovec) -> Option<[u8; N]> {
 }
 
 /// Writes a byte to a range that has room for it.
-pub fn write_byte(byte: u8, to: &Iovec) {
+pub fn write_byte(byte: u8, to: &Iovec<'_>) {
     if !to.is_empty() {
         // SAFETY: the promise of `Iovec::new`.
         unsafe { to.base().write_volatile(byte) };
@@ -275,7 +275,7 @@ pub fn write_byte(byte: u8, to: &Iovec) {
 }
 
 /// Copies bytes into the ranges, until either side ends. How many there were.
-pub fn scatter(from: &[u8], to: &[Iovec]) -> usize {
+pub fn scatter(from: &[u8], to: &[Iovec<'_>]) -> usize {
     let mut done = 0;
     for iovec in to {
         let count = iovec.len().min(from.len() - done);

@@ -52,7 +52,7 @@ pub struct Range {
 #[derive(Default)]
 pub struct Scratch {
     /// The chain's ranges; [`Parsed::Transfer`] says which are data.
-    pub iovecs: Vec<Iovec>,
+    pub iovecs: Vec<Iovec<'static>>,
     /// The ranges of a discard or write-zeroes, last first.
     pub ranges: Vec<Range>,
 }
@@ -83,7 +83,7 @@ pub enum Parsed {
 #[derive(Debug)]
 pub struct Chain {
     /// One byte for the status.
-    pub status: Iovec,
+    pub status: Iovec<'static>,
     /// What it asks for.
     pub request: Parsed,
 }
@@ -119,7 +119,7 @@ fn resolve(
     table: Table,
     head: u16,
     indirect: bool,
-    iovecs: &mut Vec<Iovec>,
+    iovecs: &mut Vec<Iovec<'static>>,
 ) -> Option<usize> {
     let mut table = table;
     let mut index = head;
@@ -166,7 +166,7 @@ fn resolve(
 /// Where the status of a chain goes that [`parse`] refuses. Its end is looked for whatever is wrong on the way; `None`
 /// where it cannot be reached, so that nothing can be told.
 #[cold]
-pub fn status_byte(memory: &Memory, table: Table, head: u16) -> Option<Iovec> {
+pub fn status_byte(memory: &Memory, table: Table, head: u16) -> Option<Iovec<'static>> {
     let place = status_place(memory, table, head)?;
     let mut status = None;
     memory.split(place, 1, |byte| {
@@ -247,7 +247,7 @@ fn understand(readable: usize, scratch: &mut Scratch) -> Result<Parsed, Status> 
 
 /// Cuts the header off a chain's readable ranges: it, and the index of the first range that is left. `None` where they are
 /// too short.
-fn header(readable: &mut [Iovec]) -> Option<([u8; HEADER], usize)> {
+fn header(readable: &mut [Iovec<'_>]) -> Option<([u8; HEADER], usize)> {
     // As all drivers send it: a descriptor of its own.
     if let Some(header) = readable.first().and_then(read) {
         return Some((header, 1));
@@ -258,7 +258,7 @@ fn header(readable: &mut [Iovec]) -> Option<([u8; HEADER], usize)> {
 }
 
 /// Drops the first `count` bytes of the ranges. The index of the first one that is left.
-fn cut(iovecs: &mut [Iovec], mut count: usize) -> usize {
+fn cut(iovecs: &mut [Iovec<'_>], mut count: usize) -> usize {
     for (index, iovec) in iovecs.iter_mut().enumerate() {
         let step = iovec.len().min(count);
         iovec.advance(step);
@@ -270,7 +270,12 @@ fn cut(iovecs: &mut [Iovec], mut count: usize) -> usize {
     iovecs.len()
 }
 
-fn transfer(op: Op, sector: u64, data: std::ops::Range<usize>, iovecs: &[Iovec]) -> Result<Parsed, Status> {
+fn transfer(
+    op: Op,
+    sector: u64,
+    data: std::ops::Range<usize>,
+    iovecs: &[Iovec<'_>],
+) -> Result<Parsed, Status> {
     // At most MAX_IOVECS lengths of 32 bits: no overflow.
     let bytes: u64 = iovecs[data.clone()].iter().map(|iovec| iovec.len() as u64).sum();
     let sectors = u32::try_from(bytes >> SECTOR_SHIFT).map_err(|_| Status::IoErr)?;
@@ -281,7 +286,7 @@ fn transfer(op: Op, sector: u64, data: std::ops::Range<usize>, iovecs: &[Iovec])
 }
 
 /// `struct virtio_blk_discard_write_zeroes`, some of them.
-fn ranges(op: Op, from: &[Iovec], ranges: &mut Vec<Range>) -> Result<(), Status> {
+fn ranges(op: Op, from: &[Iovec<'_>], ranges: &mut Vec<Range>) -> Result<(), Status> {
     const LEN: usize = 16;
     let bytes: usize = from.iter().map(Iovec::len).sum();
     if bytes == 0 || !bytes.is_multiple_of(LEN) || bytes / LEN > MAX_RANGES {

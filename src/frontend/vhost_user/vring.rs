@@ -319,7 +319,7 @@ impl Vring {
 pub struct TagState {
     scratch: Scratch,
     head: u16,
-    status: Option<Iovec>,
+    status: Option<Iovec<'static>>,
     parsed: Option<Parsed>,
     /// For [`Notes::flushed`], where the request is a flush.
     volatile_writes: u64,

@@ -242,7 +242,7 @@ fn nobody_else_can_hold_the_lock() {
             let file = fs::File::create(&lock).unwrap();
             file.set_permissions(fs::Permissions::from_mode(0o666)).unwrap();
             file.lock().unwrap();
-            std::mem::forget(file);
+            let _ = std::os::fd::IntoRawFd::into_raw_fd(file);
         },
         &|| symlink(&mine, &lock).unwrap(),
         &|| fs::hard_link(&mine, &lock).unwrap(),

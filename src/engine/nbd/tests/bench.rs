@@ -140,7 +140,7 @@ impl Bench {
 }
 
 /// In up to `pieces` ranges of different lengths.
-pub fn ranges(memory: &Mapping, len: usize, pieces: u64) -> Vec<Iovec> {
+pub fn ranges(memory: &Mapping, len: usize, pieces: u64) -> Vec<Iovec<'_>> {
     let mut random = Random::new(len as u64 + pieces);
     let mut rest = memory.iovec(0, len);
     let mut list = Vec::new();

@@ -31,7 +31,7 @@ struct Guest {
 
 /// What is told of a chain, and where.
 struct Outcome {
-    status: Option<Iovec>,
+    status: Option<Iovec<'static>>,
     request: Result<Parsed, Status>,
 }
 
@@ -71,7 +71,7 @@ impl Guest {
     }
 
     /// The guest's address of a range, which lies in one region or is none of the guest's.
-    fn address(&self, iovec: &Iovec) -> u64 {
+    fn address(&self, iovec: &Iovec<'_>) -> u64 {
         let found = self.mappings.iter().find_map(|region| {
             let host = self.mappings.get_host_address(region.start_addr()).unwrap().addr();
             let skip = iovec.base().addr().checked_sub(host)? as u64;
@@ -121,7 +121,7 @@ impl Guest {
     }
 
     /// The guest's addresses of ranges, those that adjoin made one.
-    fn addresses(&self, iovecs: &[Iovec]) -> Vec<(u64, u64)> {
+    fn addresses(&self, iovecs: &[Iovec<'_>]) -> Vec<(u64, u64)> {
         joined(
             iovecs
                 .iter()

@@ -4,7 +4,7 @@
 
 use super::Vring;
 use crate::frontend::vhost_user::notify::CallFd;
-use crate::ring::{Kind, Ring, Sqe, Target, UserData};
+use crate::ring::{Core, Kind, Ring, Sqe, Target, UserData};
 use std::os::fd::AsRawFd;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
@@ -36,24 +36,24 @@ impl Vring {
 
     /// Has the ring say when the driver kicks. The descriptor is polled and never read: its every write is a
     /// completion, and a counter takes centuries to overflow.
-    pub fn arm_kick<R: Ring>(&self, ring: &R, user_data: UserData) {
+    pub fn arm_kick<R: Ring>(&self, core: &Core<R>, user_data: UserData) {
         self.kick.set(user_data);
-        ring.push(&Sqe::PollMultishot { file: Target::Fd(self.setup.kick.as_raw_fd()) }, user_data);
+        core.push(&Sqe::PollMultishot { file: Target::Fd(self.setup.kick.as_raw_fd()) }, user_data);
     }
 
     /// Takes note of a completion that may be of our kick (`user_data`), and arms it again if there are no `more` to
     /// come. Whether it is ours, and not of one that had our place before.
-    pub fn kicked<R: Ring>(&self, ring: &R, user_data: UserData, more: bool) -> bool {
+    pub fn kicked<R: Ring>(&self, core: &Core<R>, user_data: UserData, more: bool) -> bool {
         let ours = self.kick.get() == user_data;
         if ours && !more {
-            self.arm_kick(ring, user_data);
+            self.arm_kick(core, user_data);
         }
         ours
     }
 
     /// Ends [`arm_kick`](Self::arm_kick).
-    pub fn disarm_kick<R: Ring>(&self, ring: &R) {
-        ring.push(&Sqe::Cancel { user_data: self.kick.get() }, UserData::new(Kind::Nobody, 0, 0));
+    pub fn disarm_kick<R: Ring>(&self, core: &Core<R>) {
+        core.push(&Sqe::Cancel { user_data: self.kick.get() }, UserData::new(Kind::Nobody, 0, 0));
     }
 
     /// Without EVENT_IDX a driver kicks until told otherwise; with it, once for each time it was asked.

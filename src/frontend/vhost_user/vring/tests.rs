@@ -350,13 +350,13 @@ fn a_kick_is_a_completion_until_it_is_disarmed() {
     let (driver, worker) = pair(16, false);
     let (ring, mut seen) = (worker.core.ring(), Vec::new());
     let data = UserData::new(Kind::Kick, 3, 0);
-    worker.vring.arm_kick(ring, data);
+    worker.vring.arm_kick(&worker.core, data);
     ring.enter(false).unwrap();
     ring.signal(worker.vring.setup.kick.as_raw_fd());
     ring.reap(&mut seen);
-    assert!(seen.len() == 1 && seen[0].more && worker.vring.kicked(ring, seen[0].user_data, true));
-    assert!(!worker.vring.kicked(ring, UserData::new(Kind::Kick, 2, 0), false));
-    worker.vring.disarm_kick(ring);
+    assert!(seen.len() == 1 && seen[0].more && worker.vring.kicked(&worker.core, seen[0].user_data, true));
+    assert!(!worker.vring.kicked(&worker.core, UserData::new(Kind::Kick, 2, 0), false));
+    worker.vring.disarm_kick(&worker.core);
     ring.enter(true).unwrap();
     ring.reap(&mut seen);
     assert!(seen.iter().any(|cqe| cqe.user_data == data && cqe.result == -libc::ECANCELED && !cqe.more));

@@ -344,22 +344,22 @@ impl Disk {
         }
         let (file, offset, len) = (self.file, sector * 512, request.len());
         let zero = |mode| Sqe::Fallocate { file, mode: mode | FALLOC_FL_KEEP_SIZE, offset, len };
-        let (iovecs, count) = match &request.data {
-            Data::Iovecs(window) => (window.as_raw().0.as_ptr(), window.as_raw().0.len() as u32),
-            _ => (std::ptr::null(), 0),
+        let ranges = match &request.data {
+            Data::Iovecs(window) => window.as_raw().0,
+            _ => &[],
         };
         let sqe = match op {
-            Op::Read => Sqe::Readv { file, iovecs, count, offset },
+            Op::Read => Sqe::Readv { file, ranges, offset },
             Op::Write => {
                 let rw_flags = if flags.fua { RWF_DSYNC } else { 0 };
-                Sqe::Writev { file, iovecs, count, offset, rw_flags }
+                Sqe::Writev { file, ranges, offset, rw_flags }
             }
             Op::Flush => Sqe::Fdatasync { file },
             Op::Discard => zero(FALLOC_FL_PUNCH_HOLE),
             Op::WriteZeroes => zero(FALLOC_FL_ZERO_RANGE),
         };
         let moved = Errno::split(io.submit(&sqe).await)?;
-        assert!(count == 0 || u64::from(moved) == len, "the data is not as long as the request");
+        assert!(ranges.is_empty() || u64::from(moved) == len, "the data is not as long as the request");
         Ok(())
     }
 }

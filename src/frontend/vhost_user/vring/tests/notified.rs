@@ -5,6 +5,7 @@
 use super::driver::{AVAIL, Driver, Event, USED, device};
 use super::*;
 use crate::frontend::vhost_user::atomic::traced::{Access, Ordering, observed};
+use crate::ring::Core;
 use crate::ring::double::Double;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -117,10 +118,11 @@ fn completions_that_were_not_told_are_not_forgotten() {
 #[test]
 fn a_kick_is_listened_for_again_when_the_poll_has_ended() {
     let (driver, vring) = by_hand(16, false);
-    let (ring, mut seen) = (Double::new(1, Faults::default()), Vec::new());
+    let (core, mut seen) = (Core::new(Double::new(1, Faults::default())), Vec::new());
+    let ring = core.ring();
     let data = UserData::new(Kind::Kick, 3, 0);
     let fd = vring.vring.setup.kick.as_raw_fd();
-    vring.vring.arm_kick(&ring, data);
+    vring.vring.arm_kick(&core, data);
     for more in [true, false, false, true, false] {
         ring.enter(false).unwrap();
         if more {
@@ -130,7 +132,7 @@ fn a_kick_is_listened_for_again_when_the_poll_has_ended() {
         }
         ring.reap(&mut seen);
         assert_eq!(seen.iter().map(|cqe| (cqe.user_data, cqe.more)).collect::<Vec<_>>(), [(data, more)]);
-        assert!(vring.vring.kicked(&ring, seen[0].user_data, seen[0].more));
+        assert!(vring.vring.kicked(&core, seen[0].user_data, seen[0].more));
         seen.clear();
     }
     drop(driver);
