@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use crate::engine::config::{Need, PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::graph;
-use crate::frontend::ublk::options::UblkConfig;
+use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::sandbox::Mode;
 

@@ -4,7 +4,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::frontend::ublk::support::{self, FEATURES, Offer, Unavailable};
+use crate::frontend::ublk::features::{self as driver, FEATURES, Unavailable};
 use crate::ring::{Setup, Uring};
 use serde::{Deserialize, Serialize};
 use std::error::Error;
@@ -61,7 +61,7 @@ pub fn report() -> Features {
     Features {
         version: env!("CARGO_PKG_VERSION").into(),
         io_uring: io_uring(&kernel, ring),
-        ublk: ublk(support::probe()),
+        ublk: ublk(driver::probe()),
         vhost_user: vhost_user(),
         kernel,
     }
@@ -97,9 +97,9 @@ fn io_uring(kernel: &str, ring: Result<(), String>) -> Group {
     Group { available: working, reason, features }
 }
 
-fn ublk(probed: Result<Offer, Unavailable>) -> Group {
+fn ublk(probed: Result<driver::Features, Unavailable>) -> Group {
     let (bits, reason) = match probed {
-        Ok(offer) => (Some(offer.features), None),
+        Ok(offer) => (Some(offer.bits), None),
         Err(why) => (None, Some(chain(&why))),
     };
     let features = FEATURES.iter().map(|feature| {
@@ -219,7 +219,7 @@ mod tests {
     #[test]
     fn what_is_missing_names_the_kernel_that_has_it() {
         let all_but_zero_copy = !(1 << 11);
-        let group = ublk(Ok(Offer { features: all_but_zero_copy, release: "6.12.1".into() }));
+        let group = ublk(Ok(driver::Features { bits: all_but_zero_copy, release: "6.12.1".into() }));
         assert!(group.available && group.reason.is_none());
         let missing: Vec<_> = group.features.iter().filter(|feature| !feature.available).collect();
         assert_eq!(missing.len(), 1);
@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn people_see_every_feature_and_why_one_is_missing() {
-        let offer = Offer { features: 1 << 6, release: "6.12.1".into() };
+        let offer = driver::Features { bits: 1 << 6, release: "6.12.1".into() };
         let text = Features { ublk: ublk(Ok(offer)), ..report() }.to_string();
         let line = |name: &str| text.lines().find(|line| line.contains(name)).unwrap().trim().to_owned();
         assert!(line("UBLK_F_CMD_IOCTL_ENCODE").starts_with('*'));

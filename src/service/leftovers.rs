@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::frontend::ublk::{self, Found, Info, Standing};
+use crate::frontend::ublk::{self, Found, Info, Ownership};
 use serde::Serialize;
 use std::fs;
 use std::io;
@@ -143,11 +143,11 @@ fn links_in(dir: &Path) -> io::Result<Vec<(PathBuf, PathBuf)>> {
 fn described(known: &Found, link: Option<PathBuf>) -> Leftover {
     let Found { info, record } = known;
     let (volume, target) = record.clone().map(|record| (record.volume, record.target)).unzip();
-    let (state, server) = match info.standing() {
-        Standing::Served(pid) => (Fate::Served, Some(pid)),
-        Standing::Parting => (Fate::Parting, None),
-        Standing::Waiting => (Fate::Waiting, None),
-        Standing::Remains => (Fate::Remains, None),
+    let (state, server) = match info.ownership() {
+        Ownership::Served(pid) => (Fate::Served, Some(pid)),
+        Ownership::Exiting => (Fate::Parting, None),
+        Ownership::Waiting => (Fate::Waiting, None),
+        Ownership::Stale => (Fate::Remains, None),
     };
     Leftover { link, device: info.path(), volume, target, state, server }
 }
@@ -179,7 +179,7 @@ pub fn remove(which: &Which, force: bool) -> Result<Removal, RemoveError> {
     remove_in(Path::new(ublk::LINKS), which, &ublk::ours()?, |info| {
         let (device, users) = (info.path(), users_of(&[info.path()]).concat());
         // One that is served is refused for that.
-        let served = matches!(info.standing(), Standing::Served(_));
+        let served = matches!(info.ownership(), Ownership::Served(_));
         if !users.is_empty() && !force && !served {
             return Err(RemoveError::InUse { device, users: users.join(", ") });
         }
@@ -196,7 +196,7 @@ fn remove_in(
     let links = links_in(dir).map_err(|error| RemoveError::Link(dir.into(), error))?;
     let target = |link: &Path| links.iter().find(|(of, _)| of == link).map(|(_, device)| device.clone());
     let infos = known.iter().map(|known| &known.info);
-    let is_dead = |info: &&Info| !matches!(info.standing(), Standing::Served(_));
+    let is_dead = |info: &&Info| !matches!(info.ownership(), Ownership::Served(_));
     let Removal { mut gone, mut refused } = Removal::default();
     let mut stale: Vec<PathBuf> = Vec::new();
     let chosen: Vec<&Info> = match which {
@@ -266,8 +266,8 @@ mod tests {
 
     fn info(id: u32, state: State, server: Option<u32>, volume: &str) -> Found {
         let record = Record::new(volume, "null", "64M");
-        let mark = record.mark();
-        let info = Info { id, queues: 1, depth: 1, max_io: 4096, state, server, flags: 0, mark };
+        let owner_tag = record.owner_tag();
+        let info = Info { id, queues: 1, depth: 1, max_io: 4096, state, server, flags: 0, owner_tag };
         Found { info, record: Some(record) }
     }
 

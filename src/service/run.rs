@@ -21,7 +21,7 @@ use super::status::{SandboxStatus, VolumeStatus};
 use crate::block::{Causes, Errno};
 use crate::engine::config::Need;
 use crate::engine::{OpenError, Volume};
-use crate::frontend::ublk::StableName;
+use crate::frontend::ublk::prepare_directories;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::ring;
@@ -231,7 +231,7 @@ impl Service {
             shared: placement.is_shared(number),
         };
         if !config.ublk.is_empty() {
-            StableName::prepare();
+            prepare_directories();
         }
         let memory = MemoryBudget::of_process(config.vhost_user.len());
         // From here on we are no longer alone: what is given up, is given up by all.

@@ -10,7 +10,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::orders::block_signals;
+use super::thread::detached;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -33,13 +33,12 @@ pub(super) fn claim(path: &Path, limit: Duration) -> io::Result<Claim> {
     let (sender, answer) = channel();
     let path = path.to_owned();
     let open = move || {
-        block_signals();
         let flags = libc::O_CLOEXEC | libc::O_EXCL;
         let file = File::options().read(true).custom_flags(flags).open(path);
         // If nobody waits any more, it is closed.
         let _ = sender.send(file.map(Claim));
     };
-    thread::Builder::new().name("ringblk-claim".into()).spawn(open)?;
+    detached("ringblk-claim", open)?;
     answer.recv_timeout(limit).unwrap_or_else(|error| match error {
         RecvTimeoutError::Timeout => Err(io::ErrorKind::TimedOut.into()),
         RecvTimeoutError::Disconnected => Err(io::Error::other("its thread has ended")),

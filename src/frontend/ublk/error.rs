@@ -2,10 +2,10 @@
 
 #![forbid(unsafe_code)]
 
-use super::driver::Failed;
-use super::name::NameError;
-use super::options::Recovery;
-use super::support::{NoRecovery, NoZeroCopy, Unavailable};
+use super::commands::Failed;
+use super::config::Recovery;
+use super::features::{NoRecovery, NoZeroCopy, Unavailable};
+use super::symlink::NameError;
 use crate::block::Errno;
 use std::fmt;
 use std::io;
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 /// A step in a device's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verb {
+pub enum ControlOp {
     /// `UBLK_U_CMD_ADD_DEV`.
     Add,
     /// Opening its character device.
@@ -52,10 +52,10 @@ pub enum Error {
     #[error("zero-copy=on is not possible")]
     ZeroCopy(#[from] NoZeroCopy),
     /// A way to outlive the service was asked for.
-    #[error("recovery={wish} is not possible")]
+    #[error("recovery={spec} is not possible")]
     Recovery {
         /// What was asked for.
-        wish: Recovery,
+        spec: Recovery,
         /// Why not.
         source: NoRecovery,
     },
@@ -82,7 +82,7 @@ pub enum Error {
         "{}: {} s after its server died the kernel still waits for that server's requests; is its store stuck?",
         .device.display(), .after.as_secs()
     )]
-    Parting {
+    Exiting {
         /// Its disk.
         device: PathBuf,
         /// Waited for so long.
@@ -141,20 +141,20 @@ pub enum Error {
     #[error(transparent)]
     Name(#[from] NameError),
     /// The kernel said no.
-    #[error("the kernel refused to {verb} the device{}: {errno}", hint(*.verb, *.errno, *.id))]
+    #[error("the kernel refused to {op} the device{}: {errno}", hint(*.op, *.errno, *.id))]
     Refused {
         /// To do what.
-        verb: Verb,
+        op: ControlOp,
         /// Its answer.
         errno: Errno,
         /// The number that was asked for.
         id: Option<u32>,
     },
     /// The kernel said nothing.
-    #[error("the kernel did not {verb} the device in {} s", .after.as_secs())]
+    #[error("the kernel did not {op} the device in {} s", .after.as_secs())]
     TimedOut {
         /// What was asked.
-        verb: Verb,
+        op: ControlOp,
         /// Waited for so long.
         after: Duration,
     },
@@ -204,50 +204,50 @@ pub enum NoResize {
 
 impl Error {
     /// What became of a command, which was waited for no longer than `limit`.
-    pub(super) fn of(verb: Verb, failed: Failed, id: Option<u32>, limit: Duration) -> Error {
+    pub(super) fn of(op: ControlOp, failed: Failed, id: Option<u32>, limit: Duration) -> Error {
         match failed {
-            Failed::Refused(errno) => Error::Refused { verb, errno, id },
-            Failed::NoAnswer => Error::TimedOut { verb, after: limit },
+            Failed::Refused(errno) => Error::Refused { op, errno, id },
+            Failed::NoAnswer => Error::TimedOut { op, after: limit },
         }
     }
 }
 
 /// What an errno means for a command, where that is known.
-fn hint(verb: Verb, errno: Errno, id: Option<u32>) -> String {
-    match (verb, errno.raw(), id) {
-        (Verb::Add, libc::EPERM, _) => " (it wants CAP_SYS_ADMIN: run as root)".into(),
-        (Verb::Open, libc::EACCES | libc::EPERM, Some(id)) => {
+fn hint(op: ControlOp, errno: Errno, id: Option<u32>) -> String {
+    match (op, errno.raw(), id) {
+        (ControlOp::Add, libc::EPERM, _) => " (it wants CAP_SYS_ADMIN: run as root)".into(),
+        (ControlOp::Open, libc::EACCES | libc::EPERM, Some(id)) => {
             format!(" (/dev/ublkc{id} is not ours to open: run as root)")
         }
-        (Verb::Recover, libc::EBUSY, Some(id)) => {
+        (ControlOp::Recover, libc::EBUSY, Some(id)) => {
             format!(" /dev/ublkb{id} (its old server, or another one, has it open)")
         }
-        (Verb::Recover, libc::EINVAL, Some(id)) => format!(
+        (ControlOp::Recover, libc::EINVAL, Some(id)) => format!(
             " /dev/ublkb{id} (a server died while it recovered it, or it was made without recovery: give it up with \
              `ringblk remove /dev/ublkb{id}`)"
         ),
-        (Verb::Add, libc::EEXIST, Some(id)) => format!(
+        (ControlOp::Add, libc::EEXIST, Some(id)) => format!(
             " (number {id} is taken by a running device, by one whose server died, or by one that is gone and \
              still open somewhere: choose another, or leave the choice to the kernel)"
         ),
-        (Verb::Add, libc::EINVAL, _) => " (max-io must be whole pages)".into(),
+        (ControlOp::Add, libc::EINVAL, _) => " (max-io must be whole pages)".into(),
         _ => String::new(),
     }
 }
 
-impl fmt::Display for Verb {
+impl fmt::Display for ControlOp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Verb::Add => "add",
-            Verb::Open => "open",
-            Verb::Look => "describe",
-            Verb::Recover => "recover",
-            Verb::TakeOver => "take over",
-            Verb::Start => "start",
-            Verb::Resize => "resize",
-            Verb::Quiesce => "quiesce",
-            Verb::Stop | Verb::TryStop => "stop",
-            Verb::Delete => "delete",
+            ControlOp::Add => "add",
+            ControlOp::Open => "open",
+            ControlOp::Look => "describe",
+            ControlOp::Recover => "recover",
+            ControlOp::TakeOver => "take over",
+            ControlOp::Start => "start",
+            ControlOp::Resize => "resize",
+            ControlOp::Quiesce => "quiesce",
+            ControlOp::Stop | ControlOp::TryStop => "stop",
+            ControlOp::Delete => "delete",
         })
     }
 }
@@ -258,10 +258,12 @@ mod tests {
 
     #[test]
     fn refusals_say_what_to_do() {
-        let told = |verb, raw, id| Error::Refused { verb, errno: Errno::new(raw), id }.to_string();
-        assert!(told(Verb::Add, libc::EPERM, None).contains("CAP_SYS_ADMIN"));
-        assert!(told(Verb::Add, libc::EEXIST, Some(7)).contains("number 7 is taken"));
-        assert!(told(Verb::Recover, libc::EINVAL, Some(7)).contains("ringblk remove /dev/ublkb7"));
-        assert!(told(Verb::Start, libc::EIO, None).starts_with("the kernel refused to start the device: "));
+        let told = |op, raw, id| Error::Refused { op, errno: Errno::new(raw), id }.to_string();
+        assert!(told(ControlOp::Add, libc::EPERM, None).contains("CAP_SYS_ADMIN"));
+        assert!(told(ControlOp::Add, libc::EEXIST, Some(7)).contains("number 7 is taken"));
+        assert!(told(ControlOp::Recover, libc::EINVAL, Some(7)).contains("ringblk remove /dev/ublkb7"));
+        assert!(
+            told(ControlOp::Start, libc::EIO, None).starts_with("the kernel refused to start the device: ")
+        );
     }
 }

@@ -1,8 +1,8 @@
 //! What the driver knows of a device: `struct ublksrv_ctrl_dev_info` of `linux/ublk_cmd.h`.
 //!
 //! A device outlives its server, so a new server must be able to tell whose a device is. The driver keeps a number
-//! for servers and does not look at it (`ublksrv_flags`): ours is a [`Mark`] made from the volume's name and its
-//! store, set when the device is added and there for as long as it is. What it is a mark of stands in the device's
+//! for servers and does not look at it (`ublksrv_flags`): ours is a [`OwnerTag`] made from the volume's name and its
+//! store, set when the device is added and there for as long as it is. What it was made from stands in the device's
 //! [`Record`](super::record::Record).
 
 #![forbid(unsafe_code)]
@@ -29,7 +29,7 @@ pub struct Info {
     /// `UBLK_F_*`.
     pub flags: u64,
     /// Whose it is.
-    pub mark: Mark,
+    pub owner_tag: OwnerTag,
 }
 
 /// `UBLK_S_DEV_*`.
@@ -49,21 +49,21 @@ pub enum State {
 
 /// Says that a device is ours, and which volume's and store's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark(u64);
+pub struct OwnerTag(u64);
 
-/// The upper 24 bits of every mark of ours.
+/// The upper 24 bits of every tag of ours.
 const OURS: u64 = 0x72_62_6b;
 
 /// Bits of the hash below them.
 const HASH: u32 = 40;
 
-impl Mark {
+impl OwnerTag {
     /// For the volume of that name on that store: `rbk`, and a hash (FNV-1a, folded) of both.
-    pub fn of(volume: &str, store: &str) -> Mark {
+    pub fn of(volume: &str, store: &str) -> OwnerTag {
         let add = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
         // No name has a byte 0.
         let hash = volume.bytes().chain([0]).chain(store.bytes()).fold(0xcbf2_9ce4_8422_2325, add);
-        Mark(OURS << HASH | (hash ^ hash >> HASH) & ((1 << HASH) - 1))
+        OwnerTag(OURS << HASH | (hash ^ hash >> HASH) & ((1 << HASH) - 1))
     }
 
     /// Whether a ringblk made it, for whatever volume.
@@ -86,7 +86,7 @@ impl Info {
         put(12, &self.id.to_ne_bytes());
         put(16, &self.server.unwrap_or(0).to_ne_bytes());
         put(24, &self.flags.to_ne_bytes());
-        put(32, &self.mark.0.to_ne_bytes());
+        put(32, &self.owner_tag.0.to_ne_bytes());
         bytes.into()
     }
 
@@ -111,7 +111,7 @@ impl Info {
             // A signed number: -1, or 0 before there was one.
             server: word(16).filter(|pid| (1..=i32::MAX as u32).contains(pid)),
             flags: long(24)?,
-            mark: Mark(long(32)?),
+            owner_tag: OwnerTag(long(32)?),
         })
     }
 
@@ -127,31 +127,31 @@ impl Info {
 
     /// Who has it just now. Only the kernel knows for sure, and says so when a recovery is tried; this is for
     /// choosing what to try.
-    pub fn standing(&self) -> Standing {
-        self.standing_with(self.server.is_some_and(lives))
+    pub fn ownership(&self) -> Ownership {
+        self.ownership_with(self.server.is_some_and(lives))
     }
 
-    fn standing_with(&self, server_lives: bool) -> Standing {
+    fn ownership_with(&self, server_lives: bool) -> Ownership {
         match (self.state, self.server) {
-            (State::Live | State::Unknown(_), Some(server)) if server_lives => Standing::Served(server),
-            (State::Live | State::Unknown(_), _) => Standing::Parting,
-            (State::Quiesced | State::FailIo, _) => Standing::Waiting,
-            (State::Dead, _) => Standing::Remains,
+            (State::Live | State::Unknown(_), Some(server)) if server_lives => Ownership::Served(server),
+            (State::Live | State::Unknown(_), _) => Ownership::Exiting,
+            (State::Quiesced | State::FailIo, _) => Ownership::Waiting,
+            (State::Dead, _) => Ownership::Stale,
         }
     }
 }
 
 /// Who has a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum Ownership {
     /// A process that lives.
     Served(u32),
     /// Its server is dead, and the kernel has not cleared up behind it yet.
-    Parting,
+    Exiting,
     /// Nobody: it waits for a server.
     Waiting,
     /// Nobody, and there is no disk: it was never started, or stopped and not deleted.
-    Remains,
+    Stale,
 }
 
 /// `/dev/ublkbN`.
@@ -189,7 +189,7 @@ pub(super) fn sample() -> Info {
         state: State::Quiesced,
         server: Some(42),
         flags: 0,
-        mark: Mark::of("root", "null"),
+        owner_tag: OwnerTag::of("root", "null"),
     }
 }
 
@@ -211,28 +211,28 @@ mod tests {
 
     #[test]
     fn marks_tell_volumes_apart_and_others_from_us() {
-        let root = Mark::of("root", "null");
-        assert_eq!(root, Mark::of("root", "null"));
-        assert_ne!(root, Mark::of("root2", "null"));
-        assert_ne!(root, Mark::of("root", "nbd x"));
+        let root = OwnerTag::of("root", "null");
+        assert_eq!(root, OwnerTag::of("root", "null"));
+        assert_ne!(root, OwnerTag::of("root2", "null"));
+        assert_ne!(root, OwnerTag::of("root", "nbd x"));
         // Their names alone have the same hash in 32 bits.
-        assert_ne!(Mark::of("costarring", "null"), Mark::of("liquid", "null"));
-        assert!(Mark::of("", "").is_ours());
+        assert_ne!(OwnerTag::of("costarring", "null"), OwnerTag::of("liquid", "null"));
+        assert!(OwnerTag::of("", "").is_ours());
         for other in [0, 1, u64::MAX, root.0 << 1] {
-            assert!(!Mark(other).is_ours(), "{other:x}");
+            assert!(!OwnerTag(other).is_ours(), "{other:x}");
         }
     }
 
     #[test]
     fn only_what_nobody_serves_may_be_recovered() {
-        let standing = |state, server, lives| Info { state, server, ..sample() }.standing_with(lives);
-        assert_eq!(standing(State::Live, Some(42), true), Standing::Served(42));
-        assert_eq!(standing(State::Live, Some(42), false), Standing::Parting);
-        assert_eq!(standing(State::Live, None, false), Standing::Parting);
+        let ownership = |state, server, lives| Info { state, server, ..sample() }.ownership_with(lives);
+        assert_eq!(ownership(State::Live, Some(42), true), Ownership::Served(42));
+        assert_eq!(ownership(State::Live, Some(42), false), Ownership::Exiting);
+        assert_eq!(ownership(State::Live, None, false), Ownership::Exiting);
         // The number of a dead server may be somebody else's by now.
-        assert_eq!(standing(State::Quiesced, Some(42), true), Standing::Waiting);
-        assert_eq!(standing(State::FailIo, None, false), Standing::Waiting);
-        assert_eq!(standing(State::Dead, None, false), Standing::Remains);
+        assert_eq!(ownership(State::Quiesced, Some(42), true), Ownership::Waiting);
+        assert_eq!(ownership(State::FailIo, None, false), Ownership::Waiting);
+        assert_eq!(ownership(State::Dead, None, false), Ownership::Stale);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The ublk door: a volume as `/dev/ublkbN` of the kernel we run on.
+//! The ublk frontend: a volume as `/dev/ublkbN` of the kernel we run on.
 //!
 //! Two halves that meet in [`QueueSetup`]:
 //! - [`Device`], the control side: adds, recovers, starts, stops and deletes the device, with a time limit on every
@@ -12,38 +12,40 @@
 //!
 //! A device outlives a server that dies. The next one [`find`]s it, and [`Device::recover`] stands for the add.
 //!
-//! [`support`] tells what the running kernel offers, and [`StableName`] keeps `/dev/ringblk/NAME`.
+//! [`features`] tells what the running kernel offers, and [`StableName`] keeps `/dev/ringblk/NAME`.
 
-mod brake;
 mod buffers;
 mod claim;
-mod control;
+mod commands;
+pub mod config;
+mod control_thread;
+mod deadline;
 mod descriptor;
-mod driver;
+mod device;
 mod error;
+pub mod features;
 mod info;
-mod name;
-pub mod options;
-mod orders;
 mod params;
 mod queue;
+mod quiesce_flag;
 mod record;
 mod recover;
-pub mod support;
+mod spec;
+mod symlink;
+mod thread;
 mod users;
-mod wish;
 
-pub use brake::Brake;
 pub use buffers::{BufferUse, default_max_io};
 pub use claim::Claim;
-pub use control::Device;
+pub use control_thread::Answer;
 pub use descriptor::{Asked, Descriptor};
-pub use error::{Error, NoResize, Verb};
-pub use info::{Info, Mark, Standing, State};
-pub use name::{DIRECTORY as LINKS, NameError, StableName, link, target_of};
-pub use orders::Answer;
+pub use device::Device;
+pub use error::{ControlOp, Error, NoResize};
+pub use info::{Info, OwnerTag, Ownership, State};
 pub use queue::{Queue, QueueSetup, command};
-pub use record::Record;
+pub use quiesce_flag::QuiesceFlag;
+pub use record::{Record, prepare_directories};
 pub use recover::{Found, check, find, ours, remove};
+pub use spec::DeviceSpec;
+pub use symlink::{DIRECTORY as LINKS, NameError, StableName, link, target_of};
 pub use users::{openers, users};
-pub use wish::Wish;

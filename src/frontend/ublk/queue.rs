@@ -6,9 +6,9 @@
 //!
 //! The kernel wants a queue's commands from the thread that fetched first, which is the worker's.
 
-use super::brake::Brake;
 use super::buffers::{self, BufferUse};
 use super::descriptor::{Asked, Descriptor};
+use super::quiesce_flag::QuiesceFlag;
 use crate::block::{Data, Errno, Iovec, Request};
 use crate::frontend::Source;
 use crate::ring::{Core, DriverCommand, Io, Mapping, Ring, Sqe, Target, Uring};
@@ -36,7 +36,7 @@ pub struct QueueSetup {
     /// Another server may get the device after us.
     pub recoverable: bool,
     /// Stops the queue from taking requests.
-    pub brake: Arc<Brake>,
+    pub quiesce_flag: Arc<QuiesceFlag>,
     /// CPUs whose requests come to this queue.
     pub cpus: Vec<usize>,
     /// What the device's buffers take.
@@ -54,7 +54,7 @@ pub struct Queue {
     depth: u16,
     max_io: u32,
     cpus: Vec<usize>,
-    brake: Arc<Brake>,
+    quiesce_flag: Arc<QuiesceFlag>,
     complained: Cell<bool>,
     /// Behind `file`, which is a number. Last, so that it is closed after everything else is gone.
     _device: Arc<File>,
@@ -101,8 +101,18 @@ impl Queue {
     /// When the descriptors cannot be mapped, there is no address space for the buffers, (zero copy) the worker's
     /// buffer table has not `depth` places left, or (with recovery) its file table none.
     pub fn new(core: &Rc<Core<Uring>>, setup: QueueSetup) -> io::Result<Queue> {
-        let QueueSetup { device, queue, depth, max_io, zero_copy, recoverable, brake, cpus, memory, .. } =
-            setup;
+        let QueueSetup {
+            device,
+            queue,
+            depth,
+            max_io,
+            zero_copy,
+            recoverable,
+            quiesce_flag,
+            cpus,
+            memory,
+            ..
+        } = setup;
         let bytes = usize::from(depth) * size_of::<Descriptor>();
         let descriptors = Mapping::shared_read(device.as_fd(), area(queue, page_size()), bytes)?;
         let buffers = if zero_copy {
@@ -137,7 +147,7 @@ impl Queue {
             depth,
             max_io,
             cpus,
-            brake,
+            quiesce_flag,
             complained: Cell::new(false),
             _device: device,
         })
@@ -225,7 +235,7 @@ impl Source<Uring> for Queue {
                 Err(errno) => state.step = Step::Done(-errno.raw()),
             }
         };
-        if self.brake.is_pulled() {
+        if self.quiesce_flag.is_set() {
             // It stays ours, so the kernel gives it to the next server.
             std::future::pending::<()>().await;
         }

@@ -1,17 +1,17 @@
 //! What a disk is of, in full: its volume's name and its store's identity.
 //!
-//! The driver keeps 64 bits for us, the [`Mark`], which cannot be forged or lost but has no room for more than a hash.
+//! The driver keeps 64 bits for us, the [`OwnerTag`], which cannot be forged or lost but has no room for more than a hash.
 //! So each device has a file besides, `/dev/ringblk/.disks/N`, on the devtmpfs that lives as long as the kernel and its
 //! devices do (/run/ringblk goes with the service). It is written before the disk is started, so that there is one for
-//! every disk that ever had a request, and counts only where its hash is the device's mark: a file that an earlier device
+//! every disk that ever had a request, and counts only where its hash is the device's owner tag: a file that an earlier device
 //! of that number has left is nobody's.
 //!
 //! Lines of `KEY=value`, which udev reads too (`IMPORT{file}` in `systemd/60-ringblk.rules`).
 
 #![forbid(unsafe_code)]
 
-use super::info::{Info, Mark};
-use super::name::DIRECTORY;
+use super::info::{Info, OwnerTag};
+use super::symlink::DIRECTORY;
 use crate::escape::escaped;
 use std::fs;
 use std::io;
@@ -33,15 +33,21 @@ pub(super) fn directory() -> PathBuf {
     Path::new(DIRECTORY).join(".disks")
 }
 
+/// Makes the links' directory and that of the records, for a process that will soon not be able to. What goes wrong is told
+/// when a link or a record is made.
+pub fn prepare_directories() {
+    let _ = fs::create_dir_all(directory());
+}
+
 impl Record {
     /// For the disk of `volume`, whose store is `store` and was found at `target`.
     pub fn new(volume: &str, store: &str, target: &str) -> Record {
         Record { volume: volume.into(), store: store.into(), target: escaped(target) }
     }
 
-    /// What marks the device.
-    pub fn mark(&self) -> Mark {
-        Mark::of(&self.volume, &self.store)
+    /// What the device is tagged with.
+    pub fn owner_tag(&self) -> OwnerTag {
+        OwnerTag::of(&self.volume, &self.store)
     }
 
     /// Writes the record of device `id`.
@@ -75,7 +81,7 @@ impl Record {
             store: value("RINGBLK_STORE")?,
             target: value("RINGBLK_TARGET").unwrap_or_default(),
         };
-        (record.mark() == info.mark).then_some(record)
+        (record.owner_tag() == info.owner_tag).then_some(record)
     }
 
     /// Removes the record of device `id`. To be called before the device is deleted: afterwards the number may be
@@ -99,7 +105,7 @@ mod tests {
     fn it_is_read_as_it_was_written() {
         let dir = tempfile::tempdir().unwrap();
         let record = Record::new("root", "file device=8:1 inode=12 born=3.000000004", "/srv/my image\n.img");
-        let info = Info { mark: record.mark(), ..sample() };
+        let info = Info { owner_tag: record.owner_tag(), ..sample() };
         assert_eq!(Record::of_in(dir.path(), &info), None);
         record.write_in(dir.path(), info.id).unwrap();
         assert_eq!(Record::of_in(dir.path(), &info), Some(record.clone()));
@@ -113,7 +119,7 @@ mod tests {
         let record = Record::new("root", "null", "1G");
         record.write_in(dir.path(), sample().id).unwrap();
         let other = Record { store: "nbd x".into(), ..record };
-        assert_eq!(Record::of_in(dir.path(), &Info { mark: other.mark(), ..sample() }), None);
+        assert_eq!(Record::of_in(dir.path(), &Info { owner_tag: other.owner_tag(), ..sample() }), None);
         for text in ["", "RINGBLK_VOLUME=root\n", "RINGBLK_STORE=null", "\u{0}\n="] {
             fs::write(dir.path().join("3"), text).unwrap();
             assert_eq!(Record::of_in(dir.path(), &sample()), None, "{text:?}");

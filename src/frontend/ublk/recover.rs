@@ -7,14 +7,14 @@
 
 #![forbid(unsafe_code)]
 
-use super::control::{LOOK_EVERY, until};
-use super::driver::{Driver, Failed};
-use super::error::{Error, Verb};
-use super::info::{Info, Standing};
-use super::orders::delete;
+use super::commands::{ControlDevice, Failed};
+use super::control_thread::delete;
+use super::deadline::{EXIT_LIMIT, POLL_INTERVAL, until};
+use super::error::{ControlOp, Error};
+use super::info::{Info, Ownership};
 use super::params::Params;
 use super::record::{self, Record};
-use super::wish::Wish;
+use super::spec::DeviceSpec;
 use crate::block::{Geometry, SECTOR};
 use libublk::sys;
 use std::fs::{self, File};
@@ -26,9 +26,6 @@ use std::time::{Duration, Instant};
 
 /// Where the kernel lists the devices of the driver.
 const DEVICES: &str = "/sys/class/ublk-char";
-
-/// How long a server that was killed may take to be gone: as long as the store takes for its last requests.
-pub(super) const PARTING_LIMIT: Duration = Duration::from_secs(60);
 
 /// After so long it is said that we wait.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -56,12 +53,12 @@ pub fn ours() -> Result<Vec<Found>, Error> {
         return Ok(Vec::new());
     }
     ids.sort_unstable();
-    let failed = |failed| Error::of(Verb::Look, failed, None, LOOK_LIMIT);
-    let mut driver = Driver::open().map_err(|error| failed(error.into()))?;
+    let failed = |failed| Error::of(ControlOp::Look, failed, None, LOOK_LIMIT);
+    let mut driver = ControlDevice::open().map_err(|error| failed(error.into()))?;
     let mut found = Vec::new();
     for id in ids {
         match driver.info(id, until(LOOK_LIMIT)) {
-            Ok(info) if info.mark.is_ours() => found.push(Found { record: Record::of(&info), info }),
+            Ok(info) if info.owner_tag.is_ours() => found.push(Found { record: Record::of(&info), info }),
             Ok(_) => {}
             // It went in the meantime, or was made without privileges, as ours are not.
             Err(Failed::Refused(errno)) if [libc::ENODEV, libc::EINVAL].contains(&errno.raw()) => {}
@@ -82,11 +79,11 @@ fn numbers(directory: &Path) -> Vec<u32> {
 
 impl Found {
     /// Whether it is the one that a server of `wanted`'s volume would want, on whichever store. Without a record the
-    /// mark must do, which is of the volume and the store.
+    /// owner tag must do, which is of the volume and the store.
     fn is_of(&self, wanted: &Record) -> bool {
         match &self.record {
             Some(record) => record.volume == wanted.volume,
-            None => self.info.mark == wanted.mark(),
+            None => self.info.owner_tag == wanted.owner_tag(),
         }
     }
 
@@ -97,7 +94,7 @@ impl Found {
         let other = record.store == wanted.store && !volumes.contains(&record.volume.as_str());
         // What has no store cannot have the same.
         let keeps = wanted.store.contains(' ');
-        let waits = matches!(self.info.standing(), Standing::Waiting | Standing::Parting);
+        let waits = matches!(self.info.ownership(), Ownership::Waiting | Ownership::Exiting);
         (other && keeps && waits).then_some(&record.volume)
     }
 }
@@ -132,39 +129,39 @@ pub fn find(
             return Err(Error::Several { volume: volume.into(), devices: devices.join(", ") });
         }
     };
-    let refused = |failed| Error::of(Verb::Look, failed, Some(found.info.id), LOOK_LIMIT);
-    let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
+    let refused = |failed| Error::of(ControlOp::Look, failed, Some(found.info.id), LOOK_LIMIT);
+    let mut driver = ControlDevice::open().map_err(|error| refused(error.into()))?;
     let since = Instant::now();
     let mut told = false;
     loop {
         let info = match driver.info(found.info.id, until(LOOK_LIMIT)) {
-            Ok(now) if now.mark == found.info.mark => now,
+            Ok(now) if now.owner_tag == found.info.owner_tag => now,
             // Gone, or another device by now.
             Ok(_) => return Ok(None),
             Err(failed) if is_gone(failed) => return Ok(None),
             Err(failed) => return Err(refused(failed)),
         };
         let device = info.path();
-        match info.standing() {
-            Standing::Served(pid) => return Err(Error::Served { device, volume: volume.into(), pid }),
-            Standing::Waiting => return Ok(Some(Found { info, record: found.record.clone() })),
-            Standing::Remains => {
+        match info.ownership() {
+            Ownership::Served(pid) => return Err(Error::Served { device, volume: volume.into(), pid }),
+            Ownership::Waiting => return Ok(Some(Found { info, record: found.record.clone() })),
+            Ownership::Stale => {
                 remove_remains(&info, volume)?;
                 return Ok(None);
             }
-            Standing::Parting => {}
+            Ownership::Exiting => {}
         }
         if given_up.load(Ordering::Relaxed) {
             return Err(Error::GivenUp);
         }
-        if since.elapsed() > PARTING_LIMIT {
-            return Err(Error::Parting { device, after: since.elapsed() });
+        if since.elapsed() > EXIT_LIMIT {
+            return Err(Error::Exiting { device, after: since.elapsed() });
         }
         if since.elapsed() > PATIENCE && !told {
             told = true;
             log::info!("{}: waiting for its dead server's last requests", device.display());
         }
-        thread::sleep(LOOK_EVERY);
+        thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -178,37 +175,37 @@ fn remove_remains(info: &Info, volume: &str) -> Result<(), Error> {
         }
         _ => log::info!("{}: its disk is gone; removing what is left", info.path().display()),
     }
-    let refused = |failed| Error::of(Verb::Delete, failed, Some(info.id), LOOK_LIMIT);
-    let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
+    let refused = |failed| Error::of(ControlOp::Delete, failed, Some(info.id), LOOK_LIMIT);
+    let mut driver = ControlDevice::open().map_err(|error| refused(error.into()))?;
     Record::remove(info.id);
     delete(&mut driver, info.id).map_err(refused)
 }
 
-/// Whether `found` is of the store that `wish` is of, and as it would have made it for a volume that looks like
+/// Whether `found` is of the store that `spec` is of, and as it would have made it for a volume that looks like
 /// `geometry`. Only its size may differ, and only be smaller than the volume.
 ///
 /// # Errors
 /// All that differs, and what to do; or that the driver does not tell.
-pub fn check(found: &Found, wish: &Wish, geometry: &Geometry) -> Result<(), Error> {
+pub fn check(found: &Found, spec: &DeviceSpec, geometry: &Geometry) -> Result<(), Error> {
     let Found { info, record } = found;
-    let refused = |failed| Error::of(Verb::Look, failed, Some(info.id), LOOK_LIMIT);
-    let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
+    let refused = |failed| Error::of(ControlOp::Look, failed, Some(info.id), LOOK_LIMIT);
+    let mut driver = ControlDevice::open().map_err(|error| refused(error.into()))?;
     let params = driver.params(info.id, until(LOOK_LIMIT)).map_err(refused)?;
-    let wanted = Params::new(geometry, wish.max_io, wish.zero_copy);
-    let mut differences = differences(info, &params, wish, &wanted, possible_cpus());
+    let wanted = Params::new(geometry, spec.max_io, spec.zero_copy);
+    let mut differences = differences(info, &params, spec, &wanted, possible_cpus());
     match record {
-        Some(record) => differences.extend(other_store(record, &wish.record)),
+        Some(record) => differences.extend(other_store(record, &spec.record)),
         None => log::warn!(
-            "{}: has no record in {}; its mark says that it is volume {}'s, on this store",
+            "{}: has no record in {}; its owner tag says that it is volume {}'s, on this store",
             info.path().display(),
             record::directory().display(),
-            wish.record.volume
+            spec.record.volume
         ),
     }
     if differences.is_empty() {
         return Ok(());
     }
-    let volume = wish.record.volume.clone();
+    let volume = spec.record.volume.clone();
     Err(Error::Differs { device: info.path(), volume, differences: differences.join("; ") })
 }
 
@@ -231,15 +228,15 @@ fn other_store(own: &Record, wanted: &Record) -> Option<String> {
 }
 
 /// What differs, in words.
-fn differences(found: &Info, params: &Params, wish: &Wish, wanted: &Params, cpus: u16) -> Vec<String> {
-    let asked = wish.info();
+fn differences(found: &Info, params: &Params, spec: &DeviceSpec, wanted: &Params, cpus: u16) -> Vec<String> {
+    let asked = spec.info();
     let mut all = Vec::new();
     let mut compare = |name: &str, own: u64, wanted: u64| {
         if own != wanted {
             all.push(format!("{name}: it has {own}, the configuration asks for {wanted}"));
         }
     };
-    compare("id", found.id.into(), wish.id.unwrap_or(found.id).into());
+    compare("id", found.id.into(), spec.id.unwrap_or(found.id).into());
     // The kernel grants one a CPU at most.
     compare("queues", found.queues.into(), asked.queues.min(cpus).into());
     compare("depth", found.depth.into(), asked.depth.into());
@@ -282,23 +279,23 @@ fn last_number(text: &str) -> Option<u16> {
 /// # Errors
 /// When a process serves it, or the driver refuses or does not answer in a minute.
 pub fn remove(info: &Info) -> Result<(), Error> {
-    let refused = |failed| Error::of(Verb::Delete, failed, Some(info.id), PARTING_LIMIT);
-    let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
-    let mut go_on = until(PARTING_LIMIT);
+    let refused = |failed| Error::of(ControlOp::Delete, failed, Some(info.id), EXIT_LIMIT);
+    let mut driver = ControlDevice::open().map_err(|error| refused(error.into()))?;
+    let mut go_on = until(EXIT_LIMIT);
     loop {
         let info = match driver.info(info.id, &mut go_on) {
-            Ok(now) if now.mark == info.mark => now,
+            Ok(now) if now.owner_tag == info.owner_tag => now,
             // Gone, or another device by now.
             Ok(_) => return Ok(()),
             Err(failed) if is_gone(failed) => return Ok(()),
             Err(failed) => return Err(refused(failed)),
         };
-        match info.standing() {
-            Standing::Served(pid) => return Err(Error::InService { device: info.path(), pid }),
+        match info.ownership() {
+            Ownership::Served(pid) => return Err(Error::InService { device: info.path(), pid }),
             // A stop would wait for requests that nobody answers.
-            Standing::Parting if go_on() => thread::sleep(LOOK_EVERY),
-            Standing::Parting => return Err(Error::Parting { device: info.path(), after: PARTING_LIMIT }),
-            Standing::Waiting | Standing::Remains => break,
+            Ownership::Exiting if go_on() => thread::sleep(POLL_INTERVAL),
+            Ownership::Exiting => return Err(Error::Exiting { device: info.path(), after: EXIT_LIMIT }),
+            Ownership::Waiting | Ownership::Stale => break,
         }
     }
     let gone = |failed| if is_gone(failed) { Ok(()) } else { Err(refused(failed)) };
@@ -314,12 +311,12 @@ fn is_gone(failed: Failed) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::config::Recovery;
     use super::super::info::{State, sample};
-    use super::super::options::Recovery;
     use super::*;
 
-    fn wish() -> Wish {
-        Wish {
+    fn spec() -> DeviceSpec {
+        DeviceSpec {
             record: Record::new("root", "file device=8:1 inode=2 born=3", "/a"),
             id: None,
             queues: 2,
@@ -335,27 +332,30 @@ mod tests {
         Geometry::new(bytes, 512).unwrap()
     }
 
-    /// What keeps a server of `wish` from a device that was made with `made`.
-    fn between(made: &Wish, wish: &Wish, sizes: (u64, u64)) -> Vec<String> {
+    /// What keeps a server of `spec` from a device that was made with `made`.
+    fn between(made: &DeviceSpec, spec: &DeviceSpec, sizes: (u64, u64)) -> Vec<String> {
         let info = Info { flags: made.info().flags, depth: made.depth, queues: made.queues, ..sample() };
-        let params = |wish: &Wish, bytes| Params::new(&geometry(bytes), wish.max_io, wish.zero_copy);
-        differences(&info, &params(made, sizes.0), wish, &params(wish, sizes.1), 8)
+        let params = |spec: &DeviceSpec, bytes| Params::new(&geometry(bytes), spec.max_io, spec.zero_copy);
+        differences(&info, &params(made, sizes.0), spec, &params(spec, sizes.1), 8)
     }
 
     #[test]
     fn the_same_configuration_recovers() {
         let same = (1 << 20, 1 << 20);
-        assert!(between(&wish(), &wish(), same).is_empty());
+        assert!(between(&spec(), &spec(), same).is_empty());
         // The kernel of another boot is out of the question, but a driver that has more to offer now is not.
-        assert!(between(&Wish { features: 0, ..wish() }, &wish(), same).is_empty());
-        assert!(between(&wish(), &Wish { id: Some(3), ..wish() }, same).is_empty());
+        assert!(between(&DeviceSpec { features: 0, ..spec() }, &spec(), same).is_empty());
+        assert!(between(&spec(), &DeviceSpec { id: Some(3), ..spec() }, same).is_empty());
         // Sixteen queues on eight CPUs are eight.
-        assert!(between(&Wish { queues: 8, ..wish() }, &Wish { queues: 16, ..wish() }, same).is_empty());
+        assert!(
+            between(&DeviceSpec { queues: 8, ..spec() }, &DeviceSpec { queues: 16, ..spec() }, same)
+                .is_empty()
+        );
     }
 
     #[test]
     fn a_disk_is_of_one_store() {
-        let own = &wish().record;
+        let own = &spec().record;
         assert_eq!(other_store(own, &Record { target: "/link/to/a".into(), ..own.clone() }), None);
         let other = Record { store: "file device=8:1 inode=4 born=5".into(), ..own.clone() };
         assert!(other_store(own, &other).unwrap().contains("/a is not what it was"));
@@ -366,14 +366,14 @@ mod tests {
 
     #[test]
     fn names_and_stores_find_a_disk() {
-        let record = wish().record;
+        let record = spec().record;
         let found = |record: Option<&Record>, info: Info| Found { info, record: record.cloned() };
         let other = Record { volume: "data".into(), ..record.clone() };
-        // By its record, whatever its mark; without one, by the mark of both.
+        // By its record, whatever its tag; without one, by the tag of both.
         assert!(found(Some(&record), sample()).is_of(&Record { store: "nbd x".into(), ..record.clone() }));
-        assert!(!found(Some(&other), Info { mark: record.mark(), ..sample() }).is_of(&record));
-        assert!(found(None, Info { mark: record.mark(), ..sample() }).is_of(&record));
-        assert!(!found(None, Info { mark: other.mark(), ..sample() }).is_of(&record));
+        assert!(!found(Some(&other), Info { owner_tag: record.owner_tag(), ..sample() }).is_of(&record));
+        assert!(found(None, Info { owner_tag: record.owner_tag(), ..sample() }).is_of(&record));
+        assert!(!found(None, Info { owner_tag: other.owner_tag(), ..sample() }).is_of(&record));
         // The store of a disk that waits under another name is taken, unless that name is served too.
         let waits = found(Some(&other), sample());
         assert_eq!(waits.other_name(&record, &["root"]), Some("data"));
@@ -398,23 +398,23 @@ mod tests {
     fn whatever_differs_is_named() {
         let same = (1 << 20, 1 << 20);
         for (other, word) in [
-            (Wish { queues: 4, ..wish() }, "queues: it has 2, the configuration asks for 4"),
-            (Wish { depth: 64, ..wish() }, "depth: it has 128, the configuration asks for 64"),
-            (Wish { max_io: 4096, ..wish() }, "max-io: it has 524288"),
-            (Wish { id: Some(4), ..wish() }, "id: it has 3"),
-            (Wish { recovery: Recovery::Off, ..wish() }, "USER_RECOVERY: it is on"),
-            (Wish { recovery: Recovery::Queue, ..wish() }, "USER_RECOVERY_REISSUE: it is on"),
-            (Wish { zero_copy: true, ..wish() }, "zero copy"),
+            (DeviceSpec { queues: 4, ..spec() }, "queues: it has 2, the configuration asks for 4"),
+            (DeviceSpec { depth: 64, ..spec() }, "depth: it has 128, the configuration asks for 64"),
+            (DeviceSpec { max_io: 4096, ..spec() }, "max-io: it has 524288"),
+            (DeviceSpec { id: Some(4), ..spec() }, "id: it has 3"),
+            (DeviceSpec { recovery: Recovery::Off, ..spec() }, "USER_RECOVERY: it is on"),
+            (DeviceSpec { recovery: Recovery::Queue, ..spec() }, "USER_RECOVERY_REISSUE: it is on"),
+            (DeviceSpec { zero_copy: true, ..spec() }, "zero copy"),
         ] {
-            let found = between(&wish(), &other, same);
+            let found = between(&spec(), &other, same);
             assert!(found.iter().any(|text| text.contains(word)), "{word}: {found:?}");
         }
     }
 
     #[test]
     fn a_volume_may_have_grown_and_not_shrunk() {
-        assert!(between(&wish(), &wish(), (1 << 20, 1 << 21)).is_empty());
-        let found = between(&wish(), &wish(), (1 << 21, 1 << 20));
+        assert!(between(&spec(), &spec(), (1 << 20, 1 << 21)).is_empty());
+        let found = between(&spec(), &spec(), (1 << 21, 1 << 20));
         assert_eq!(found, ["size: it has 2097152 bytes, the volume only 1048576"]);
     }
 

@@ -17,7 +17,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
-use crate::frontend::ublk::options::UblkConfig;
+use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::sandbox::Mode;
 

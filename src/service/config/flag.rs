@@ -12,7 +12,7 @@ use serde::forward_to_deserialize_any;
 
 use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::nbd::is_uri;
-use crate::frontend::ublk::options::UblkConfig;
+use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 
 /// `NAME=DRIVER:TARGET[,key=value...]`

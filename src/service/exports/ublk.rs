@@ -6,9 +6,9 @@ mod leave;
 
 use crate::block::SECTOR;
 use crate::engine::{Identity, Volume};
-use crate::frontend::ublk::options::{Recovery, UblkConfig, ZeroCopy};
-use crate::frontend::ublk::support::{self, NoZeroCopy, Offer};
-use crate::frontend::ublk::{self, Claim, Device, Found, NoResize, Record, StableName, Wish};
+use crate::frontend::ublk::config::{Recovery, UblkConfig, ZeroCopy};
+use crate::frontend::ublk::features::{self, Features, NoZeroCopy};
+use crate::frontend::ublk::{self, Claim, Device, DeviceSpec, Found, NoResize, Record, StableName};
 use crate::service::status::UblkStatus;
 use crate::worker::{Lent, Link};
 use leave::Phase;
@@ -18,7 +18,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 /// How often a start is looked at for a reason why it will never finish.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The longest that a new size may take.
 const RESIZE_LIMIT: Duration = Duration::from_secs(10);
@@ -31,7 +31,7 @@ pub struct UblkExport {
     status: UblkStatus,
     volume: Arc<Volume>,
     links: Vec<Link>,
-    offer: Offer,
+    features: Features,
     recovery: Recovery,
     /// Queues that have not ended: each hears when it has.
     ends: Vec<Receiver<()>>,
@@ -116,17 +116,18 @@ impl UblkExport {
         if others.given_up.load(Ordering::Relaxed) {
             return Err(ublk::Error::GivenUp);
         }
-        let offer = support::probe()?;
+        let features = features::probe()?;
         let copy = match config.zero_copy {
             ZeroCopy::Auto if !volume.capabilities().prefers_registered => ZeroCopy::Off,
-            wish => wish,
+            spec => spec,
         };
-        let zero_copy = offer.zero_copy(copy, volume.capabilities().registered)?;
-        let recovery = offer.recovery(config.recovery, volume.capabilities().persists).map_err(|source| {
-            ublk::Error::Recovery { wish: config.recovery.unwrap_or(Recovery::Reissue), source }
-        })?;
+        let zero_copy = features.zero_copy(copy, volume.capabilities().registered)?;
+        let recovery =
+            features.recovery(config.recovery, volume.capabilities().persists).map_err(|source| {
+                ublk::Error::Recovery { spec: config.recovery.unwrap_or(Recovery::Reissue), source }
+            })?;
         let queues = u16::try_from(links.len()).unwrap_or(UblkConfig::MAX_QUEUES);
-        let wish = Wish {
+        let spec = DeviceSpec {
             record: Record::new(&config.volume, volume.identity().as_str(), others.target),
             id: config.id,
             queues,
@@ -134,13 +135,13 @@ impl UblkExport {
             max_io: config.max_io.unwrap_or_else(|| ublk::default_max_io(zero_copy, queues, config.depth)),
             zero_copy,
             recovery,
-            features: offer.features,
+            features: features.bits,
         };
-        let found = ublk::find(&wish.record, &others.volumes, others.found, others.given_up)?;
+        let found = ublk::find(&spec.record, &others.volumes, others.found, others.given_up)?;
         let path = found.as_ref().map(|found| found.info.path());
         let name = StableName::check(&config.volume, path.as_deref())?;
         let device = match found {
-            None => Device::add(&wish, volume.geometry())?,
+            None => Device::add(&spec, volume.geometry())?,
             Some(found) => {
                 let info = &found.info;
                 let (device, server) =
@@ -149,8 +150,8 @@ impl UblkExport {
                     "{}: waits for a server since process{server} ended: recovering",
                     device.display()
                 );
-                ublk::check(&found, &wish, volume.geometry())?;
-                Device::recover(info, &wish, volume.geometry(), others.given_up)?
+                ublk::check(&found, &spec, volume.geometry())?;
+                Device::recover(info, &spec, volume.geometry(), others.given_up)?
             }
         };
         let status = UblkStatus {
@@ -168,7 +169,7 @@ impl UblkExport {
         };
         let (volume, links) = (volume.clone(), links.to_vec());
         let (ends, phase, claim) = (Vec::new(), Phase::Live, None);
-        Ok(UblkExport { device, name, status, volume, links, offer, recovery, ends, phase, claim })
+        Ok(UblkExport { device, name, status, volume, links, features, recovery, ends, phase, claim })
     }
 
     /// How it runs.
@@ -182,8 +183,8 @@ impl UblkExport {
     /// # Errors
     /// Why it cannot.
     pub fn can_resize(&self) -> Result<(), ublk::Error> {
-        if !self.offer.resizes() {
-            return Err(NoResize::Kernel { release: self.offer.release.clone() }.into());
+        if !self.features.resizes() {
+            return Err(NoResize::Kernel { release: self.features.release.clone() }.into());
         }
         match self.phase {
             Phase::Live => Ok(()),
@@ -220,8 +221,8 @@ impl UblkExport {
         self.wait_for_start(given_up)?;
         self.name.point_to(&self.status.device)?;
         if self.recovery != Recovery::Off
-            && !self.offer.notices_deaths()
-            && let Err(error) = self.device.look_often()
+            && !self.features.detects_server_exit()
+            && let Err(error) = self.device.set_short_io_timeout()
         {
             let device = self.status.device.display();
             log::info!("{device}: recovery may take half a minute: its io_timeout cannot be set: {error}");
@@ -254,7 +255,7 @@ impl UblkExport {
     fn wait_for_start(&self, given_up: &AtomicBool) -> Result<(), ublk::Error> {
         let answer = self.device.start();
         loop {
-            if let Some(result) = answer.try_wait(Instant::now() + LOOK_EVERY) {
+            if let Some(result) = answer.try_wait(Instant::now() + POLL_INTERVAL) {
                 return result;
             }
             let dead = |end: &Receiver<()>| !matches!(end.try_recv(), Err(TryRecvError::Empty));

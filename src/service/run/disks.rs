@@ -2,7 +2,7 @@
 
 use super::{Error, Shared, lock};
 use crate::engine::Volume;
-use crate::frontend::ublk::options::UblkConfig;
+use crate::frontend::ublk::config::UblkConfig;
 use crate::service::config::Config;
 use crate::service::exports::Export;
 use crate::service::exports::ublk::{self, Others, UblkExport};

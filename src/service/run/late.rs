@@ -10,7 +10,7 @@ use crate::block::Causes;
 use crate::engine::config::VolumeConfig;
 use crate::engine::{Opener, Volume};
 use crate::frontend::ublk;
-use crate::frontend::ublk::options::UblkConfig;
+use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::options::VhostUserConfig;
 use crate::service::exports::Export;

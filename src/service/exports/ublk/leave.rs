@@ -4,7 +4,7 @@
 
 use super::super::Abandoned;
 use super::UblkExport;
-use crate::frontend::ublk::options::Recovery;
+use crate::frontend::ublk::config::Recovery;
 use crate::frontend::ublk::{self, Answer};
 use std::fmt::Display;
 use std::io;
@@ -184,7 +184,7 @@ impl UblkExport {
             Recovery::Off => Err(self.abandoned(&"it cannot be handed over with recovery=off")),
             // The requests that we are given while we leave would fail.
             Recovery::Queue if !self.device.quiesces() => {
-                let release = &self.offer.release;
+                let release = &self.features.release;
                 let reason = format!(
                     "with recovery=queue it can be handed over on kernels with UBLK_F_QUIESCE, which came with Linux \
                      6.16 (this is {release}); with recovery=reissue on all"
@@ -246,7 +246,7 @@ impl UblkExport {
 
     /// Takes no more requests, and waits for those that we have. Whether they are over by `deadline`.
     fn hold(&mut self, deadline: Instant) -> bool {
-        self.device.brake().pull();
+        self.device.quiesce_flag().set();
         let left = || deadline.saturating_duration_since(Instant::now());
         let answers: Vec<_> = self.links.iter().map(|link| link.drain(self.volume.clone(), left())).collect();
         // A worker that has ended has no requests. Those that wait for a store to come back are not drained.
@@ -301,14 +301,15 @@ fn done(result: Result<(), ublk::Error>) -> Result<(), ublk::Error> {
 mod tests {
     use super::*;
     use crate::block::Errno;
-    use crate::frontend::ublk::Verb;
+    use crate::frontend::ublk::ControlOp;
 
     #[test]
     fn a_device_deleted_by_others_is_gone() {
-        let refused = |raw| Err(ublk::Error::Refused { verb: Verb::Stop, errno: Errno::new(raw), id: None });
+        let refused =
+            |raw| Err(ublk::Error::Refused { op: ControlOp::Stop, errno: Errno::new(raw), id: None });
         assert!(done(refused(libc::ENODEV)).is_ok());
         assert!(done(refused(libc::ENOENT)).is_ok());
         assert!(done(refused(libc::EBUSY)).is_err());
-        assert!(done(Err(ublk::Error::TimedOut { verb: Verb::Stop, after: Duration::ZERO })).is_err());
+        assert!(done(Err(ublk::Error::TimedOut { op: ControlOp::Stop, after: Duration::ZERO })).is_err());
     }
 }

@@ -6,9 +6,9 @@
 
 #![forbid(unsafe_code)]
 
+use super::features::CONTROL;
 use super::info::Info;
 use super::params::{self, Params};
-use super::support::CONTROL;
 use crate::block::Errno;
 use crate::ring::CommandRing;
 use libublk::sys;
@@ -36,27 +36,27 @@ const CPU_MASK: usize = 1024;
 
 /// The control device and a ring for its commands, which belongs to the thread that opened it. Dropping it cancels
 /// a command that was given up.
-pub(super) struct Driver {
+pub(super) struct ControlDevice {
     control: File,
     ring: CommandRing,
 }
 
-impl Driver {
+impl ControlDevice {
     /// Opens the control device.
     ///
     /// # Errors
     /// When there is none, or none for us, or no io_uring.
-    pub fn open() -> io::Result<Driver> {
+    pub fn open() -> io::Result<ControlDevice> {
         let control = File::options().read(true).write(true).open(CONTROL)?;
-        Ok(Driver { control, ring: CommandRing::new()? })
+        Ok(ControlDevice { control, ring: CommandRing::new()? })
     }
 
-    /// Adds the device that `wish` describes (id `u32::MAX`: the kernel picks); what it became.
+    /// Adds the device that `spec` describes (id `u32::MAX`: the kernel picks); what it became.
     ///
     /// # Errors
     /// `EEXIST` for a number that is taken.
-    pub fn add(&mut self, wish: &Info, go_on: impl FnMut() -> bool) -> Result<Info, Failed> {
-        let payload = self.run(sys::UBLK_U_CMD_ADD_DEV, wish.id, 0, wish.bytes(), go_on)?;
+    pub fn add(&mut self, spec: &Info, go_on: impl FnMut() -> bool) -> Result<Info, Failed> {
+        let payload = self.run(sys::UBLK_U_CMD_ADD_DEV, spec.id, 0, spec.bytes(), go_on)?;
         Info::read(&payload).ok_or(Failed::Refused(Errno::EIO))
     }
 

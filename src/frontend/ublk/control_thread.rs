@@ -6,15 +6,15 @@
 
 #![forbid(unsafe_code)]
 
-use super::control::{LOOK_EVERY, until};
-use super::driver::{Driver, Failed};
-use super::error::{Error, Verb};
+use super::commands::{ControlDevice, Failed};
+use super::deadline::{POLL_INTERVAL, until};
+use super::error::{ControlOp, Error};
 use super::info;
 use super::params::Params;
+use super::thread::detached;
 use crate::block::Errno;
 use crate::ring::set_io_flusher;
 use libublk::sys;
-use nix::sys::signal::SigSet;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,15 +30,15 @@ const START_LIMIT: Duration = Duration::from_secs(60);
 const FREE_LIMIT: Duration = Duration::from_secs(1);
 
 /// The way to a device's thread, which ends with it.
-pub(super) struct Orders {
-    sender: Sender<Order>,
+pub(super) struct ControlThread {
+    sender: Sender<ControlCommand>,
     /// Set when a start is not worth waiting for.
     hopeless: Arc<AtomicBool>,
 }
 
 /// What the control thread is told.
-struct Order {
-    verb: Verb,
+struct ControlCommand {
+    op: ControlOp,
     /// Sectors, or milliseconds.
     data: u64,
     reply: Sender<Result<(), Failed>>,
@@ -46,7 +46,7 @@ struct Order {
 
 /// The kernel's answer to a command, which comes or does not.
 pub struct Answer {
-    verb: Verb,
+    op: ControlOp,
     since: Instant,
     reply: Receiver<Result<(), Failed>>,
 }
@@ -64,7 +64,7 @@ impl Answer {
     pub fn try_wait(&self, deadline: Instant) -> Option<Result<(), Error>> {
         match self.reply.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(Ok(())) => Some(Ok(())),
-            Ok(Err(Failed::Refused(errno))) => Some(Err(Error::Refused { verb: self.verb, errno, id: None })),
+            Ok(Err(Failed::Refused(errno))) => Some(Err(Error::Refused { op: self.op, errno, id: None })),
             Ok(Err(Failed::NoAnswer)) => Some(Err(self.no_answer())),
             Err(RecvTimeoutError::Timeout) => None,
             Err(RecvTimeoutError::Disconnected) => Some(Err(ended())),
@@ -72,29 +72,34 @@ impl Answer {
     }
 
     fn no_answer(&self) -> Error {
-        Error::TimedOut { verb: self.verb, after: self.since.elapsed() }
+        Error::TimedOut { op: self.op, after: self.since.elapsed() }
     }
 }
 
-impl Orders {
+impl ControlThread {
     /// Starts the thread, for device `id`, which gets `params` when it is first started.
     ///
     /// # Errors
     /// When there is no thread to be had.
-    pub fn new(id: u32, params: Params) -> Result<Orders, Error> {
+    pub fn new(id: u32, params: Params) -> Result<ControlThread, Error> {
         let (sender, inbox) = channel();
         let hopeless = Arc::new(AtomicBool::new(false));
         let flag = hopeless.clone();
-        spawn(move || obey(id, &params, &inbox, &flag))?;
-        Ok(Orders { sender, hopeless })
+        let body = move || {
+            // A command may wait for I/O on the disk, and must not wait for memory meanwhile.
+            set_io_flusher();
+            run(id, &params, &inbox, &flag);
+        };
+        detached("ringblk-ublk", body).map_err(Error::Thread)?;
+        Ok(ControlThread { sender, hopeless })
     }
 
-    /// Has `verb` done. `data` is a number of sectors, or of milliseconds.
-    pub fn give(&self, verb: Verb, data: u64) -> Answer {
+    /// Has `op` done. `data` is a number of sectors, or of milliseconds.
+    pub fn submit(&self, op: ControlOp, data: u64) -> Answer {
         let (reply, answer) = channel();
         // A thread that is gone has dropped its inbox, and with it the reply: `wait` will tell.
-        let _ = self.sender.send(Order { verb, data, reply });
-        Answer { verb, since: Instant::now(), reply: answer }
+        let _ = self.sender.send(ControlCommand { op, data, reply });
+        Answer { op, since: Instant::now(), reply: answer }
     }
 
     /// Gives up a start that cannot come to its end.
@@ -103,39 +108,47 @@ impl Orders {
     }
 }
 
-/// On the control thread: carries orders out until nobody gives any.
-fn obey(id: u32, params: &Params, inbox: &Receiver<Order>, hopeless: &AtomicBool) {
-    for Order { verb, data, reply } in inbox {
-        let _ = reply.send(carry_out(id, params, verb, data, hopeless));
+/// On the control thread: carries commands out until nobody submits any.
+fn run(id: u32, params: &Params, inbox: &Receiver<ControlCommand>, hopeless: &AtomicBool) {
+    for ControlCommand { op, data, reply } in inbox {
+        let _ = reply.send(carry_out(id, params, op, data, hopeless));
     }
 }
 
 /// Each with a ring of its own, which cancels the command when it was given up.
-fn carry_out(id: u32, params: &Params, verb: Verb, data: u64, hopeless: &AtomicBool) -> Result<(), Failed> {
-    let mut driver = Driver::open()?;
+fn carry_out(
+    id: u32,
+    params: &Params,
+    op: ControlOp,
+    data: u64,
+    hopeless: &AtomicBool,
+) -> Result<(), Failed> {
+    let mut driver = ControlDevice::open()?;
     let mut in_time = until(START_LIMIT);
     let mut go_on = || in_time() && !hopeless.load(Ordering::Relaxed);
     let us = u64::from(std::process::id());
-    match verb {
-        Verb::Start => {
+    match op {
+        ControlOp::Start => {
             driver.set_params(id, params, &mut go_on)?;
             driver.plain(sys::UBLK_U_CMD_START_DEV, id, us, go_on)
         }
-        Verb::TakeOver => driver.plain(sys::UBLK_U_CMD_END_USER_RECOVERY, id, us, go_on),
+        ControlOp::TakeOver => driver.plain(sys::UBLK_U_CMD_END_USER_RECOVERY, id, us, go_on),
         // It waits for requests in flight, however long the store takes for them.
-        Verb::Stop => driver.plain(sys::UBLK_U_CMD_STOP_DEV, id, 0, || true),
+        ControlOp::Stop => driver.plain(sys::UBLK_U_CMD_STOP_DEV, id, 0, || true),
         // It fails where anybody has the disk open, and then changes nothing.
-        Verb::TryStop => driver.plain(sys::UBLK_U_CMD_TRY_STOP_DEV, id, 0, || true),
-        Verb::Resize => driver.plain(sys::UBLK_U_CMD_UPDATE_SIZE, id, data, in_time),
-        Verb::Quiesce => driver.plain(sys::UBLK_U_CMD_QUIESCE_DEV, id, data, || true),
-        Verb::Delete => delete(&mut driver, id),
-        Verb::Add | Verb::Open | Verb::Look | Verb::Recover => Err(Failed::Refused(Errno::EINVAL)),
+        ControlOp::TryStop => driver.plain(sys::UBLK_U_CMD_TRY_STOP_DEV, id, 0, || true),
+        ControlOp::Resize => driver.plain(sys::UBLK_U_CMD_UPDATE_SIZE, id, data, in_time),
+        ControlOp::Quiesce => driver.plain(sys::UBLK_U_CMD_QUIESCE_DEV, id, data, || true),
+        ControlOp::Delete => delete(&mut driver, id),
+        ControlOp::Add | ControlOp::Open | ControlOp::Look | ControlOp::Recover => {
+            Err(Failed::Refused(Errno::EINVAL))
+        }
     }
 }
 
 /// Deletes a device, and gives its number some time to become free, so that who starts us again gets it. It stays
 /// taken for as long as anybody has the dead disk open, which is not waited for.
-pub(super) fn delete(driver: &mut Driver, id: u32) -> Result<(), Failed> {
+pub(super) fn delete(driver: &mut ControlDevice, id: u32) -> Result<(), Failed> {
     driver.plain(sys::UBLK_U_CMD_DEL_DEV_ASYNC, id, 0, || true)?;
     let mut go_on = until(FREE_LIMIT);
     while driver.info(id, || true).is_ok() {
@@ -144,28 +157,9 @@ pub(super) fn delete(driver: &mut Driver, id: u32) -> Result<(), Failed> {
             log::info!("{} is gone; its number is free when nobody has it open any more", device.display());
             break;
         }
-        thread::sleep(LOOK_EVERY);
+        thread::sleep(POLL_INTERVAL);
     }
     Ok(())
-}
-
-/// A thread for commands. It may outlive us, so it is not joined.
-fn spawn(body: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-    let body = || {
-        block_signals();
-        // A command may wait for I/O on the disk, and must not wait for memory meanwhile.
-        set_io_flusher();
-        body();
-    };
-    thread::Builder::new().name("ringblk-ublk".into()).spawn(body).map_err(Error::Thread)?;
-    Ok(())
-}
-
-/// Keeps signals away from this thread: they are the main thread's.
-pub(super) fn block_signals() {
-    if let Err(error) = SigSet::all().thread_block() {
-        log::debug!("signals stay unblocked: {error}");
-    }
 }
 
 fn ended() -> Error {
@@ -179,9 +173,9 @@ mod tests {
     #[test]
     fn an_answer_may_be_waited_for_again() {
         let (sender, reply) = channel();
-        let answer = Answer { verb: Verb::Stop, since: Instant::now(), reply };
+        let answer = Answer { op: ControlOp::Stop, since: Instant::now(), reply };
         let error = answer.wait(Instant::now()).unwrap_err();
-        assert!(matches!(error, Error::TimedOut { verb: Verb::Stop, .. }), "{error}");
+        assert!(matches!(error, Error::TimedOut { op: ControlOp::Stop, .. }), "{error}");
         assert!(answer.try_wait(Instant::now()).is_none());
         sender.send(Ok(())).unwrap();
         answer.wait(Instant::now() + Duration::from_secs(1)).unwrap();

@@ -2,7 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use super::record;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -51,12 +50,6 @@ pub fn link(name: &str) -> PathBuf {
 }
 
 impl StableName {
-    /// Makes the links' directory and that of the disks' records, for a process that will soon not be able to. What goes wrong is told when a link is
-    /// made.
-    pub fn prepare() {
-        let _ = fs::create_dir_all(record::directory());
-    }
-
     /// Checks that `/dev/ringblk/NAME` is free: not there, a link that a server left behind when it died, or one to
     /// `own`, the device that it is to lead to. Changes nothing.
     ///

@@ -2,7 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::options::{Recovery, ZeroCopy};
+use super::config::{Recovery, ZeroCopy};
+use super::thread::detached;
 use libublk::ctrl::UblkCtrl;
 use libublk::{UblkError, UblkFlags, sys};
 use rustix::thread::CapabilitySet;
@@ -10,7 +11,6 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::mpsc::channel;
-use std::thread;
 use std::time::Duration;
 
 /// The device that ublk's commands go to.
@@ -21,9 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A ublk driver that answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Offer {
+pub struct Features {
     /// `UBLK_F_*` bits of `linux/ublk_cmd.h`.
-    pub features: u64,
+    pub bits: u64,
     /// The kernel's release, as `uname -r` prints it.
     pub release: String,
 }
@@ -179,7 +179,7 @@ pub const FEATURES: [Feature; 20] = [
 ///
 /// # Errors
 /// Why there is no driver that answers.
-pub fn probe() -> Result<Offer, Unavailable> {
+pub fn probe() -> Result<Features, Unavailable> {
     let release = release();
     match fs::OpenOptions::new().read(true).write(true).open(CONTROL) {
         // A device file that nobody serves is as good as none.
@@ -199,16 +199,13 @@ pub fn probe() -> Result<Offer, Unavailable> {
     }
     let (sender, answer) = channel();
     // Its own thread, because libublk's ring belongs to the thread and its commands cannot be interrupted.
-    thread::Builder::new()
-        .name("ringblk-probe".into())
-        .spawn(move || {
-            super::orders::block_signals();
-            let asked = UblkCtrl::new(None, -1, 0, 0, 0, 0, 0, UblkFlags::empty());
-            let _ = sender.send(asked.map(|control| control.get_driver_features()));
-        })
-        .map_err(Unavailable::Control)?;
+    detached("ringblk-probe", move || {
+        let asked = UblkCtrl::new(None, -1, 0, 0, 0, 0, 0, UblkFlags::empty());
+        let _ = sender.send(asked.map(|control| control.get_driver_features()));
+    })
+    .map_err(Unavailable::Control)?;
     match answer.recv_timeout(PATIENCE) {
-        Ok(Ok(Some(features))) => Ok(Offer { features, release }),
+        Ok(Ok(Some(features))) => Ok(Features { bits: features, release }),
         Ok(Ok(None)) => Err(Unavailable::TooOld { release }),
         // The control device has just been opened, so what failed is the ring.
         Ok(Err(UblkError::IOError(error))) => Err(Unavailable::NoRing(error)),
@@ -217,48 +214,48 @@ pub fn probe() -> Result<Offer, Unavailable> {
     }
 }
 
-impl Offer {
+impl Features {
     /// Whether a device gets zero copy.
     ///
     /// # Errors
     /// When it was asked for and is not possible.
-    pub fn zero_copy(&self, wish: ZeroCopy, volume: bool) -> Result<bool, NoZeroCopy> {
-        if wish == ZeroCopy::Off {
+    pub fn zero_copy(&self, spec: ZeroCopy, volume: bool) -> Result<bool, NoZeroCopy> {
+        if spec == ZeroCopy::Off {
             return Ok(false);
         }
         let obstacle = if !volume {
             NoZeroCopy::Volume
-        } else if self.features & u64::from(sys::UBLK_F_AUTO_BUF_REG) == 0 {
+        } else if self.bits & u64::from(sys::UBLK_F_AUTO_BUF_REG) == 0 {
             NoZeroCopy::Kernel { release: self.release.clone() }
         } else {
             return Ok(true);
         };
-        if wish == ZeroCopy::On { Err(obstacle) } else { Ok(false) }
+        if spec == ZeroCopy::On { Err(obstacle) } else { Ok(false) }
     }
 
     /// Whether a disk in use can get another size.
     pub fn resizes(&self) -> bool {
-        self.features & u64::from(sys::UBLK_F_UPDATE_SIZE) != 0
+        self.bits & u64::from(sys::UBLK_F_UPDATE_SIZE) != 0
     }
 
     /// Whether the kernel notices at once that a server has died, whatever requests it had: since Linux 6.15, and there
     /// is no flag that tells, so that of the next version must do.
-    pub fn notices_deaths(&self) -> bool {
-        self.features & u64::from(sys::UBLK_F_QUIESCE) != 0
+    pub fn detects_server_exit(&self) -> bool {
+        self.bits & u64::from(sys::UBLK_F_QUIESCE) != 0
     }
 
     /// What becomes of a disk of a volume that `persists` or not, when its server dies.
     ///
     /// # Errors
     /// When it was asked for and is not possible.
-    pub fn recovery(&self, wish: Option<Recovery>, persists: bool) -> Result<Recovery, NoRecovery> {
-        let recovery = match wish {
+    pub fn recovery(&self, spec: Option<Recovery>, persists: bool) -> Result<Recovery, NoRecovery> {
+        let recovery = match spec {
             None if persists => Recovery::Reissue,
             None | Some(Recovery::Off) => return Ok(Recovery::Off),
             Some(_) if !persists => return Err(NoRecovery::Volume),
             Some(recovery) => recovery,
         };
-        let missing = |bit: &u64| self.features & bit == 0;
+        let missing = |bit: &u64| self.bits & bit == 0;
         let flags = recovery.flags();
         match FEATURES.iter().find(|feature| flags & feature.bit != 0 && missing(&feature.bit)) {
             None => Ok(recovery),
@@ -334,11 +331,11 @@ mod tests {
 
     #[test]
     fn zero_copy_needs_both_sides() {
-        let offer = |features: u32| Offer { features: features.into(), release: "6.12.1".into() };
-        let (new, old) = (offer(sys::UBLK_F_AUTO_BUF_REG), offer(sys::UBLK_F_SUPPORT_ZERO_COPY));
-        for (offer, volume, possible) in [(&new, true, true), (&new, false, false), (&old, true, false)] {
-            assert_eq!(offer.zero_copy(ZeroCopy::Auto, volume), Ok(possible));
-            assert_eq!(offer.zero_copy(ZeroCopy::Off, volume), Ok(false));
+        let features = |features: u32| Features { bits: features.into(), release: "6.12.1".into() };
+        let (new, old) = (features(sys::UBLK_F_AUTO_BUF_REG), features(sys::UBLK_F_SUPPORT_ZERO_COPY));
+        for (features, volume, possible) in [(&new, true, true), (&new, false, false), (&old, true, false)] {
+            assert_eq!(features.zero_copy(ZeroCopy::Auto, volume), Ok(possible));
+            assert_eq!(features.zero_copy(ZeroCopy::Off, volume), Ok(false));
         }
         assert_eq!(new.zero_copy(ZeroCopy::On, true), Ok(true));
         assert_eq!(new.zero_copy(ZeroCopy::On, false), Err(NoZeroCopy::Volume));
@@ -349,8 +346,8 @@ mod tests {
     #[test]
     fn recovery_needs_kernel_and_volume() {
         let old = sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE;
-        let offer = |features: u32| Offer { features: features.into(), release: "6.12.1".into() };
-        let (old, new) = (offer(old), offer(old | sys::UBLK_F_USER_RECOVERY_FAIL_IO));
+        let features = |features: u32| Features { bits: features.into(), release: "6.12.1".into() };
+        let (old, new) = (features(old), features(old | sys::UBLK_F_USER_RECOVERY_FAIL_IO));
         assert_eq!(old.recovery(None, true), Ok(Recovery::Reissue));
         assert_eq!(old.recovery(None, false), Ok(Recovery::Off));
         assert_eq!(old.recovery(Some(Recovery::Off), true), Ok(Recovery::Off));

@@ -2,14 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+use super::config::Recovery;
 use super::info::{Info, State};
-use super::options::Recovery;
 use super::record::Record;
 use libublk::sys;
 
 /// What a device is to be.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub struct DeviceSpec {
     /// What it is of.
     pub record: Record,
     /// N of `/dev/ublkbN`; `None`: the kernel picks.
@@ -28,7 +28,7 @@ pub struct Wish {
     pub features: u64,
 }
 
-impl Wish {
+impl DeviceSpec {
     /// As the driver is asked for it.
     pub(super) fn info(&self) -> Info {
         let mut flags = u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | self.recovery.flags();
@@ -47,7 +47,7 @@ impl Wish {
             state: State::Dead,
             server: Some(std::process::id()),
             flags: flags | self.features & optional,
-            mark: self.record.mark(),
+            owner_tag: self.record.owner_tag(),
         }
     }
 }
@@ -58,7 +58,7 @@ mod tests {
 
     #[test]
     fn flags_are_what_was_asked_for_and_what_the_driver_has() {
-        let wish = |recovery, features| Wish {
+        let spec = |recovery, features| DeviceSpec {
             record: Record::new("v", "null", "1G"),
             id: None,
             queues: 1,
@@ -69,16 +69,16 @@ mod tests {
             features,
         };
         let extra = u64::from(sys::UBLK_F_QUIESCE | sys::UBLK_F_UPDATE_SIZE);
-        let info = wish(Recovery::Reissue, extra).info();
+        let info = spec(Recovery::Reissue, extra).info();
         assert_eq!(info.id, u32::MAX, "the kernel picks");
         assert_eq!(info.flags & extra, extra);
         assert!(info.has(sys::UBLK_F_USER_RECOVERY_REISSUE) && info.has(sys::UBLK_F_AUTO_BUF_REG));
         // QUIESCE without recovery is an error to the driver.
-        assert!(!wish(Recovery::Off, u64::MAX).info().has(sys::UBLK_F_QUIESCE));
-        assert!(!wish(Recovery::Queue, 0).info().has(sys::UBLK_F_QUIESCE));
-        assert!(!wish(Recovery::FailIo, u64::MAX).info().has(sys::UBLK_F_USER_RECOVERY_REISSUE));
+        assert!(!spec(Recovery::Off, u64::MAX).info().has(sys::UBLK_F_QUIESCE));
+        assert!(!spec(Recovery::Queue, 0).info().has(sys::UBLK_F_QUIESCE));
+        assert!(!spec(Recovery::FailIo, u64::MAX).info().has(sys::UBLK_F_USER_RECOVERY_REISSUE));
         assert!(
-            !wish(Recovery::Off, u64::MAX).info().has(sys::UBLK_F_BATCH_IO),
+            !spec(Recovery::Off, u64::MAX).info().has(sys::UBLK_F_BATCH_IO),
             "nothing that was not asked for"
         );
     }

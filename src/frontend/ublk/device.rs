@@ -2,18 +2,18 @@
 
 #![forbid(unsafe_code)]
 
-use super::brake::Brake;
 use super::buffers::BufferUse;
 use super::claim::{Claim, claim_patiently};
-use super::driver::{Driver, Failed};
-use super::error::{Error, Verb};
-use super::info::{Info, Standing};
-use super::orders::{Answer, Orders};
+use super::commands::{ControlDevice, Failed};
+use super::control_thread::{Answer, ControlThread};
+use super::deadline::{EXIT_LIMIT, POLL_INTERVAL, until};
+use super::error::{ControlOp, Error};
+use super::info::{Info, Ownership};
 use super::params::Params;
 use super::queue::QueueSetup;
+use super::quiesce_flag::QuiesceFlag;
 use super::record::{self, Record};
-use super::recover::PARTING_LIMIT;
-use super::wish::Wish;
+use super::spec::DeviceSpec;
 use crate::block::{Errno, Geometry};
 use libublk::sys;
 use std::fs::{self, File};
@@ -22,16 +22,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The longest that adding a device may take.
 const ADD_LIMIT: Duration = Duration::from_secs(30);
 
 /// The longest that udev may take to make the character device, and make it ours.
 const UDEV_LIMIT: Duration = Duration::from_secs(5);
-
-/// Between two looks at something that comes about by itself.
-pub(super) const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// A device in the kernel, which stays there until [`delete`](Device::delete).
 pub struct Device {
@@ -42,11 +39,11 @@ pub struct Device {
     cpus: Vec<Vec<usize>>,
     /// The character device, until we let go of it.
     file: Option<Arc<File>>,
-    brake: Arc<Brake>,
+    quiesce_flag: Arc<QuiesceFlag>,
     memory: Arc<BufferUse>,
     /// Another server had it before us.
     recovered: bool,
-    orders: Orders,
+    control_thread: ControlThread,
 }
 
 impl Device {
@@ -54,14 +51,14 @@ impl Device {
     ///
     /// # Errors
     /// The kernel's refusal, or that it did not answer in half a minute.
-    pub fn add(wish: &Wish, geometry: &Geometry) -> Result<Device, Error> {
+    pub fn add(spec: &DeviceSpec, geometry: &Geometry) -> Result<Device, Error> {
         let go_on = until(ADD_LIMIT);
-        let failed = |failed| Error::of(Verb::Add, failed, wish.id, ADD_LIMIT);
-        let mut driver = Driver::open().map_err(|error| failed(error.into()))?;
+        let failed = |failed| Error::of(ControlOp::Add, failed, spec.id, ADD_LIMIT);
+        let mut driver = ControlDevice::open().map_err(|error| failed(error.into()))?;
         // The kernel clamps queues to CPUs and drops flags that it does not know: what it granted counts.
-        let info = driver.add(&wish.info(), go_on).map_err(failed)?;
+        let info = driver.add(&spec.info(), go_on).map_err(failed)?;
         let params = Params::new(geometry, info.max_io, zero_copy(&info));
-        let made = match wish.record.write(info.id) {
+        let made = match spec.record.write(info.id) {
             Ok(()) => Device::open(&mut driver, info, params, geometry, false),
             Err(source) => Err(Error::Record { directory: record::directory(), source }),
         };
@@ -71,7 +68,7 @@ impl Device {
         })
     }
 
-    /// Takes over `found`, a device that waits for a server and is as `wish` would have made it (see
+    /// Takes over `found`, a device that waits for a server and is as `spec` would have made it (see
     /// [`check`](super::recover::check)). Its requests wait until [`start`](Self::start).
     ///
     /// # Errors
@@ -79,13 +76,13 @@ impl Device {
     /// recoverable.
     pub fn recover(
         found: &Info,
-        wish: &Wish,
+        spec: &DeviceSpec,
         geometry: &Geometry,
         given_up: &AtomicBool,
     ) -> Result<Device, Error> {
-        let refused = |failed| Error::of(Verb::Recover, failed, Some(found.id), PARTING_LIMIT);
-        let mut driver = Driver::open().map_err(|error| refused(error.into()))?;
-        let mut go_on = until(PARTING_LIMIT);
+        let refused = |failed| Error::of(ControlOp::Recover, failed, Some(found.id), EXIT_LIMIT);
+        let mut driver = ControlDevice::open().map_err(|error| refused(error.into()))?;
+        let mut go_on = until(EXIT_LIMIT);
         loop {
             let op = sys::UBLK_U_CMD_START_USER_RECOVERY;
             match driver.plain(op, found.id, 0, &mut go_on) {
@@ -96,11 +93,11 @@ impl Device {
                 // The old server's descriptors, or another server that was quicker.
                 Err(Failed::Refused(Errno::EBUSY)) if go_on() => {
                     let info = driver.info(found.id, &mut go_on).map_err(refused)?;
-                    if let Standing::Served(pid) = info.standing() {
-                        let (device, volume) = (info.path(), wish.record.volume.clone());
+                    if let Ownership::Served(pid) = info.ownership() {
+                        let (device, volume) = (info.path(), spec.record.volume.clone());
                         return Err(Error::Served { device, volume, pid });
                     }
-                    thread::sleep(LOOK_EVERY);
+                    thread::sleep(POLL_INTERVAL);
                 }
                 Err(failed) => return Err(refused(failed)),
             }
@@ -112,14 +109,14 @@ impl Device {
 
     /// Opens the character device and starts the control thread.
     fn open(
-        driver: &mut Driver,
+        driver: &mut ControlDevice,
         info: Info,
         params: Params,
         geometry: &Geometry,
         recovered: bool,
     ) -> Result<Device, Error> {
         let open =
-            |error: io::Error| Error::Refused { verb: Verb::Open, errno: error.into(), id: Some(info.id) };
+            |error: io::Error| Error::Refused { op: ControlOp::Open, errno: error.into(), id: Some(info.id) };
         let file = open_node(info.id).map_err(open)?;
         let cpus = |queue: u16| {
             driver.affinity(info.id, queue).unwrap_or_else(|failed| {
@@ -135,10 +132,10 @@ impl Device {
             sectors,
             cpus,
             file: Some(Arc::new(file)),
-            brake: Arc::default(),
+            quiesce_flag: Arc::default(),
             memory: Arc::default(),
             recovered,
-            orders: Orders::new(info.id, params)?,
+            control_thread: ControlThread::new(info.id, params)?,
         })
     }
 
@@ -183,7 +180,7 @@ impl Device {
             zero_copy: self.zero_copy(),
             read_only: self.read_only,
             recoverable: self.info.has(sys::UBLK_F_USER_RECOVERY),
-            brake: self.brake.clone(),
+            quiesce_flag: self.quiesce_flag.clone(),
             memory: self.memory.clone(),
             cpus: self.cpus.get(usize::from(queue)).cloned().unwrap_or_default(),
         };
@@ -196,31 +193,31 @@ impl Device {
     }
 
     /// What stops the queues from taking requests.
-    pub fn brake(&self) -> &Brake {
-        &self.brake
+    pub fn quiesce_flag(&self) -> &QuiesceFlag {
+        &self.quiesce_flag
     }
 
     /// Shows the disk, or serves again the one that was there. Every queue must be fetching, since requests come
     /// at once. After a minute the start is given up; a new device can be stopped then.
     pub fn start(&self) -> Answer {
-        self.orders.give(if self.recovered { Verb::TakeOver } else { Verb::Start }, 0)
+        self.control_thread.submit(if self.recovered { ControlOp::TakeOver } else { ControlOp::Start }, 0)
     }
 
     /// Gives up a start that cannot come to its end.
     pub fn give_up_start(&self) {
-        self.orders.give_up_start();
+        self.control_thread.give_up_start();
     }
 
     /// Takes the disk away: new requests fail, those in flight are waited for, then every fetch is aborted.
     /// A device that was not started only has its fetches aborted.
     pub fn stop(&self) -> Answer {
-        self.orders.give(Verb::Stop, 0)
+        self.control_thread.submit(ControlOp::Stop, 0)
     }
 
     /// The same, unless somebody has the disk open: then the answer is `EBUSY`, and nothing has changed. For a device
     /// that [`tells`](Self::tells_whether_open).
     pub fn try_stop(&self) -> Answer {
-        self.orders.give(Verb::TryStop, 0)
+        self.control_thread.submit(ControlOp::TryStop, 0)
     }
 
     /// Whether the kernel can tell that somebody has the disk open.
@@ -245,7 +242,7 @@ impl Device {
     /// Gives the disk another size, in sectors: whole logical blocks of it, which the driver does not check. For a
     /// started device, and drivers that have `UBLK_F_UPDATE_SIZE`.
     pub fn update_size(&self, sectors: u64) -> Answer {
-        self.orders.give(Verb::Resize, sectors)
+        self.control_thread.submit(ControlOp::Resize, sectors)
     }
 
     /// Keeps new requests back in the kernel and aborts every fetch that has no request, for a device that
@@ -253,7 +250,7 @@ impl Device {
     /// There is no way back: the disk then waits for a recovery, or a stop.
     pub fn quiesce(&self, limit: Duration) -> Answer {
         // 0 would be for ever.
-        self.orders.give(Verb::Quiesce, limit.as_millis().clamp(1, 60_000) as u64)
+        self.control_thread.submit(ControlOp::Quiesce, limit.as_millis().clamp(1, 60_000) as u64)
     }
 
     /// Has the kernel look every second whether the server of a request that takes long still lives, for a started
@@ -262,7 +259,7 @@ impl Device {
     ///
     /// # Errors
     /// When sysfs is not ours to write to.
-    pub fn look_often(&self) -> io::Result<()> {
+    pub fn set_short_io_timeout(&self) -> io::Result<()> {
         fs::write(format!("/sys/block/ublkb{}/queue/io_timeout", self.info.id), "1000")
     }
 
@@ -275,7 +272,7 @@ impl Device {
     /// number until nobody has the character device or the disk open any more.
     pub fn delete(&self) -> Answer {
         Record::remove(self.info.id);
-        self.orders.give(Verb::Delete, 0)
+        self.control_thread.submit(ControlOp::Delete, 0)
     }
 }
 
@@ -284,18 +281,12 @@ fn zero_copy(info: &Info) -> bool {
     info.has(sys::UBLK_F_AUTO_BUF_REG)
 }
 
-/// Says yes until `limit` from now.
-pub(super) fn until(limit: Duration) -> impl FnMut() -> bool {
-    let limit = Instant::now() + limit;
-    move || Instant::now() < limit
-}
-
 /// Opens the character device, once udev has made it and given it to us.
 fn open_node(id: u32) -> io::Result<File> {
     let mut go_on = until(UDEV_LIMIT);
     loop {
         match File::options().read(true).write(true).open(format!("/dev/ublkc{id}")) {
-            Err(_) if go_on() => thread::sleep(LOOK_EVERY),
+            Err(_) if go_on() => thread::sleep(POLL_INTERVAL),
             result => return result,
         }
     }
