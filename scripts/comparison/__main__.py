@@ -19,6 +19,7 @@ from pathlib import Path
 
 from . import bars, chart, conditions, guest, native, report
 from .model import Measurement, Note, Plan, Seconds, clock
+from .peers import AGAINST
 
 HALVES: dict[str, Callable[[Plan], Iterator[Measurement]]] = {"native": native.measure, "guest": guest.measure}
 
@@ -38,8 +39,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=HALVES, help="one half")
     parser.add_argument("--jobs", type=re.compile, default=re.compile(""), metavar="REGEX",
                         help="only where STORE/JOB/CLIENT has it, such as ext4/randread-qd32/event")  # fmt: skip
-    parser.add_argument("--peers", type=re.compile, default=re.compile(""), metavar="REGEX",
+    parser.add_argument("--peers", type=re.compile, metavar="REGEX",
                         help="only peers in whose name it is found; ratios need ringblk")  # fmt: skip
+    parser.add_argument("--against", type=Path, metavar="BINARY",
+                        help="another build of ringblk, say the one before a change: with it alone, in the native half, "
+                        "unless --peers or --only says else")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements and the summary there")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a chart there")
     parser.add_argument("--scratch", type=Path, metavar="DIR",
@@ -48,6 +52,11 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.rounds is not None and args.rounds < 1 or args.seconds is not None and args.seconds <= 0:
         parser.error("--rounds and --seconds must be more than 0")
+    if args.against and not os.access(args.against, os.X_OK):
+        parser.error(f"--against: {args.against} cannot be run")
+    if args.against and not args.peers:
+        args.peers, args.only = re.compile(f"^(ringblk|{AGAINST})$"), args.only or "native"
+    args.peers = args.peers or re.compile("")
     return args
 
 
@@ -93,6 +102,7 @@ def main() -> int:
         times=Seconds(args.seconds or (0.6 if args.quick else 0.9), 0.15 if args.quick else 0.2),
         jobs=args.jobs,
         peers=args.peers,
+        against=args.against and args.against.resolve(),
         scratch=Path(tempfile.mkdtemp(prefix="compare.", dir=base)).resolve(),
     )
     start, steal = time.monotonic(), conditions.Steal()

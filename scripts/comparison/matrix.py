@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .model import JOBS, Job, Plan
-from .peers import NOTED, OPEN, Peer
+from .peers import AGAINST, NOTED, OPEN, Peer
 
 VHOST = ("ringblk", "qsd", "qsd-threads")
 ALL = (*VHOST, "nbdkit", "nbdkit-tcp", "qemu-nbd", "qemu-nbd-tcp", "fio", "fio-batched")
@@ -58,7 +58,7 @@ def cells(plan: Plan, peers: list[Peer]) -> list[Cell]:
             takers = tuple(
                 peer
                 for peer in peers
-                if peer.name in names
+                if ("ringblk" if peer.name == AGAINST else peer.name) in names
                 and store in peer.stores
                 and (peer.quick or not plan.quick)
                 and not (peer.serve is None and (client == "poll" or job.queues > 1))

@@ -107,6 +107,8 @@ class Plan:
     failures: list[Note] = field(default_factory=list)
     # Was not tried.
     absent: list[Note] = field(default_factory=list)
+    # Another build of ringblk, which is a peer then.
+    against: Path | None = None
 
     def wants(self, peer: str, job: str, client: str = "event", store: str = "") -> bool:
         """Whether --peers and --jobs choose it; --jobs sees "STORE/JOB/CLIENT"."""

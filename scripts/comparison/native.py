@@ -13,7 +13,7 @@ from typing import cast
 from . import conditions
 from .matrix import Cell, cells
 from .model import Measurement, Note, Plan, Progress
-from .peers import BATCHED, Peer, all_peers
+from .peers import AGAINST, BATCHED, Peer, all_peers
 from .server import Failed, NotStarted, Server
 from .stores import SIZE, Absent, Store, Stores
 
@@ -120,13 +120,14 @@ class Bench:
 def peers_here(plan: Plan, program: Path) -> list[Peer]:
     """Those whose programs are there."""
     peers = []
-    for peer in all_peers(program):
+    for peer in all_peers(program, plan.against):
         if not plan.peers.search(peer.name):
             continue
         if not shutil.which(peer.program):
             plan.absent.append(Note("native", peer.name, f"there is no {peer.program}"))
             continue
-        plan.versions[Path(peer.program).name] = conditions.first_line(peer.program, "--version")
+        name = AGAINST if peer.name == AGAINST else Path(peer.program).name
+        plan.versions[name] = conditions.first_line(peer.program, "--version")
         peers.append(peer)
     return peers
 

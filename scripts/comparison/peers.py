@@ -14,6 +14,8 @@ QUEUES = 4
 BATCHED = "fio-batched"
 # ringblk itself, noting what is in flight, and without its sandbox.
 NOTED, OPEN = "ringblk-noted", "ringblk-open"
+# Another build of ringblk, such as the one before a change.
+AGAINST = "against"
 
 
 def escaped(path: Path | None) -> str:
@@ -114,12 +116,13 @@ def qemu_nbd(store: Store, address: str) -> list[str]:
     return ["qemu-nbd", *listen, *options, str(store.path)]
 
 
-def all_peers(program: Path) -> list[Peer]:
+def all_peers(program: Path, against: Path | None = None) -> list[Peer]:
     """In the order in which they take turns. qemu-storage-daemon's `aio=threads` is its default; NBD has no say
     over O_DIRECT in nbdkit, so that it is left out there."""
     files = {"ext4", "direct", "tmpfs", "zram", "zram-cached"}
     return [
         ringblk(program),
+        *([ringblk(against, AGAINST)] if against else []),
         ringblk(program, NOTED, client="--inflight"),
         ringblk(program, OPEN, server="--sandbox=off"),
         storage_daemon("qsd", "io_uring", files | {"null"}, quick=True),
