@@ -1,6 +1,6 @@
 //! An export of an NBD server as an end of a copy: the engine's own client, on a thread with a ring of its own.
 //!
-//! The copy's tasks send their orders through a channel, ring a bell that the thread's ring polls, and wait for the
+//! The copy's tasks send their orders through a channel, write to an eventfd that the thread's ring polls, and wait for the
 //! answers. Bytes are copied once on the way, between a task's buffer and the memory that the ring works on.
 
 #![forbid(unsafe_code)]
@@ -56,7 +56,7 @@ pub(super) struct Export {
     pub read_only: bool,
     most_zeroes: u64,
     orders: Option<Sender<Order>>,
-    bell: Arc<EventFd>,
+    wakeup: Arc<EventFd>,
     ended: Receiver<()>,
 }
 
@@ -93,10 +93,10 @@ impl Export {
         let size = whole + volume.tail();
         let most_zeroes = u64::from(geometry.max_write_zeroes) * SECTOR;
         let start = |source| ImageError::system("start a client for", uri)(source);
-        let bell = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(start)?);
+        let wakeup = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(start)?);
         let (orders, inbox) = channel();
         let (end, ended) = channel();
-        let own = bell.clone();
+        let own = wakeup.clone();
         let run = move || {
             if let Err(error) = serve(&volume, inbox, own) {
                 log::error!("the client of an NBD server ended: {error}");
@@ -106,7 +106,7 @@ impl Export {
         };
         thread::Builder::new().name("ringblk-nbd".into()).spawn(run).map_err(start)?;
         let uri = uri.to_owned();
-        Ok(Export { uri, size, whole, block, read_only, most_zeroes, orders: Some(orders), bell, ended })
+        Ok(Export { uri, size, whole, block, read_only, most_zeroes, orders: Some(orders), wakeup, ended })
     }
 
     async fn order(
@@ -124,7 +124,7 @@ impl Export {
             return (Err(gone()), Vec::new());
         }
         // Full after 2^64 orders that nobody looked at.
-        let _ = self.bell.write(1);
+        let _ = self.wakeup.write(1);
         match answer.await {
             Ok((result, buffer)) => {
                 (result.map_err(|errno| io::Error::from_raw_os_error(errno.raw())), buffer)
@@ -198,7 +198,7 @@ impl Export {
 impl Drop for Export {
     fn drop(&mut self) {
         self.orders = None;
-        let _ = self.bell.write(1);
+        let _ = self.wakeup.write(1);
         // A server that does not answer is left to the end of the process.
         let _ = self.ended.recv_timeout(GOODBYE);
     }
@@ -207,7 +207,7 @@ impl Drop for Export {
 /// What the thread's slots share.
 struct Desk {
     inbox: Receiver<Order>,
-    bell: Arc<EventFd>,
+    wakeup: Arc<EventFd>,
     orders: RefCell<VecDeque<Order>>,
     /// Slots with nothing to do.
     idle: RefCell<Vec<u32>>,
@@ -218,14 +218,14 @@ struct Desk {
 }
 
 /// The thread: until nobody has orders any more.
-fn serve(volume: &Volume, inbox: Receiver<Order>, bell: Arc<EventFd>) -> io::Result<()> {
+fn serve(volume: &Volume, inbox: Receiver<Order>, wakeup: Arc<EventFd>) -> io::Result<()> {
     let core = Core::new(Uring::new(Setup { entries: 128, completions: 1024, ..Setup::default() })?);
     let mut tasks: Tasks<Uring, Ready<()>> = Tasks::new(core.clone());
     let attached = Rc::new(volume.attach(&core, false));
     let flushers = Rc::new(Flushers::new(volume, 1));
     let desk = Rc::new(Desk {
         inbox,
-        bell,
+        wakeup,
         orders: RefCell::default(),
         idle: RefCell::default(),
         working: Cell::new(AT_ONCE),
@@ -289,9 +289,9 @@ async fn listen(io: Io<Uring>, core: Rc<Core<Uring>>, desk: Rc<Desk>) {
             core.wake(slot);
         }
         if !all {
-            io.submit(&Sqe::PollOnce { file: Target::Fd(desk.bell.as_raw_fd()) }).await;
-            // Empty already when it was rung for an order that was taken before.
-            let _ = desk.bell.read();
+            io.submit(&Sqe::PollOnce { file: Target::Fd(desk.wakeup.as_raw_fd()) }).await;
+            // Empty already when it was written for an order that was taken before.
+            let _ = desk.wakeup.read();
         }
     }
 }

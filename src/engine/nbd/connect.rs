@@ -1,9 +1,9 @@
-//! Where a server is, and a blocking connection to it: for the service thread and the dialling threads.
+//! Where a server is, and a blocking connection to it: for the service thread and the connecting threads.
 
 #![forbid(unsafe_code)]
 
 use super::Error;
-use super::handshake::{self, Agreed};
+use super::handshake::{self, Negotiated};
 use super::tls::{self, Tls};
 use super::uri::Address;
 use crate::block::Instance;
@@ -23,7 +23,7 @@ pub struct Connected {
     /// The socket.
     pub socket: OwnedFd,
     /// What was negotiated.
-    pub agreed: Agreed,
+    pub negotiated: Negotiated,
     /// See [`Instance`]; of a server on this machine only.
     pub instance: u64,
 }
@@ -77,11 +77,11 @@ impl Address {
         };
         let mut timed = Timed { stream, deadline };
         let greeting = handshake::greet(&mut timed)?;
-        let (agreed, session) = match tls {
+        let (negotiated, session) = match tls {
             None => (handshake::agree(&mut timed, greeting, name)?, None),
             Some(tls) => {
                 handshake::start_tls(&mut timed)?;
-                let mut session = tls.shake(&mut timed)?;
+                let mut session = tls.negotiate(&mut timed)?;
                 let mut secure = rustls::Stream::new(&mut session, &mut timed);
                 (handshake::agree(&mut secure, greeting, name).map_err(tls::judge)?, Some(session))
             }
@@ -97,7 +97,7 @@ impl Address {
             (None, Stream::Unix(stream)) => stream.into(),
             (None, Stream::Tcp(stream)) => stream.into(),
         };
-        Ok(Connected { socket, agreed, instance })
+        Ok(Connected { socket, negotiated, instance })
     }
 }
 

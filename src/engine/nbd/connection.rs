@@ -2,14 +2,14 @@
 //!
 //! Two tasks of its own move the protocol's bytes: a sender that takes requests from a queue, and a receiver
 //! that reads the heads of replies. They never touch a request's memory. When it is a payload's turn, the task
-//! **lends** its direction of the stream to the request's slot, which moves the payload between the socket and
+//! **grants** its direction of the stream to the request's slot, which moves the payload between the socket and
 //! its own ranges, and gives the stream back. So the operation that names a request's memory is always in flight
 //! in that request's slot, where [`Tasks`](crate::ring::Tasks) knows not to free it; and the memory is named
 //! only by the future that has it.
 //!
 //! Headers of requests without a payload that wait together go out together.
 //!
-//! Contract: whatever goes wrong on a connection, it is [lost](Connection::lose) once, everybody who waits for
+//! Contract: whatever goes wrong on a connection, it is [lost](Connection::disconnect) once, everybody who waits for
 //! it hears of it, and its descriptor is closed when nobody uses it any more.
 
 #![forbid(unsafe_code)]
@@ -17,7 +17,7 @@
 use super::Remote;
 use super::buffer::Buffer;
 use super::connect::Connected;
-use super::handshake::Agreed;
+use super::handshake::Negotiated;
 use super::inflight::Inflight;
 use super::protocol::*;
 use super::watch::{TICKS, Watch};
@@ -51,8 +51,8 @@ pub struct Connection<R: Ring> {
     lost: Cell<Option<Instant>>,
     /// The server has answered something since it is up.
     pub(super) proven: Cell<bool>,
-    /// See [`Ledger`](super::ledger::Ledger).
-    era: Cell<u64>,
+    /// See [`UnflushedWrites`](super::unflushed::UnflushedWrites).
+    epoch: Cell<u64>,
     /// The ticks in which a byte last came in, and went out.
     heard: Cell<u64>,
     moved: Cell<u64>,
@@ -63,7 +63,7 @@ pub struct Connection<R: Ring> {
     pub(super) inflight: RefCell<Inflight>,
     pub(super) queue: RefCell<VecDeque<u64>>,
     /// The request whose slot has the stream out.
-    pub(super) lent: Cell<Option<u64>>,
+    pub(super) granted: Cell<Option<u64>>,
     /// Slots and the sender, as long as they use the socket.
     pub(super) busy: Cell<usize>,
     pub(super) buffer: Buffer,
@@ -109,14 +109,14 @@ impl<R: Ring> Connection<R> {
             patient: Cell::new(patient),
             lost: Cell::new(None),
             proven: Cell::new(false),
-            era: Cell::new(0),
+            epoch: Cell::new(0),
             heard: Cell::new(0),
             moved: Cell::new(0),
             watch: watch.clone(),
             terms: Cell::default(),
             inflight: RefCell::default(),
             queue: RefCell::default(),
-            lent: Cell::new(None),
+            granted: Cell::new(None),
             busy: Cell::new(0),
             buffer: Buffer::new()?,
             scratch: RefCell::default(),
@@ -131,8 +131,8 @@ impl<R: Ring> Connection<R> {
     }
 
     /// Losses before it was made: which writes it can vouch for.
-    pub fn era(&self) -> u64 {
-        self.era.get()
+    pub fn epoch(&self) -> u64 {
+        self.epoch.get()
     }
 
     /// It is down, and requests may wait for it.
@@ -177,14 +177,14 @@ impl<R: Ring> Connection<R> {
     pub fn raise(&self, connected: Connected) {
         let target = self.core.ring().register(connected.socket.as_raw_fd());
         self.socket.replace(Some(Socket { fd: connected.socket, target }));
-        let Agreed { export, structured } = connected.agreed;
+        let Negotiated { export, structured } = connected.negotiated;
         self.inflight.borrow_mut().set_structured(structured);
         let max_payload = self.remote.max_payload(&export.blocks);
         self.terms.set(Terms { size: export.size, flags: export.flags, max_payload });
         self.buffer.clear();
         self.hear();
         self.proven.set(false);
-        self.era.set(self.remote.ledger.era());
+        self.epoch.set(self.remote.unflushed.epoch());
         self.up.set(true);
         self.remote.offer.add(export.size, &self.remote.promise);
         self.wake(&self.sender);
@@ -239,7 +239,7 @@ impl<R: Ring> Connection<R> {
     }
 
     /// Gives the connection up, if it is up: everybody who waits for it hears of it.
-    pub fn lose(&self, why: &str) {
+    pub fn disconnect(&self, why: &str) {
         if !self.up.replace(false) {
             return;
         }
@@ -250,7 +250,7 @@ impl<R: Ring> Connection<R> {
         }
         // A good-bye that others survive takes nothing away: the server is still there.
         if !self.closing.get() || !self.remote.promise.has(NBD_FLAG_CAN_MULTI_CONN) {
-            self.remote.ledger.lost_connection();
+            self.remote.unflushed.lost_connection();
         }
         self.remote.offer.remove(self.terms.get().size, &self.remote.promise);
         self.patient.set(!self.remote.reconnect.is_zero());
@@ -260,8 +260,8 @@ impl<R: Ring> Connection<R> {
             let _ = shutdown(socket.fd.as_raw_fd(), Shutdown::Both);
         }
         self.queue.borrow_mut().clear();
-        self.lent.set(None);
-        self.inflight.borrow_mut().lose(|slot| self.core.wake(slot));
+        self.granted.set(None);
+        self.inflight.borrow_mut().disconnect(|slot| self.core.wake(slot));
         self.wake(&self.sender);
         self.wake(&self.receiver);
     }

@@ -42,10 +42,10 @@ impl<R: Ring> Connection<R> {
                     ticket.put_down();
                     let whole = sent.is_ok();
                     if let Err(errno) = sent {
-                        self.lose(&format!("sending failed: {errno}"));
+                        self.disconnect(&format!("sending failed: {errno}"));
                     }
                     self.inflight.borrow_mut().sent(cookie, whole);
-                    self.lent.set(None);
+                    self.granted.set(None);
                     self.wake(&self.sender);
                 }
                 Step::Take(piece) => {
@@ -54,7 +54,7 @@ impl<R: Ring> Connection<R> {
                     ticket.put_down();
                     // First of all: a piece that did not come must not count as taken.
                     if let Err(errno) = received {
-                        self.lose(&format!("receiving failed: {errno}"));
+                        self.disconnect(&format!("receiving failed: {errno}"));
                     }
                     self.inflight.borrow_mut().taken(cookie);
                     self.wake(&self.receiver);
@@ -149,7 +149,7 @@ impl<R: Ring> Drop for Ticket<'_, R> {
     fn drop(&mut self) {
         self.put_down();
         if self.connection.inflight.borrow_mut().remove(self.cookie) {
-            self.connection.lose("a request was abandoned");
+            self.connection.disconnect("a request was abandoned");
         }
     }
 }

@@ -4,9 +4,9 @@
 
 use super::connect::Connected;
 use super::export::{Offer, Promise};
-use super::handshake::{self, Agreed, Blocks, Export};
-use super::ledger::Ledger;
+use super::handshake::{self, Blocks, Export, Negotiated};
 use super::protocol::*;
+use super::unflushed::UnflushedWrites;
 use super::uri::Address;
 use super::{NbdOps, NbdVolume, Remote, geometry};
 use crate::block::{Capacity, Data, Errno};
@@ -53,11 +53,11 @@ impl Write for Script<'_> {
 
 /// It ends, and what it agrees on is a disk or refused.
 fn handshake(input: &mut Input) {
-    let agreed = handshake::shake(&mut Script(Input(input.0)), b"a disk");
-    if let Ok(agreed) = agreed
-        && let Ok(geometry) = geometry(&agreed.export)
+    let negotiated = handshake::negotiate(&mut Script(Input(input.0)), b"a disk");
+    if let Ok(negotiated) = negotiated
+        && let Ok(geometry) = geometry(&negotiated.export)
     {
-        assert!(geometry.bytes() <= agreed.export.size);
+        assert!(geometry.bytes() <= negotiated.export.size);
         assert!([512, 4096].contains(&geometry.logical_block) || geometry.logical_block.is_power_of_two());
     }
 }
@@ -107,10 +107,10 @@ fn transmission(input: &mut Input) {
         pools: AtomicUsize::new(0),
         first: Mutex::new(Some(Connected {
             socket: ours.into(),
-            agreed: Agreed { export, structured },
+            negotiated: Negotiated { export, structured },
             instance: 0,
         })),
-        ledger: Ledger::default(),
+        unflushed: UnflushedWrites::default(),
         instance: Default::default(),
         losses: Losses::default(),
     };

@@ -1,4 +1,4 @@
-//! The handshake: fixed newstyle, blocking, for the service thread and the dialling threads.
+//! The handshake: fixed newstyle, blocking, for the service thread and the connecting threads.
 //!
 //! Contract: it ends. The number of replies and the length of each are bounded here, the time by the stream
 //! (see [`connect`](super::connect)).
@@ -40,7 +40,7 @@ impl Default for Blocks {
 
 /// What came of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Agreed {
+pub struct Negotiated {
     /// The export.
     pub export: Export,
     /// Reads are answered with structured replies.
@@ -67,7 +67,7 @@ const MAX_REPLIES: usize = 64;
 
 /// The whole of it without TLS.
 #[cfg(any(test, fuzzing))]
-pub fn shake<S: Read + Write>(stream: &mut S, name: &[u8]) -> Result<Agreed, Error> {
+pub fn negotiate<S: Read + Write>(stream: &mut S, name: &[u8]) -> Result<Negotiated, Error> {
     let greeting = greet(stream)?;
     agree(stream, greeting, name)
 }
@@ -119,7 +119,7 @@ pub fn start_tls<S: Read + Write>(stream: &mut S) -> Result<(), Error> {
 ///
 /// # Errors
 /// What the stream says, what the server refuses, and what it may not say.
-pub fn agree<S: Read + Write>(stream: &mut S, greeting: Greeting, name: &[u8]) -> Result<Agreed, Error> {
+pub fn agree<S: Read + Write>(stream: &mut S, greeting: Greeting, name: &[u8]) -> Result<Negotiated, Error> {
     let structured = match ask(stream, NBD_OPT_STRUCTURED_REPLY, &[])? {
         Answer::Acknowledged(_) => true,
         // Whatever the reason, what it means is simple replies; what is really wrong the next option tells.
@@ -134,7 +134,7 @@ pub fn agree<S: Read + Write>(stream: &mut S, greeting: Greeting, name: &[u8]) -
             return Err(Error::Refused { reason: reason(code), text });
         }
     };
-    Ok(Agreed { export, structured })
+    Ok(Negotiated { export, structured })
 }
 
 /// The data of `NBD_OPT_GO`: the name, and the kinds of information asked for.
@@ -302,9 +302,9 @@ mod tests {
         }
     }
 
-    fn run(parts: &[Vec<u8>]) -> (Result<Agreed, Error>, Vec<u8>) {
+    fn run(parts: &[Vec<u8>]) -> (Result<Negotiated, Error>, Vec<u8>) {
         let mut script = Script { says: io::Cursor::new(parts.concat()), heard: Vec::new() };
-        let result = shake(&mut script, b"disk");
+        let result = negotiate(&mut script, b"disk");
         (result, script.heard)
     }
 
@@ -337,11 +337,11 @@ mod tests {
 
     #[test]
     fn a_good_server_is_understood() {
-        let (agreed, heard) = run(&good());
-        let agreed = agreed.unwrap();
-        assert!(agreed.structured);
-        assert_eq!((agreed.export.size, agreed.export.flags), (1 << 20, 5));
-        assert_eq!(agreed.export.blocks, Blocks { minimum: 1, preferred: 4096, maximum: 65536 });
+        let (negotiated, heard) = run(&good());
+        let negotiated = negotiated.unwrap();
+        assert!(negotiated.structured);
+        assert_eq!((negotiated.export.size, negotiated.export.flags), (1 << 20, 5));
+        assert_eq!(negotiated.export.blocks, Blocks { minimum: 1, preferred: 4096, maximum: 65536 });
         let expected = [
             b"\0\0\0\x03".as_slice(),
             b"IHAVEOPT\0\0\0\x08\0\0\0\0",
@@ -363,9 +363,9 @@ mod tests {
                 assert!(matches!(run(&parts).0, Err(Error::Io(_))), "124 zeroes are waited for");
                 parts.push(vec![0; 124]);
             }
-            let agreed = run(&parts).0.unwrap();
-            assert_eq!(agreed.export, Export { size: 1 << 20, flags: 7, blocks: Blocks::default() });
-            assert!(!agreed.structured);
+            let negotiated = run(&parts).0.unwrap();
+            assert_eq!(negotiated.export, Export { size: 1 << 20, flags: 7, blocks: Blocks::default() });
+            assert!(!negotiated.structured);
         }
     }
 
@@ -415,8 +415,8 @@ mod tests {
             bytes[at % len] ^= with;
             bytes.truncate(cut.max(1));
             let mut script = Script { says: io::Cursor::new(bytes), heard: Vec::new() };
-            if let Ok(agreed) = shake(&mut script, b"disk") {
-                prop_assert!(check(&agreed.export.blocks).is_ok());
+            if let Ok(negotiated) = negotiate(&mut script, b"disk") {
+                prop_assert!(check(&negotiated.export.blocks).is_ok());
             }
         }
     }

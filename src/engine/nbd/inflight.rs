@@ -240,7 +240,7 @@ impl Inflight {
     }
 
     /// Ends every request that has not ended, and tells whose they were.
-    pub fn lose(&mut self, mut wake: impl FnMut(u32)) {
+    pub fn disconnect(&mut self, mut wake: impl FnMut(u32)) {
         for entry in &mut self.entries {
             if let (Some(slot), Inward::Waiting | Inward::Piece(_)) = (entry.slot, entry.inward) {
                 entry.inward = Inward::Ended(Err(Failure::Lost));
@@ -545,7 +545,7 @@ mod tests {
         let (mut inflight, cookie) = with(true, Request { command: Command::NBD_CMD_WRITE, ..READ });
         assert_eq!(inflight.step(cookie), Step::Send);
         let mut woken = Vec::new();
-        inflight.lose(|slot| woken.push(slot));
+        inflight.disconnect(|slot| woken.push(slot));
         assert_eq!(woken, [3]);
         assert_eq!(inflight.step(cookie), Step::Ended(Err(Failure::Lost)));
         assert_eq!(inflight.step(cookie), Step::Ended(Err(Failure::Lost)), "and stays so");
@@ -601,7 +601,7 @@ mod tests {
                 };
                 let Ok(Decoded::Frame { frame, .. }) = decode(&bytes) else { continue };
                 if inflight.accept(&frame).is_err() {
-                    inflight.lose(|_| ());
+                    inflight.disconnect(|_| ());
                     break;
                 }
                 match inflight.step(cookie) {

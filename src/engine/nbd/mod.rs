@@ -1,8 +1,8 @@
 //! A volume on an NBD server: any that speaks fixed newstyle, over a unix socket or TCP, with TLS or without.
 //!
 //! What is where: [`uri`] says where the server is, [`protocol`] reads and writes the bytes, [`handshake`] and [`connect`] make a connection
-//! (blocking, on the service thread and on helper threads alone), [`tls`] encrypts it, [`dial`] is such a helper, [`inflight`]
-//! keeps the requests of a connection, [`ledger`] what is not flushed yet, [`connection`] moves bytes on the
+//! (blocking, on the service thread and on helper threads alone), [`tls`] encrypts it, [`reconnect`] is such a helper, [`inflight`]
+//! keeps the requests of a connection, [`unflushed`] what is not flushed yet, [`connection`] moves bytes on the
 //! worker's ring ([`exchange`] for the requests, [`tasks`] for itself), [`pool`] keeps a worker's connections
 //! alive, and [`ops`] makes requests out of operations.
 //!
@@ -23,7 +23,7 @@
 //! - A server that comes back with a larger export, or one that can do more, is taken; one that lacks what clients were
 //!   promised is not, and is tried again: see [`export`].
 //! - A flush that succeeds covers all writes acknowledged before it, also those that went over connections
-//!   which are lost: see [`ledger`].
+//!   which are lost: see [`unflushed`].
 
 #![forbid(unsafe_code)]
 
@@ -31,14 +31,14 @@ mod buffer;
 mod config;
 mod connect;
 mod connection;
-mod dial;
+mod reconnect;
 mod exchange;
 mod export;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod handshake;
 mod inflight;
-mod ledger;
+mod unflushed;
 mod ops;
 mod pool;
 mod protocol;
@@ -62,7 +62,6 @@ use crate::log_limit::LogLimit;
 use connect::Connected;
 use export::{Offer, Promise};
 use handshake::{Blocks, Export};
-use ledger::Ledger;
 use protocol::*;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -70,6 +69,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tls::Tls;
+use unflushed::UnflushedWrites;
 use uri::{Address, Uri};
 
 /// Why an export cannot be served.
@@ -191,7 +191,7 @@ struct Remote {
     connections: usize,
     /// Workers that have connections.
     pools: AtomicUsize,
-    ledger: Ledger,
+    unflushed: UnflushedWrites,
     /// The server's run that the last connection was made to.
     instance: Instance,
     losses: Losses,
@@ -241,7 +241,7 @@ impl NbdVolume {
         let most = limit.min(CONNECT_TIME);
         let limit = if timeout.is_zero() { most } else { most.min(timeout) };
         let connected = address.connect(&name, tls.as_ref(), limit)?;
-        let export = connected.agreed.export.clone();
+        let export = connected.negotiated.export.clone();
         let mut geometry = geometry(&export)?;
         geometry.read_only |= config.read_only;
         let tail = export.size - geometry.bytes();
@@ -270,7 +270,7 @@ impl NbdVolume {
             },
             offer: Offer::default(),
             pools: AtomicUsize::new(0),
-            ledger: Ledger::default(),
+            unflushed: UnflushedWrites::default(),
             instance,
             losses: Losses::default(),
             first: Mutex::new(Some(connected)),
@@ -310,7 +310,7 @@ impl NbdVolume {
     /// When it cannot be reached or has another export by now. It may be smaller, which is the caller's to judge.
     pub(super) fn ask_size(&self) -> Result<u64, Error> {
         let Remote { address, name, tls, .. } = &*self.remote;
-        Ok(address.connect(name, tls.as_ref(), ASK_TIME)?.agreed.export.size)
+        Ok(address.connect(name, tls.as_ref(), ASK_TIME)?.negotiated.export.size)
     }
 }
 
@@ -325,7 +325,7 @@ impl Remote {
         let limit = if self.timeout.is_zero() { limit } else { limit.min(self.timeout) };
         let connected = self.address.connect(&self.name, self.tls.as_ref(), limit)?;
         let several = self.connections > 1 || self.pools.load(Ordering::Relaxed) > 1;
-        let differs = self.promise.differs(&connected.agreed.export, several);
+        let differs = self.promise.differs(&connected.negotiated.export, several);
         if !differs.is_empty() {
             return Err(Error::Changed(differs.join("; ")));
         }

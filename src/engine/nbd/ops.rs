@@ -47,7 +47,7 @@ impl<R: Ring> NbdOps<R> {
         loop {
             let connection = self.pool.any(io).await?;
             let Some((request, flush)) = connection.suit(*request) else { return Err(Errno::EOPNOTSUPP) };
-            let era = self.remote.ledger.era();
+            let epoch = self.remote.unflushed.epoch();
             // The server answers a durable write as its own `fsync(2)` ended, which may tell of other writes.
             let durable = request.flags & NBD_CMD_FLAG_FUA != 0;
             let _sync = durable.then(|| self.remote.losses.begin());
@@ -56,7 +56,7 @@ impl<R: Ring> NbdOps<R> {
             match connection.transact(io, &request, data, skip).await {
                 Ok(()) => {
                     if flushes {
-                        self.book(&request, era);
+                        self.book(&request, epoch);
                     }
                     return Ok(Done { length: request.length, flush });
                 }
@@ -73,10 +73,10 @@ impl<R: Ring> NbdOps<R> {
     }
 
     /// Remembers what a flush has to cover.
-    fn book(&self, request: &Request, era: u64) {
+    fn book(&self, request: &Request, epoch: u64) {
         let writes = matches!(request.command, Command::NBD_CMD_WRITE | Command::NBD_CMD_WRITE_ZEROES);
         if writes && request.flags & NBD_CMD_FLAG_FUA == 0 {
-            self.remote.ledger.acknowledge(era);
+            self.remote.unflushed.acknowledge(epoch);
         }
     }
 
@@ -136,24 +136,25 @@ impl<R: Ring> Leaf<R> for NbdOps<R> {
     }
 
     /// Goes over a connection that can vouch for every write that is not flushed yet; see
-    /// [`ledger`](super::ledger). A server without flush has nothing to flush.
+    /// [`unflushed`](super::unflushed). A server without flush has nothing to flush.
     async fn flush(&self, io: &Io<R>) -> Result<(), Errno> {
-        let ledger = &self.remote.ledger;
-        if !self.remote.promise.has(NBD_FLAG_SEND_FLUSH) && ledger.debt().oldest.is_none() {
+        let unflushed = &self.remote.unflushed;
+        if !self.remote.promise.has(NBD_FLAG_SEND_FLUSH) && unflushed.flush_point().oldest.is_none() {
             return Ok(());
         }
         let request = Request { flags: 0, command: Command::NBD_CMD_FLUSH, offset: 0, length: 0 };
         let mut lost = None;
         loop {
-            // Whether there is one at all; which one depends on the debt at that time.
+            // Whether there is one at all; which one depends on what is unflushed at that time.
             self.pool.any(io).await?;
-            let debt = ledger.debt();
-            let Some(connection) = self.pool.pick(|connection| debt.covered_by(connection.era())) else {
+            let flush_point = unflushed.flush_point();
+            let Some(connection) = self.pool.pick(|connection| flush_point.covered_by(connection.epoch()))
+            else {
                 let message = "writes that were not flushed may be lost with their connection";
                 self.remote.log.error("unflushed", format_args!("{message}"));
-                // In this order: a flush that finds the books closed finds the loss, too.
+                // In this order: a flush that finds them settled finds the loss, too.
                 self.remote.losses.report();
-                ledger.flushed(debt);
+                unflushed.flushed(flush_point);
                 return Err(Errno::EIO);
             };
             if !connection.has(NBD_FLAG_SEND_FLUSH) {
@@ -162,7 +163,7 @@ impl<R: Ring> Leaf<R> for NbdOps<R> {
             let _sync = self.remote.losses.begin();
             match connection.transact(io, &request, &[], 0).await {
                 Ok(()) => {
-                    ledger.flushed(debt);
+                    unflushed.flushed(flush_point);
                     return Ok(());
                 }
                 Err(Failure::Server(errno)) => {

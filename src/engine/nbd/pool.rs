@@ -1,6 +1,6 @@
 //! A worker's connections to one export: kept alive, and handed out to requests.
 //!
-//! Each has a keeper, a task that has it made, receives on it, and starts again when it is lost. The first
+//! Each has a task that has it made, receives on it, and starts again when it is lost. The first
 //! connection is made at once; the others after it, so that a server which takes few connections has one for
 //! each worker before any worker has a second.
 
@@ -9,7 +9,7 @@
 use super::Remote;
 use super::connect::Connected;
 use super::connection::Connection;
-use super::dial::{self, Dial, Event};
+use super::reconnect::{self, Event, Reconnect};
 use super::watch::{self, Watch};
 use crate::block::Errno;
 use crate::ring::{Core, Io, Ring, Sqe, Target};
@@ -50,7 +50,7 @@ pub struct Pool<R: Ring> {
 
 struct Place<R: Ring> {
     connection: Rc<Connection<R>>,
-    bell: Arc<EventFd>,
+    wakeup: Arc<EventFd>,
 }
 
 impl<R: Ring> Pool<R> {
@@ -117,7 +117,7 @@ impl<R: Ring> Pool<R> {
     ) -> io::Result<Place<R>> {
         Ok(Place {
             connection: Rc::new(Connection::new(core, remote, watch, first)?),
-            bell: Arc::new(EventFd::new(EFD_NONBLOCK)?),
+            wakeup: Arc::new(EventFd::new(EFD_NONBLOCK)?),
         })
     }
 
@@ -144,8 +144,8 @@ impl<R: Ring> Pool<R> {
         self.watch.end(&self.core);
         for place in &self.connections {
             place.connection.close();
-            // A keeper that waits for its dialling thread waits for this.
-            let _ = place.bell.write(1);
+            // A connection's task that waits for its connecting thread waits for this.
+            let _ = place.wakeup.write(1);
         }
         self.wake_waiting();
     }
@@ -156,8 +156,8 @@ impl<R: Ring> Pool<R> {
         self.watch.end(&self.core);
         for place in &self.connections {
             place.connection.close();
-            place.connection.lose("given up");
-            let _ = place.bell.write(1);
+            place.connection.disconnect("given up");
+            let _ = place.wakeup.write(1);
         }
         self.wake_waiting();
     }
@@ -182,7 +182,7 @@ impl<R: Ring> Pool<R> {
     pub fn hang_up(&self) {
         for Place { connection, .. } in &self.connections {
             if connection.inflight.borrow().waits(|slot| self.core.is_interrupted(slot)) {
-                connection.lose("the server does not answer");
+                connection.disconnect("the server does not answer");
             }
         }
     }
@@ -230,7 +230,7 @@ impl<R: Ring> Pool<R> {
         }
     }
 
-    /// A connection's keeper.
+    /// A connection's task.
     async fn keep(self: Rc<Self>, index: usize, first: Option<Connected>, io: Io<R>) {
         let connection = &self.connections[index].connection;
         let mut ready = first;
@@ -241,7 +241,7 @@ impl<R: Ring> Pool<R> {
         while !self.closing.get() {
             let connected = match ready.take() {
                 Some(connected) => connected,
-                None => match self.dial(index, pause, &io).await {
+                None => match self.reconnect(index, pause, &io).await {
                     Some(connected) => connected,
                     None => break,
                 },
@@ -250,23 +250,23 @@ impl<R: Ring> Pool<R> {
             self.came_up.set(true);
             self.wake_waiting();
             let why = connection.receive(&io).await;
-            connection.lose(&why);
+            connection.disconnect(&why);
             self.wake_waiting();
             connection.lower(&io).await;
             // A server that takes connections and drops them is not asked all the time.
-            pause = if connection.is_proven() { Duration::ZERO } else { dial::longer(pause) };
+            pause = if connection.is_proven() { Duration::ZERO } else { reconnect::longer(pause) };
         }
         connection.set_receiver(None);
     }
 
     /// Has a connection made; `None` when it is not wanted any more.
-    async fn dial(&self, index: usize, pause: Duration, io: &Io<R>) -> Option<Connected> {
-        let Place { connection, bell } = &self.connections[index];
+    async fn reconnect(&self, index: usize, pause: Duration, io: &Io<R>) -> Option<Connected> {
+        let Place { connection, wakeup } = &self.connections[index];
         let since_lost = connection.lost_at().map_or(Duration::ZERO, |lost| lost.elapsed());
         let patience = self.remote.reconnect.saturating_sub(since_lost);
-        let dial = loop {
-            match Dial::start(self.remote.clone(), bell.clone(), pause, patience) {
-                Ok(dial) => break dial,
+        let reconnect = loop {
+            match Reconnect::start(self.remote.clone(), wakeup.clone(), pause, patience) {
+                Ok(reconnect) => break reconnect,
                 Err(error) => {
                     self.remote.log.error("thread", format_args!("no thread to connect: {error}"));
                     self.give_up_waiting(connection);
@@ -277,15 +277,15 @@ impl<R: Ring> Pool<R> {
                 }
             }
         };
-        let file = Target::Fd(bell.as_raw_fd());
+        let file = Target::Fd(wakeup.as_raw_fd());
         while !self.closing.get() {
-            match dial.event() {
+            match reconnect.event() {
                 Some(Event::Connected(connected)) => return Some(connected),
                 Some(Event::OutOfPatience) => self.give_up_waiting(connection),
                 None => {
                     io.submit(&Sqe::PollOnce { file }).await;
-                    // Empty already when it was rung for an event that we took before.
-                    let _ = bell.read();
+                    // Empty already when it was written for an event that we took before.
+                    let _ = wakeup.read();
                 }
             }
         }

@@ -23,12 +23,12 @@ impl<R: Ring> Connection<R> {
                 continue;
             }
             headers.clear();
-            let lend = self.gather(&mut headers);
+            let grant = self.gather(&mut headers);
             if !headers.is_empty() {
                 self.send_headers(&io, &mut ranges, &mut headers).await;
             }
-            match lend.filter(|_| self.up.get()) {
-                Some(cookie) => self.lend(&io, cookie).await,
+            match grant.filter(|_| self.up.get()) {
+                Some(cookie) => self.grant(&io, cookie).await,
                 None if headers.is_empty() => io.park().await,
                 None => {}
             }
@@ -36,7 +36,7 @@ impl<R: Ring> Connection<R> {
         if self.up.get() {
             let good_bye = Request { flags: 0, command: Command::NBD_CMD_DISC, offset: 0, length: 0 };
             self.send_headers(&io, &mut ranges, &mut good_bye.encode(0)).await;
-            self.lose("closed");
+            self.disconnect("closed");
         }
         self.sender.set(None);
     }
@@ -68,7 +68,7 @@ impl<R: Ring> Connection<R> {
             match self.send_some(io, &message).await {
                 Ok(count) => sent += count,
                 Err(errno) => {
-                    self.lose(&format!("sending failed: {errno}"));
+                    self.disconnect(&format!("sending failed: {errno}"));
                     break;
                 }
             }
@@ -78,11 +78,11 @@ impl<R: Ring> Connection<R> {
     }
 
     /// Lends the stream out to a request's slot, and waits for it to come back.
-    async fn lend(&self, io: &Io<R>, cookie: u64) {
+    async fn grant(&self, io: &Io<R>, cookie: u64) {
         let Some(slot) = self.inflight.borrow_mut().turn(cookie) else { return };
-        self.lent.set(Some(cookie));
+        self.granted.set(Some(cookie));
         self.core.wake(slot);
-        while self.lent.get().is_some() {
+        while self.granted.get().is_some() {
             io.park().await;
         }
     }

@@ -363,7 +363,7 @@ fn a_server_that_always_hangs_up_is_not_asked_for_ever() {
     bench.finish(ops);
 }
 
-/// The rule of the ledger, in a crash that really loses what was not flushed.
+/// The rule of unflushed writes, in a crash that really loses what was not flushed.
 #[test]
 fn no_flush_succeeds_over_lost_writes() {
     for connections in [1, 4] {

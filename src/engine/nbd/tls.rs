@@ -104,7 +104,7 @@ impl Tls {
     ///
     /// # Errors
     /// See [`Error`]; what the other side says of our certificate may come later.
-    pub fn shake<S: Read + Write>(&self, stream: &mut S) -> Result<ClientConnection, Error> {
+    pub fn negotiate<S: Read + Write>(&self, stream: &mut S) -> Result<ClientConnection, Error> {
         let client = ClientConnection::new(self.config.clone(), self.server.clone());
         let mut client = client.map_err(|error| Error::Tls(error.to_string()))?;
         client.set_buffer_limit(None);

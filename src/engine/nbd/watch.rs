@@ -65,7 +65,8 @@ pub async fn watch<R: Ring>(pool: Rc<Pool<R>>, io: Io<R>) {
         for connection in pool.connections() {
             if connection.tick() {
                 let seconds = limit.as_secs();
-                connection.lose(&format!("the server has not answered a request for {seconds} s (timeout=)"));
+                connection
+                    .disconnect(&format!("the server has not answered a request for {seconds} s (timeout=)"));
             }
         }
     }

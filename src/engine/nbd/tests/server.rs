@@ -239,7 +239,7 @@ impl<'a> Session<'a> {
     }
 
     fn run(&mut self) -> io::Result<()> {
-        self.shake()?;
+        self.negotiate()?;
         loop {
             let mut batch = vec![self.request()?];
             while self.manners().reorder && batch.len() < 8 && self.more()? {
@@ -270,7 +270,7 @@ impl<'a> Session<'a> {
         Ok(there)
     }
 
-    fn shake(&mut self) -> io::Result<()> {
+    fn negotiate(&mut self) -> io::Result<()> {
         let manners = self.manners();
         let greeting = [NBDMAGIC.to_be_bytes(), IHAVEOPT.to_be_bytes()].concat();
         self.say(&[greeting, 3u16.to_be_bytes().to_vec()].concat())?;

@@ -1,7 +1,7 @@
 //! A helper thread that makes one connection, however long that takes.
 //!
-//! It tells what happens through a channel, and rings an eventfd, which the worker's ring polls. It ends when
-//! it has a connection, or soon after its [`Dial`] is dropped: at most one attempt later.
+//! It tells what happens through a channel, and writes to an eventfd, which the worker's ring polls. It ends when
+//! it has a connection, or soon after its [`Reconnect`] is dropped: at most one attempt later.
 
 #![forbid(unsafe_code)]
 
@@ -22,7 +22,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// The least time an attempt gets, even when the requests that wait for it have less.
 const LEAST_ATTEMPT: Duration = Duration::from_secs(1);
 
-/// What a dialling thread has to tell.
+/// What a connecting thread has to tell.
 #[derive(Debug)]
 pub enum Event {
     /// Its last word.
@@ -33,7 +33,7 @@ pub enum Event {
 
 /// A connection being made.
 #[derive(Debug)]
-pub struct Dial {
+pub struct Reconnect {
     events: Receiver<Event>,
     /// Dropped with this: that ends the thread.
     _stop: Sender<()>,
@@ -44,29 +44,29 @@ pub fn longer(pause: Duration) -> Duration {
     (pause * 2).clamp(SHORTEST_PAUSE, LONGEST_PAUSE)
 }
 
-impl Dial {
-    /// Starts a thread that connects to `remote` after `pause` and rings `bell` for each event. Requests wait
+impl Reconnect {
+    /// Starts a thread that connects to `remote` after `pause` and writes to `wakeup` for each event. Requests wait
     /// for it for `patience`, and for the first attempt in any case.
     ///
     /// # Errors
     /// The kernel's, when there are too many threads.
     pub fn start(
         remote: Arc<Remote>,
-        bell: Arc<EventFd>,
+        wakeup: Arc<EventFd>,
         pause: Duration,
         patience: Duration,
-    ) -> io::Result<Dial> {
+    ) -> io::Result<Reconnect> {
         let (sender, events) = channel();
         let (stop, stopped) = channel();
         let tell = move |event| {
-            // Fails when nobody listens any more, or when the bell has rung 2^64 times unheard.
+            // Fails when nobody listens any more, or when it was woken 2^64 times without a look.
             let _ = sender.send(event);
-            let _ = bell.write(1);
+            let _ = wakeup.write(1);
         };
         thread::Builder::new()
             .name("ringblk-nbd".into())
-            .spawn(move || dial(&remote, pause, patience, &stopped, tell))?;
-        Ok(Dial { events, _stop: stop })
+            .spawn(move || reconnect(&remote, pause, patience, &stopped, tell))?;
+        Ok(Reconnect { events, _stop: stop })
     }
 
     /// What happened since the last call.
@@ -75,7 +75,7 @@ impl Dial {
     }
 }
 
-fn dial(
+fn reconnect(
     remote: &Remote,
     mut pause: Duration,
     patience: Duration,
