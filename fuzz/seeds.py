@@ -102,7 +102,7 @@ def nbd() -> None:
     put("nbd", "noise", session(True, jobs, [idle, bytes([6, 0, 20]) + bytes(range(20)), idle]))
 
 
-def gate() -> None:
+def protocol() -> None:
     """Streams of messages."""
 
     def message(request: int, body: bytes = b"", flags: int = 1) -> bytes:
@@ -110,21 +110,21 @@ def gate() -> None:
 
     start = message(3) + message(1) + message(2, struct.pack("<Q", 1 << 30)) + message(15)
     start += message(16, struct.pack("<Q", 0x10FF))
-    put("gate", "start", b"\xff\0" + start)
-    put("gate", "slow", b"\2\0" + start)
+    put("protocol", "start", b"\xff\0" + start)
+    put("protocol", "slow", b"\2\0" + start)
     region = struct.pack("<QQQQ", 0, 1 << 20, 0x7F0000000000, 0)
     table = message(5, struct.pack("<Q", 1) + region)
-    put("gate", "table", b"\xff\1" + table + table)
-    put("gate", "table-late", b"\xff\x41" + table)
+    put("protocol", "table", b"\xff\1" + table + table)
+    put("protocol", "table-late", b"\xff\x41" + table)
     add, remove = message(37, bytes(8) + region, 9), message(38, bytes(8) + region, 9)
-    put("gate", "add", b"\xff\1" + add + remove + add)
+    put("protocol", "add", b"\xff\1" + add + remove + add)
     vring = message(8, struct.pack("<II", 0, 256)) + message(10, struct.pack("<II", 0, 0))
     vring += message(9, struct.pack("<IIQQQQ", 0, 0, 0x1000, 0x2000, 0x3000, 0)) + message(18, struct.pack("<II", 0, 1))
-    put("gate", "vring", b"\xff\0" + vring + message(11, struct.pack("<II", 0, 0)))
-    put("gate", "kick", b"\xff\1" + b"".join(message(code, bytes(8)) for code in (12, 13, 14)))
-    put("gate", "config", b"\xff\0" + message(24, struct.pack("<III", 0, 60, 0) + bytes(60)))
-    put("gate", "inflight", b"\xff\1" + message(32, struct.pack("<QQHHI", 4096, 0, 1, 128, 0)))
-    put("gate", "flood", b"\xff\x21" + table)
+    put("protocol", "vring", b"\xff\0" + vring + message(11, struct.pack("<II", 0, 0)))
+    put("protocol", "kick", b"\xff\1" + b"".join(message(code, bytes(8)) for code in (12, 13, 14)))
+    put("protocol", "config", b"\xff\0" + message(24, struct.pack("<III", 0, 60, 0) + bytes(60)))
+    put("protocol", "inflight", b"\xff\1" + message(32, struct.pack("<QQHHI", 4096, 0, 1, 128, 0)))
+    put("protocol", "flood", b"\xff\x21" + table)
 
 
 def session() -> None:
@@ -227,6 +227,6 @@ def config() -> None:
 if __name__ == "__main__":
     chain()
     nbd()
-    gate()
+    protocol()
     session()
     config()

@@ -9,7 +9,7 @@ use common::model::{Model, Op, Queue, Random};
 use common::queue::{Layout, MAX_LEN, RawQueue, UNTOUCHED};
 use common::service::{Service, Setup};
 use common::vmm::{BASE, EVENT_IDX, INDIRECT, Vmm, everyday};
-use ringblk::frontend::vhost_user::options::VhostUserConfig;
+use ringblk::frontend::vhost_user::config::VhostUserConfig;
 use ringblk::service::status::ExportStatus;
 use std::fs;
 use std::os::unix::fs::MetadataExt;

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::block::{Errno, limit_behind};
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
 use clap::{ArgAction, Parser, Subcommand};
 
 /// A block device service: one storage engine behind ublk disks and vhost-user-blk sockets.

@@ -7,15 +7,15 @@
 
 mod chain;
 mod config;
-mod gate;
+mod protocol;
 mod input;
 mod session;
 
 pub use crate::engine::nbd::fuzzing::nbd;
 pub use chain::chain;
 pub use config::config;
-pub use gate::gate;
 pub use input::Input;
+pub use protocol::protocol;
 pub use session::session;
 
 #[cfg(test)]
@@ -45,8 +45,8 @@ mod tests {
     }
 
     #[test]
-    fn the_seeds_of_gate() {
-        seeds("gate", super::gate, 50);
+    fn the_seeds_of_protocol() {
+        seeds("protocol", super::protocol, 50);
     }
 
     #[test]

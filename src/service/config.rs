@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use crate::engine::config::{Need, PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::graph;
 use crate::frontend::ublk::config::UblkConfig;
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::service::sandbox::Mode;
 
 use origin::{Item, Origin, printable};

@@ -18,7 +18,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use super::config::Config;
 use crate::engine::config::Need;
 use crate::engine::nbd;
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
 
 /// Where the ublk driver takes its commands.
 const UBLK_CONTROL: &str = "/dev/ublk-control";

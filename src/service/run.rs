@@ -23,7 +23,7 @@ use crate::engine::config::Need;
 use crate::engine::{OpenError, Volume};
 use crate::frontend::ublk::prepare_directories;
 use crate::frontend::vhost_user::budget::MemoryBudget;
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::ring;
 use crate::worker::{Habits, Lent, Link, Worker};
 use arrivals::Arrivals;

@@ -14,7 +14,7 @@ mod mark;
 
 use super::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use super::backing::Backing;
-use super::fault::Guard;
+use super::sigbus::Guard;
 use crate::ring::Mapping;
 pub use mark::Mark;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};

@@ -2,7 +2,7 @@
 
 use super::backing::Backing;
 use super::budget::Charge;
-use super::fault::Guard;
+use super::sigbus::Guard;
 use crate::block::Iovec;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;

@@ -3,11 +3,11 @@
 #![forbid(unsafe_code)]
 
 use super::budget::{Charge, MemoryShare};
-use super::config;
+use super::config_space;
 use super::device::Device;
-use super::gate::{BackendChannel, Ended, Gate, Refusal, Shape, Vmm, connection};
 use super::inflight::Inflight;
 use super::memory::Memory;
+use super::protocol::{BackendChannel, Ended, Refusal, Relay, Shape, Vmm, connection};
 use super::session_vring::{Host, SessionVring, Shared, Table};
 use super::vring::StopMode;
 use std::io;
@@ -23,7 +23,7 @@ use vmm_sys_util::epoll::EventSet;
 /// Why a session ended, other than by the VMM's leaving or a stop.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// The gate refused a message, or gave up on the VMM.
+    /// The relay refused a message, or gave up on the VMM.
     #[error("{0}")]
     Refused(#[from] Refusal),
     /// A request cannot be carried out.
@@ -40,7 +40,7 @@ pub enum SessionError {
     /// There are no descriptors, threads or memory for it.
     #[error("no session for it: {0}")]
     Start(DaemonError),
-    /// The connection between the gate and the daemon.
+    /// The connection between the relay and the daemon.
     #[error("its daemon cannot be reached: {0}")]
     Private(io::Error),
 }
@@ -91,8 +91,8 @@ impl Session {
         let vrings = session.vrings.get_or_init(|| vrings);
         let (listener, private) = connection().map_err(SessionError::Private)?;
         daemon.start(&mut Listener::from(listener)).map_err(SessionError::Start)?;
-        // The gate hangs up on the daemon when it returns.
-        let result = Gate::new(&mut vmm, private, &session, channel, share).run();
+        // The relay hangs up on the daemon when it returns.
+        let result = Relay::new(&mut vmm, private, &session, channel, share).run();
         let ended = daemon.wait();
         for vring in vrings {
             vring.stop(StopMode::Disconnect);
@@ -180,7 +180,7 @@ impl Session {
     /// drivers know that.
     fn longest_chain(&self) -> u16 {
         let smallest = self.vrings().iter().map(SessionVring::size).min();
-        let indirect = config::indirect(self.shared.features.load(Ordering::Relaxed));
+        let indirect = config_space::indirect(self.shared.features.load(Ordering::Relaxed));
         let most = self.shape.queue_size;
         if indirect { most } else { smallest.unwrap_or(most).min(most) }
     }
@@ -207,7 +207,8 @@ impl VhostUserBackend for Session {
     }
 
     fn features(&self) -> u64 {
-        config::features(self.shared.device.geometry()) | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+        config_space::features(self.shared.device.geometry())
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn acked_features(&self, features: u64) {
@@ -221,7 +222,7 @@ impl VhostUserBackend for Session {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            // The gate serves these; the daemon never sees a message of theirs.
+            // The relay serves these; the daemon never sees a message of theirs.
             | VhostUserProtocolFeatures::INFLIGHT_SHMFD
             | VhostUserProtocolFeatures::BACKEND_REQ
     }
@@ -233,15 +234,15 @@ impl VhostUserBackend for Session {
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let device = &self.shared.device;
         let (queues, longest) = (self.shape.queues, self.longest_chain());
-        let space = config::space(device.geometry(), queues, longest, device.writeback());
-        let fields = space.into_iter().skip(config::offset(offset) as usize);
+        let space = config_space::space(device.geometry(), queues, longest, device.writeback());
+        let fields = space.into_iter().skip(config_space::offset(offset) as usize);
         // What no field is at reads zero.
         fields.chain(std::iter::repeat(0)).take(size as usize).collect()
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
         match bytes {
-            [on @ (0 | 1)] if config::offset(offset) == config::WRITEBACK => {
+            [on @ (0 | 1)] if config_space::offset(offset) == config_space::WRITEBACK => {
                 self.shared.device.set_writeback(*on == 1);
                 if let Some(inflight) = &*self.inflight() {
                     inflight.set_writeback(*on == 1);

@@ -7,9 +7,9 @@
 #![forbid(unsafe_code)]
 
 use super::device::Device;
+use super::eventfd::{CallFd, check_eventfd, signal_error};
 use super::inflight::Inflight;
 use super::memory::Memory;
-use super::notify::{CallFd, check_eventfd, signal_error};
 use super::vring::{StopMode, Stopped, VringSetup};
 use std::cell::RefCell;
 use std::fs::File;
@@ -101,13 +101,13 @@ struct VringLink {
 }
 
 /// Vrings in the making: see [`SessionVring::make_for`].
-struct Nursery {
+struct VringFactory {
     shared: Arc<Shared>,
     made: Vec<SessionVring>,
 }
 
 thread_local! {
-    static NURSERY: RefCell<Option<Nursery>> = const { RefCell::new(None) };
+    static NURSERY: RefCell<Option<VringFactory>> = const { RefCell::new(None) };
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -120,9 +120,9 @@ impl SessionVring {
     /// The crate calls `VringT::new` with neither an index nor anything of ours and keeps what it gets, so
     /// the session waits for them here, on the thread that makes them.
     pub(super) fn make_for<T>(shared: &Arc<Shared>, make: impl FnOnce() -> T) -> (T, Vec<SessionVring>) {
-        NURSERY.set(Some(Nursery { shared: shared.clone(), made: Vec::new() }));
+        NURSERY.set(Some(VringFactory { shared: shared.clone(), made: Vec::new() }));
         let result = make();
-        let made = NURSERY.take().map(|nursery| nursery.made).unwrap_or_default();
+        let made = NURSERY.take().map(|factory| factory.made).unwrap_or_default();
         (result, made)
     }
 
@@ -233,12 +233,12 @@ impl<'a> VringStateMutGuard<'a, Table> for SessionVring {
 impl VringT<Table> for SessionVring {
     fn new(memory: Table, max_queue_size: u16) -> Result<Self, QueueError> {
         let inner = VringMutex::new(memory, max_queue_size)?;
-        NURSERY.with_borrow_mut(|nursery| {
+        NURSERY.with_borrow_mut(|factory| {
             // `make_for` is the only way here: its caller makes the daemon, which makes the vrings.
-            let nursery = nursery.as_mut().ok_or(QueueError::QueueNotReady)?;
+            let factory = factory.as_mut().ok_or(QueueError::QueueNotReady)?;
             let link = Arc::new(VringLink {
-                index: nursery.made.len(),
-                shared: nursery.shared.clone(),
+                index: factory.made.len(),
+                shared: factory.shared.clone(),
                 placed: AtomicBool::new(false),
                 begun: AtomicBool::new(false),
                 kick: Mutex::new(None),
@@ -248,7 +248,7 @@ impl VringT<Table> for SessionVring {
                 running: Mutex::new(None),
             });
             let vring = SessionVring { inner, link };
-            nursery.made.push(vring.clone());
+            factory.made.push(vring.clone());
             Ok(vring)
         })
     }

@@ -11,11 +11,11 @@ mod notifications;
 mod start;
 mod stop;
 
-use super::areas::{Avail, Used};
+use super::eventfd::{CallFd, signal_error};
 use super::inflight::Notes;
 use super::memory::{Table, scatter, write_byte};
-use super::notify::{CallFd, signal_error};
 use super::request::{Parsed, Range, Scratch, Status, parse, status_byte};
+use super::split_ring::{Avail, Used};
 use crate::block::{Data, Errno, Flags, Instance, Iovec, Op, Request, SECTOR};
 use crate::frontend::Source;
 use crate::ring::{Io, Ring, UserData};
@@ -338,7 +338,8 @@ impl<R: Ring> Source<R> for Vring {
             .await;
             self.accept(tag, head, state);
         }
-        let write_through = !super::config::writeback(self.setup.features, self.setup.device.writeback());
+        let write_through =
+            !super::config_space::writeback(self.setup.features, self.setup.device.writeback());
         if self.server.is_some() {
             state.volatile_writes = self.notes.as_ref().map_or(0, Notes::volatile_writes);
         }

@@ -1,7 +1,7 @@
 //! Messages of the vhost-user protocol as bytes, and their answers.
 
 use super::world::PATIENCE;
-use crate::frontend::vhost_user::gate::{Interest, Receive, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::protocol::{Interest, Receive, Vmm, Wake, Watch};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::fs::File;

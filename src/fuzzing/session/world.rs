@@ -4,7 +4,7 @@ use super::neighbour::Neighbour;
 use crate::engine::Volume;
 use crate::engine::config::{FileConfig, MemoryConfig, VolumeConfig};
 use crate::frontend::vhost_user::budget::{MemoryBudget, MemoryShare};
-use crate::frontend::vhost_user::gate::{BackendChannel, Interest, Shape, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::protocol::{BackendChannel, Interest, Shape, Vmm, Wake, Watch};
 use crate::frontend::vhost_user::{CallFd, Device, Host, Running, Session, StopMode, Stopped, VringSetup};
 use crate::worker::{Habits, Lent, Link, VringId, Worker};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::engine::config::{Need, PolicyConfig, TopologyConfig};
 use crate::engine::graph;
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
 
 use super::origin::{Item, Origin};
 use super::{Config, ConfigError, DEFAULT_CONTROL, Loader};

@@ -18,7 +18,7 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::frontend::ublk::config::UblkConfig;
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::service::sandbox::Mode;
 
 use super::ConfigError;

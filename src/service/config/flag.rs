@@ -13,7 +13,7 @@ use serde::forward_to_deserialize_any;
 use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::nbd::is_uri;
 use crate::frontend::ublk::config::UblkConfig;
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
 
 /// `NAME=DRIVER:TARGET[,key=value...]`
 pub(super) fn volume(text: &str) -> Result<(String, (VolumeConfig, PolicyConfig, TopologyConfig)), String> {

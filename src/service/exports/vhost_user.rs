@@ -7,8 +7,8 @@ use super::Abandoned;
 use crate::engine::Volume;
 use crate::frontend::vhost_user::Device;
 use crate::frontend::vhost_user::budget::MemoryShare;
-use crate::frontend::vhost_user::gate::{BackendChannel, Shape, Told};
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
+use crate::frontend::vhost_user::protocol::{BackendChannel, NotifyResult, Shape};
 use crate::service::socket::{Access, SocketError, SocketFile};
 use crate::service::status::VhostUserStatus;
 use crate::worker::{Lent, Link};
@@ -141,12 +141,12 @@ impl VhostUserExport {
     pub fn resize(&self) {
         let name = self.status.socket.display();
         match self.shared.channel.config_changed() {
-            Told::Sent => log::info!("vhost-user:{name}: the VMM is told of the new size"),
-            Told::NoChannel if self.shared.connected.load(Ordering::Relaxed) => log::warn!(
+            NotifyResult::Sent => log::info!("vhost-user:{name}: the VMM is told of the new size"),
+            NotifyResult::NoChannel if self.shared.connected.load(Ordering::Relaxed) => log::warn!(
                 "vhost-user:{name}: the VMM cannot be told of the new size: it sees it when it reads the configuration again"
             ),
-            Told::NoChannel => {}
-            Told::Failed(error) => {
+            NotifyResult::NoChannel => {}
+            NotifyResult::Failed(error) => {
                 log::warn!("vhost-user:{name}: the VMM cannot be told of the new size: {error}");
             }
         }

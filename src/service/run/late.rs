@@ -12,7 +12,7 @@ use crate::engine::{Opener, Volume};
 use crate::frontend::ublk;
 use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::budget::MemoryBudget;
-use crate::frontend::vhost_user::options::VhostUserConfig;
+use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::service::exports::Export;
 use crate::service::exports::ublk::{Others, UblkExport, found};
 use crate::service::exports::vhost_user::Endpoint;

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::super::fault::is_guarded;
+use super::super::sigbus::is_guarded;
 use super::*;
 use std::os::unix::fs::FileExt;
 

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::Vring;
-use crate::frontend::vhost_user::notify::CallFd;
+use crate::frontend::vhost_user::eventfd::CallFd;
 use crate::ring::{Core, Kind, Ring, Sqe, Target, UserData};
 use std::os::fd::AsRawFd;
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};

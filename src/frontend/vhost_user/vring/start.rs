@@ -3,12 +3,12 @@
 #![forbid(unsafe_code)]
 
 use super::{PASS_BYTES, Vring};
-use crate::frontend::vhost_user::areas::{Avail, Used};
-use crate::frontend::vhost_user::config;
+use crate::frontend::vhost_user::config_space;
 use crate::frontend::vhost_user::device::Device;
+use crate::frontend::vhost_user::eventfd::CallFd;
 use crate::frontend::vhost_user::inflight::{InflightQueue, Mark, Notes};
 use crate::frontend::vhost_user::memory::Memory;
-use crate::frontend::vhost_user::notify::CallFd;
+use crate::frontend::vhost_user::split_ring::{Avail, Used};
 use crate::ring::{Kind, UserData};
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -124,7 +124,7 @@ impl Vring {
         let call = setup.call.take();
         let vring = Vring {
             table,
-            indirect: config::indirect(setup.features),
+            indirect: config_space::indirect(setup.features),
             avail,
             used,
             next_avail: Cell::new(setup.next_avail),

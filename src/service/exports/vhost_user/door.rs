@@ -4,7 +4,7 @@
 
 use super::Shared;
 use crate::frontend::vhost_user::budget::MemoryShare;
-use crate::frontend::vhost_user::gate::{Interest, Shape, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::protocol::{Interest, Shape, Vmm, Wake, Watch};
 use crate::frontend::vhost_user::{Device, Host, Session};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PeerCredentials;

@@ -6,8 +6,8 @@
 use crate::block::{Data, Errno, Flags, Geometry, Op, Request};
 use crate::frontend::Source;
 use crate::frontend::vhost_user::device::Device;
+use crate::frontend::vhost_user::eventfd::CallFd;
 use crate::frontend::vhost_user::memory::Memory;
-use crate::frontend::vhost_user::notify::CallFd;
 use crate::frontend::vhost_user::vring::{Vring, VringSetup};
 use crate::ring::double::{Double, Faults, Random};
 use crate::ring::{Core, Cqe, Io, Ring, Sqe, Target, Tasks};

@@ -1,8 +1,8 @@
-//! What the gate reads of a VMM's messages, and what it makes of those about memory.
+//! What the relay reads of a VMM's messages, and what it makes of those about memory.
 
 use super::Input;
 use crate::frontend::vhost_user::budget::MemoryBudget;
-use crate::frontend::vhost_user::gate::{Message, Receive, Refusal, Regions, Shape, check};
+use crate::frontend::vhost_user::protocol::{Message, Receive, Refusal, Regions, Shape, check};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -19,7 +19,7 @@ const SHAPE: Shape = Shape { queues: 4, queue_size: 256 };
 
 /// Any bytes: how they are cut, then the stream. A message that is let pass is no longer than messages are, and is
 /// what was sent; memory that is let pass lies inside its file.
-pub fn gate(bytes: &[u8]) {
+pub fn protocol(bytes: &[u8]) {
     let mut input = Input(bytes);
     let (step, fds) = (1 + usize::from(input.u8()), usize::from(input.u8()));
     let mut stream = Stream { rest: input.0, step, fds, given: 0 };

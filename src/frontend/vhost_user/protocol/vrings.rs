@@ -1,7 +1,7 @@
 //! What a VMM says of its vrings and of the configuration space, checked before the daemon hears of it: the daemon
 //! acknowledges some of it and does something else.
 
-use super::super::notify::check_eventfd;
+use super::super::eventfd::check_eventfd;
 use super::{Message, Regions};
 use std::fs::File;
 use vhost::vhost_user::message::{
@@ -75,7 +75,7 @@ fn vring(index: u64, shape: Shape) -> Result<(), String> {
     }
 }
 
-/// A message's body, which is as long as its kind's: the gate has seen to that.
+/// A message's body, which is as long as its kind's: the relay has seen to that.
 fn body<T: ByteValued + Default>(message: &Message) -> Result<T, String> {
     let mut body = T::default();
     let bytes = message.body.get(..size_of::<T>()).ok_or("too short")?;

@@ -149,7 +149,7 @@ fn fill(from: &mut impl Receive, bytes: &mut [u8], descriptors: &mut Vec<OwnedFd
             count => done += count,
         }
         if descriptors.len() > MAX_ATTACHED_FD_ENTRIES {
-            return Err(Refusal::Flood);
+            return Err(Refusal::TooManyFds);
         }
     }
     Ok(true)
@@ -250,7 +250,7 @@ mod tests {
             assert_eq!(read(&bytes, good).unwrap().unwrap().descriptors.len(), good);
             assert!(matches!(read(&bytes, bad), Err(Refusal::Descriptors { .. })), "{request:?} with {bad}");
         }
-        assert!(matches!(read(&compose(SET_MEM_TABLE, 40), 33), Err(Refusal::Flood)));
+        assert!(matches!(read(&compose(SET_MEM_TABLE, 40), 33), Err(Refusal::TooManyFds)));
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub struct BackendChannel(Mutex<Option<OwnedFd>>);
 
 /// What became of a notice.
 #[derive(Debug)]
-pub enum Told {
+pub enum NotifyResult {
     /// It is on its way.
     Sent,
     /// The VMM has given no socket.
@@ -47,15 +47,15 @@ impl BackendChannel {
     }
 
     /// Tells the VMM that its device's configuration space has changed. Never waits.
-    pub fn config_changed(&self) -> Told {
+    pub fn config_changed(&self) -> NotifyResult {
         let channel = self.lock();
-        let Some(socket) = channel.as_ref() else { return Told::NoChannel };
+        let Some(socket) = channel.as_ref() else { return NotifyResult::NoChannel };
         // No answer is asked for, so that none has to be read.
         let message = Message::compose(BackendReq::CONFIG_CHANGE_MSG.into(), 0, &[]);
         // So short a message is sent whole or not at all.
         match send(socket, &message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
-            Ok(_) => Told::Sent,
-            Err(error) => Told::Failed(error.into()),
+            Ok(_) => NotifyResult::Sent,
+            Err(error) => NotifyResult::Failed(error.into()),
         }
     }
 }
@@ -70,15 +70,15 @@ mod tests {
     #[test]
     fn a_notice_is_a_header_alone() {
         let channel = BackendChannel::default();
-        assert!(matches!(channel.config_changed(), Told::NoChannel));
+        assert!(matches!(channel.config_changed(), NotifyResult::NoChannel));
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         channel.open(ours.into()).unwrap();
-        assert!(matches!(channel.config_changed(), Told::Sent));
+        assert!(matches!(channel.config_changed(), NotifyResult::Sent));
         let mut bytes = [0; 12];
         theirs.read_exact(&mut bytes).unwrap();
         assert_eq!(bytes, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         channel.close();
-        assert!(matches!(channel.config_changed(), Told::NoChannel));
+        assert!(matches!(channel.config_changed(), NotifyResult::NoChannel));
     }
 
     #[test]
@@ -86,11 +86,10 @@ mod tests {
         let channel = BackendChannel::default();
         let (ours, theirs) = UnixStream::pair().unwrap();
         channel.open(ours.into()).unwrap();
-        let full =
-            |told: &Told| matches!(told, Told::Failed(error) if error.kind() == io::ErrorKind::WouldBlock);
+        let full = |told: &NotifyResult| matches!(told, NotifyResult::Failed(error) if error.kind() == io::ErrorKind::WouldBlock);
         assert!((0..100_000).any(|_| full(&channel.config_changed())));
         drop(theirs);
-        assert!(matches!(channel.config_changed(), Told::Failed(_)));
+        assert!(matches!(channel.config_changed(), NotifyResult::Failed(_)));
     }
 
     #[test]
@@ -101,6 +100,6 @@ mod tests {
         for descriptor in [OwnedFd::from(file), datagrams.into()] {
             channel.open(descriptor).unwrap_err();
         }
-        assert!(matches!(channel.config_changed(), Told::NoChannel));
+        assert!(matches!(channel.config_changed(), NotifyResult::NoChannel));
     }
 }

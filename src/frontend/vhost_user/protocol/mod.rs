@@ -1,4 +1,4 @@
-//! The gate: between a VMM's connection and vhost-user-backend, which it shields and completes.
+//! The relay: between a VMM's connection and vhost-user-backend, which it shields and completes.
 //!
 //! It owns the VMM's socket and passes each message on over a private connection, once it is whole and within the
 //! limits of its kind, and once what it says makes sense; the answer comes back the same way. Some requests it answers
@@ -6,24 +6,24 @@
 //! because the crate does not know. What it refuses has changed nothing; the VMM is dropped.
 //!
 //! One message at a time: the next is read when the crate has answered the last, so that nothing ever happens on
-//! both sides of the gate at once. The gate has no thread of its own. It runs on its export's, which sleeps
+//! both sides of it at once. The relay has no thread of its own. It runs on its export's, which sleeps
 //! while the VMM says nothing; data never passes here.
 
 #![forbid(unsafe_code)]
 
 mod channel;
 mod message;
-mod private;
+mod loopback;
 mod regions;
 mod relay;
 mod socket;
 mod vrings;
 
-pub use channel::{BackendChannel, Told};
+pub use channel::{BackendChannel, NotifyResult};
+pub(super) use loopback::connection;
 pub use message::{Message, Receive};
-pub(super) use private::connection;
 pub use regions::{Change, Regions};
-pub(super) use relay::{Ended, Gate};
+pub(super) use relay::{Ended, Relay};
 pub use socket::{Interest, Vmm, Wake, Watch};
 pub use vrings::{Shape, check};
 
@@ -62,13 +62,13 @@ pub enum Refusal {
     },
     /// More than any message has, or than this process may open.
     #[error("more descriptors than can be taken")]
-    Flood,
+    TooManyFds,
     /// The rest of a message did not come.
     #[error("half a message, and no more within {0:?}")]
-    Stalled(Duration),
+    ReceiveTimeout(Duration),
     /// It does not read.
     #[error("it did not take an answer within {0:?}")]
-    Deaf(Duration),
+    SendTimeout(Duration),
     /// A request that belongs to a protocol feature it did not accept.
     #[error("{0:?} without its protocol feature")]
     Feature(FrontendReq),

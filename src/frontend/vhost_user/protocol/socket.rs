@@ -99,7 +99,7 @@ impl<'a> Vmm<'a> {
                 Err(Errno::AGAIN) => {
                     match self.watch.wait(self.stream.as_fd(), Interest::Write, Some(deadline))? {
                         Wake::Ready => {}
-                        Wake::Late => return Err(Refusal::Deaf(TIME)),
+                        Wake::Late => return Err(Refusal::SendTimeout(TIME)),
                         Wake::Stop => return Ok(()),
                     }
                 }
@@ -116,7 +116,7 @@ impl Receive for Vmm<'_> {
         loop {
             match self.watch.wait(self.stream.as_fd(), Interest::Read, self.deadline)? {
                 Wake::Ready => {}
-                Wake::Late => return Err(Refusal::Stalled(TIME)),
+                Wake::Late => return Err(Refusal::ReceiveTimeout(TIME)),
                 Wake::Stop => return Ok(0),
             }
             // What arrived and is not taken out is closed with this buffer, however we leave.
@@ -126,7 +126,7 @@ impl Receive for Vmm<'_> {
             match recvmsg(&self.stream, &mut [IoSliceMut::new(bytes)], &mut control, flags) {
                 Ok(received) => {
                     if received.flags.contains(ReturnFlags::CTRUNC) {
-                        return Err(Refusal::Flood);
+                        return Err(Refusal::TooManyFds);
                     }
                     for message in control.drain() {
                         if let RecvAncillaryMessage::ScmRights(rights) = message {

@@ -1,4 +1,4 @@
-//! The gate in front of the protocol: what it answers itself, what it refuses, and whom a VMM can keep waiting.
+//! The relay in front of the protocol: what it answers itself, what it refuses, and whom a VMM can keep waiting.
 
 mod common;
 
@@ -137,7 +137,7 @@ fn a_new_size_is_told_to_whoever_listens() {
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     vmm.frontend.set_backend_request_fd(&theirs).unwrap();
     drop(theirs);
-    // One that gave no socket, whose gate waits for the rest of a message.
+    // One that gave no socket, whose relay waits for the rest of a message.
     let (_b, _queue) = everyday(&service.path("b"));
     let resize = |bytes| Client::new(service.control()).resize("root", bytes, true).unwrap();
     resize(16 * MIB);

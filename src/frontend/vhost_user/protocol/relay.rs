@@ -20,7 +20,7 @@ use vhost::vhost_user::message::{
 /// Why a session ends, other than by the VMM's leaving.
 #[derive(Debug)]
 pub enum Ended {
-    /// The gate let a message not pass, or the VMM kept it waiting.
+    /// The relay let a message not pass, or the VMM kept it waiting.
     Refused(Refusal),
     /// The daemon failed at a request, and says itself why.
     Daemon(FrontendReq),
@@ -34,8 +34,8 @@ impl From<Refusal> for Ended {
     }
 }
 
-/// One VMM's gate.
-pub struct Gate<'a, 'w> {
+/// One VMM's relay.
+pub struct Relay<'a, 'w> {
     vmm: &'a mut Vmm<'w>,
     daemon: UnixStream,
     session: &'a Session,
@@ -45,7 +45,7 @@ pub struct Gate<'a, 'w> {
     regions: Regions,
 }
 
-impl<'a, 'w> Gate<'a, 'w> {
+impl<'a, 'w> Relay<'a, 'w> {
     /// Between `vmm`, which may show memory out of `share`, and the daemon at the other end of `daemon`, which serves
     /// `session`.
     pub fn new(
@@ -54,9 +54,9 @@ impl<'a, 'w> Gate<'a, 'w> {
         session: &'a Session,
         channel: &'a BackendChannel,
         share: &Arc<MemoryShare>,
-    ) -> Gate<'a, 'w> {
+    ) -> Relay<'a, 'w> {
         let acked = VhostUserProtocolFeatures::empty();
-        Gate { vmm, daemon, session, channel, acked, regions: Regions::none(share.clone()) }
+        Relay { vmm, daemon, session, channel, acked, regions: Regions::none(share.clone()) }
     }
 
     /// Relays until either side ends it.
