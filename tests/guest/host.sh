@@ -21,7 +21,7 @@ boot() {
     local name=$1
     shift
     rm -f "$work/qemu.pid"
-    "$scripts/guest" --kernel "$kernel" --timeout 1200 --out "$work/$series-$name" --pid-file "$work/qemu.pid" "${tools[@]}" "$@" \
+    "$scripts/guest" --kernel "$kernel" --timeout 3600 --out "$work/$series-$name" --pid-file "$work/qemu.pid" "${tools[@]}" "$@" \
         > >(tee "$work/$name.out" | grep --line-buffered -E '^(ok|not ok|skip|    \|) ' | report) 2>"$work/$name.err" &
     guest=$!
 }
