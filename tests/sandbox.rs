@@ -10,7 +10,8 @@ use common::vmm::everyday;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use nix::unistd::Pid;
-use ringblk::service::sandbox::{self, Mode, Plan};
+use ringblk::service::config::SandboxMode;
+use ringblk::service::sandbox::{self, Plan};
 use std::fs;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -230,10 +231,10 @@ fn a_plan_names_what_the_configuration_needs() {
     }
     loader.add_vhost_user_flag("a=/run/x/a.sock").unwrap();
     loader.set_control("/run/y/control.sock".into());
-    loader.set_sandbox(Mode::Log);
+    loader.set_sandbox(SandboxMode::Log);
     let plan = Plan::of(&loader.finish().unwrap());
     let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
-    assert_eq!((plan.mode, plan.ublk, plan.names), (Mode::Log, false, true));
+    assert_eq!((plan.mode, plan.ublk, plan.names), (SandboxMode::Log, false, true));
     assert_eq!((plan.write, plan.read), (paths(&["/srv/a.img"]), paths(&["/srv/b.img"])));
     assert_eq!(plan.remove_in, [Path::new("/run/x"), Path::new("/run/y")]);
     assert_eq!(plan.ports, [7, 53, 10809]);

@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use super::{Failure, output};
 use crate::engine::config::VolumeConfig;
 use crate::service;
+use crate::service::config::SandboxMode;
 use crate::service::config::{Config, ConfigError, DEFAULT_CONTROL, Loader};
 use crate::service::preflight;
-use crate::service::sandbox::Mode;
 
 /// What every driver takes, and the exports; what each driver has of its own comes before it.
 const HELP: &str = "\
@@ -92,7 +92,7 @@ pub(super) struct Args {
     /// Whether the service gives up the rights that it does not need once it runs; log: system calls that would be
     /// refused are only logged by the kernel [default: on]
     #[arg(long, value_name = "on|off|log")]
-    sandbox: Option<Mode>,
+    sandbox: Option<SandboxMode>,
     /// Check the configuration, print what would be served, and look whether images, directories, users and addresses are
     /// there; create nothing
     #[arg(long)]

@@ -10,6 +10,7 @@ mod check;
 mod file;
 mod flag;
 mod origin;
+mod sandbox_mode;
 mod words;
 
 use std::collections::btree_map::Entry;
@@ -21,9 +22,9 @@ use crate::engine::config::{Need, PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::graph;
 use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::config::VhostUserConfig;
-use crate::service::sandbox::Mode;
 
 use origin::{Item, Origin, printable};
+pub use sandbox_mode::SandboxMode;
 use words::plain;
 
 /// Where the control socket is when nobody says otherwise.
@@ -42,7 +43,7 @@ pub struct Config {
     /// Seconds after which a request in flight is reported, up to [`Config::MAX_SLOW_AFTER`]; 0: never.
     pub slow_after: u64,
     /// What the service gives up once it runs.
-    pub sandbox: Mode,
+    pub sandbox: SandboxMode,
     /// Volumes by name.
     pub volumes: BTreeMap<String, VolumeConfig>,
     /// What becomes of the requests that each volume's store fails.
@@ -112,7 +113,7 @@ pub struct Loader {
     poll_us: Option<Item<u32>>,
     slow_after: Option<Item<u64>>,
     control: Option<Item<PathBuf>>,
-    sandbox: Option<Item<Mode>>,
+    sandbox: Option<Item<SandboxMode>>,
     volumes: BTreeMap<String, Item<VolumeConfig>>,
     policies: BTreeMap<String, PolicyConfig>,
     topologies: BTreeMap<String, TopologyConfig>,
@@ -204,7 +205,7 @@ impl Loader {
     }
 
     /// Sets what the service gives up, over what a file said.
-    pub fn set_sandbox(&mut self, mode: Mode) {
+    pub fn set_sandbox(&mut self, mode: SandboxMode) {
         let origin = Origin::flag("--sandbox", &mode.to_string());
         self.sandbox = Some(Item::new(mode, origin));
     }
@@ -224,7 +225,7 @@ impl Loader {
         Ok(Config {
             workers: self.workers.map(|item| item.value),
             poll_us: self.poll_us.map_or(Config::DEFAULT_POLL_US, |item| item.value),
-            sandbox: self.sandbox.map_or_else(Mode::default, |item| item.value),
+            sandbox: self.sandbox.map_or_else(SandboxMode::default, |item| item.value),
             control: self.control.map_or_else(|| DEFAULT_CONTROL.into(), |item| item.value),
             slow_after: self.slow_after.map_or(Config::DEFAULT_SLOW_AFTER, |item| item.value),
             policies: self.policies,

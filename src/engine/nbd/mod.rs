@@ -43,6 +43,7 @@ mod ops;
 mod pool;
 mod protocol;
 mod store;
+mod stream;
 mod tasks;
 mod tls;
 pub(super) mod uri;

@@ -10,7 +10,7 @@ use super::Remote;
 use super::connect::Connected;
 use super::connection::Connection;
 use super::reconnect::{self, Event, Reconnect};
-use super::watch::{self, Watch};
+use super::watch::{TICKS, Watch};
 use crate::block::Errno;
 use crate::ring::{Core, Io, Ring, Sqe, Target};
 use std::any::Any;
@@ -87,8 +87,8 @@ impl<R: Ring> Pool<R> {
         }
         if !remote.timeout.is_zero() {
             core.spawn(|io| {
-                pool.watch.set_slot(io.slot());
-                watch::watch(pool.clone(), io)
+                pool.watch.set_slot(Some(io.slot()));
+                pool.clone().watch_requests(io)
             });
         }
         if remote.connections == 1 {
@@ -162,16 +162,6 @@ impl<R: Ring> Pool<R> {
         self.wake_waiting();
     }
 
-    /// The export.
-    pub fn remote(&self) -> &Remote {
-        &self.remote
-    }
-
-    /// There is no user left, or none that is waited for.
-    pub fn is_closing(&self) -> bool {
-        self.closing.get()
-    }
-
     /// Those that are up and those that are not.
     pub fn connections(&self) -> impl Iterator<Item = &Connection<R>> {
         self.connections.iter().map(|place| &*place.connection)
@@ -228,6 +218,25 @@ impl<R: Ring> Pool<R> {
         for slot in self.waiting.borrow_mut().drain(..) {
             self.core.wake(slot);
         }
+    }
+
+    /// Hangs up on a server that leaves a request unanswered for too long, as long as the pool is not closed: see
+    /// [`watch`](super::watch).
+    async fn watch_requests(self: Rc<Self>, io: Io<R>) {
+        let limit = self.remote.timeout;
+        while !self.closing.get() {
+            if self.connections().all(|connection| connection.is_idle()) {
+                self.watch.park(&io).await;
+                continue;
+            }
+            io.rest_for(limit / TICKS as u32).await;
+            for connection in self.connections().filter(|connection| connection.tick()) {
+                let seconds = limit.as_secs();
+                connection
+                    .disconnect(&format!("the server has not answered a request for {seconds} s (timeout=)"));
+            }
+        }
+        self.watch.set_slot(None);
     }
 
     /// A connection's task.

@@ -11,7 +11,7 @@
 #![forbid(unsafe_code)]
 
 use super::Error;
-use super::connect::Stream;
+use super::stream::Stream;
 use super::uri::{Address, Uri};
 use crate::engine::config::NbdConfig;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

@@ -12,10 +12,8 @@
 
 #![forbid(unsafe_code)]
 
-use super::pool::Pool;
 use crate::ring::{Core, Io, Ring};
 use std::cell::Cell;
-use std::rc::Rc;
 
 /// Ticks that make a time-out.
 pub const TICKS: u64 = 8;
@@ -45,30 +43,14 @@ impl Watch {
         }
     }
 
-    /// Says which slot watches.
-    pub fn set_slot(&self, slot: u32) {
-        self.slot.set(Some(slot));
+    /// Says which slot watches, if any does.
+    pub fn set_slot(&self, slot: Option<u32>) {
+        self.slot.set(slot);
     }
-}
 
-/// The watch's life: as long as the pool is not closed.
-pub async fn watch<R: Ring>(pool: Rc<Pool<R>>, io: Io<R>) {
-    let limit = pool.remote().timeout;
-    let tick = limit / TICKS as u32;
-    while !pool.is_closing() {
-        if pool.connections().all(|connection| connection.is_idle()) {
-            pool.watch.parked.set(true);
-            io.park().await;
-            continue;
-        }
-        io.rest_for(tick).await;
-        for connection in pool.connections() {
-            if connection.tick() {
-                let seconds = limit.as_secs();
-                connection
-                    .disconnect(&format!("the server has not answered a request for {seconds} s (timeout=)"));
-            }
-        }
+    /// Waits for a request.
+    pub async fn park<R: Ring>(&self, io: &Io<R>) {
+        self.parked.set(true);
+        io.park().await;
     }
-    pool.watch.slot.set(None);
 }

@@ -7,7 +7,7 @@ use super::config_space;
 use super::device::Device;
 use super::inflight::Inflight;
 use super::memory::Memory;
-use super::protocol::{BackendChannel, Ended, Refusal, Relay, Shape, Vmm, connection};
+use super::protocol::{Backend, BackendChannel, Ended, Refusal, Relay, Shape, Vmm, connection};
 use super::session_vring::{Host, SessionVring, Shared, Table};
 use super::vring::StopMode;
 use std::io;
@@ -92,7 +92,7 @@ impl Session {
         let (listener, private) = connection().map_err(SessionError::Private)?;
         daemon.start(&mut Listener::from(listener)).map_err(SessionError::Start)?;
         // The relay hangs up on the daemon when it returns.
-        let result = Relay::new(&mut vmm, private, &session, channel, share).run();
+        let result = Relay::new(&mut vmm, private, &*session, channel, share).run();
         let ended = daemon.wait();
         for vring in vrings {
             vring.stop(StopMode::Disconnect);
@@ -109,53 +109,11 @@ impl Session {
         })
     }
 
-    /// Queues and descriptors in each, at most.
-    pub(super) fn shape(&self) -> Shape {
-        self.shape
-    }
-
-    /// To hang up by.
-    pub(super) fn socket(&self) -> &Arc<UnixStream> {
-        &self.socket
-    }
-
-    /// Addresses for what the next change of the memory table brings.
-    pub(super) fn set_charges(&self, charges: Vec<(u64, Charge)>) {
-        *self.charges.lock().unwrap_or_else(PoisonError::into_inner) = charges;
-    }
-
-    /// Lets no vring take requests until it is enabled again.
-    pub(super) fn disable(&self) {
-        self.vrings().iter().for_each(|vring| vring.set_enabled(false));
-    }
-
     /// Whether the VMM took memory away that it had shown.
     fn is_lost(&self) -> bool {
         let inflight = self.shared.inflight.lock().unwrap_or_else(PoisonError::into_inner);
         self.memory().as_ref().is_some_and(Memory::is_lost)
             || inflight.as_ref().is_some_and(Inflight::is_lost)
-    }
-
-    /// Virtio features that a driver may accept.
-    pub(super) fn offered_features(&self) -> u64 {
-        self.features()
-    }
-
-    /// What a VMM may accept of the protocol.
-    pub(super) fn offered(&self) -> VhostUserProtocolFeatures {
-        self.protocol_features()
-    }
-
-    /// Has every vring note there what it has in flight. No message may be with the daemon meanwhile.
-    pub(super) fn set_inflight(&self, inflight: Inflight) {
-        match inflight.writeback() {
-            Some(writeback) => self.shared.device.set_writeback(writeback),
-            // New ones, for a driver that has begun.
-            None if self.shared.device.is_decided() => inflight.set_writeback(self.shared.device.writeback()),
-            None => {}
-        }
-        *self.inflight() = Some(inflight);
-        self.vrings().iter().for_each(SessionVring::restart);
     }
 
     fn inflight(&self) -> MutexGuard<'_, Option<Inflight>> {
@@ -191,6 +149,43 @@ impl Session {
 
     fn vrings(&self) -> &[SessionVring] {
         self.vrings.get().map_or(&[], Vec::as_slice)
+    }
+}
+
+impl Backend for Session {
+    fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.features()
+    }
+
+    fn offered(&self) -> VhostUserProtocolFeatures {
+        self.protocol_features()
+    }
+
+    fn socket(&self) -> &Arc<UnixStream> {
+        &self.socket
+    }
+
+    fn set_charges(&self, charges: Vec<(u64, Charge)>) {
+        *self.charges.lock().unwrap_or_else(PoisonError::into_inner) = charges;
+    }
+
+    fn disable(&self) {
+        self.vrings().iter().for_each(|vring| vring.set_enabled(false));
+    }
+
+    fn set_inflight(&self, inflight: Inflight) {
+        match inflight.writeback() {
+            Some(writeback) => self.shared.device.set_writeback(writeback),
+            // New ones, for a driver that has begun.
+            None if self.shared.device.is_decided() => inflight.set_writeback(self.shared.device.writeback()),
+            None => {}
+        }
+        *self.inflight() = Some(inflight);
+        self.vrings().iter().for_each(SessionVring::restart);
     }
 }
 

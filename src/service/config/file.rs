@@ -16,10 +16,10 @@ use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
+use super::SandboxMode;
 use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::config::VhostUserConfig;
-use crate::service::sandbox::Mode;
 
 use super::ConfigError;
 use super::origin::{Item, Origin};
@@ -37,7 +37,7 @@ pub(super) struct Found {
     pub poll_us: Option<Item<u32>>,
     pub slow_after: Option<Item<u64>>,
     pub control: Option<Item<PathBuf>>,
-    pub sandbox: Option<Item<Mode>>,
+    pub sandbox: Option<Item<SandboxMode>>,
     pub volumes: Vec<(String, Volume)>,
     pub ublk: Vec<Item<UblkConfig>>,
     pub vhost_user: Vec<Item<VhostUserConfig>>,

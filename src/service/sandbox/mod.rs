@@ -16,45 +16,11 @@ mod plan;
 mod seccomp;
 
 use crate::ring::set_io_flusher;
-use serde::Deserialize;
-use std::fmt;
+use crate::service::config::SandboxMode;
 use std::io;
-use std::str::FromStr;
 
 pub use crate::service::status::SandboxStatus;
 pub use plan::Plan;
-
-/// Whether there is a sandbox.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// What is not needed is refused, with `EPERM` or `EACCES`.
-    #[default]
-    On,
-    /// System calls that would be refused are carried out, and the kernel logs them; the rest is as with `On`.
-    Log,
-    /// None.
-    Off,
-}
-
-impl Mode {
-    const ALL: [(Mode, &str); 3] = [(Mode::On, "on"), (Mode::Log, "log"), (Mode::Off, "off")];
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(Mode::ALL.iter().find(|(mode, _)| mode == self).map_or("", |(_, name)| name))
-    }
-}
-
-impl FromStr for Mode {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Mode, String> {
-        let found = Mode::ALL.iter().find(|(_, name)| *name == text);
-        found.map(|(mode, _)| *mode).ok_or_else(|| "write on, off or log".into())
-    }
-}
 
 /// Why there is no sandbox. A kernel that lacks a part of it is no reason.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +43,7 @@ impl Error {
 /// # Errors
 /// When the kernel has what it takes and refuses it all the same.
 pub fn enter(plan: &Plan) -> Result<SandboxStatus, Error> {
-    if plan.mode == Mode::Off {
+    if plan.mode == SandboxMode::Off {
         log::info!("sandbox: off");
         return Ok(SandboxStatus { mode: plan.mode.to_string(), ..SandboxStatus::default() });
     }

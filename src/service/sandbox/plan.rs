@@ -1,16 +1,15 @@
 //! What a service needs once it runs: worked out from its configuration.
 
-use super::Mode;
 use crate::engine::config::Need;
 use crate::engine::nbd;
-use crate::service::config::Config;
+use crate::service::config::{Config, SandboxMode};
 use std::path::{Path, PathBuf};
 
 /// What [`enter`](super::enter()) leaves.
 #[derive(Clone, Debug, Default)]
 pub struct Plan {
     /// Whether there is a sandbox at all.
-    pub mode: Mode,
+    pub mode: SandboxMode,
     /// Files that may be opened to read.
     pub read: Vec<PathBuf>,
     /// Files that may be opened to read and write.

@@ -7,7 +7,8 @@
 //! The lists ask for numbers alone where calls are frequent: the kernel then knows the answer without running the
 //! filter.
 
-use super::{Error, Mode, Plan};
+use super::{Error, Plan};
+use crate::service::config::SandboxMode;
 use libc::{self as nr, c_long};
 use seccompiler::{
     BackendError, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -21,7 +22,7 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 /// Installs the filters. What they do, in a word.
 pub(super) fn install(plan: &Plan) -> Result<String, Error> {
     let (refuse, deadly, what) = match plan.mode {
-        Mode::Log => (SeccompAction::Log, SeccompAction::Log, "log"),
+        SandboxMode::Log => (SeccompAction::Log, SeccompAction::Log, "log"),
         _ => (SeccompAction::Errno(libc::EPERM as u32), SeccompAction::KillProcess, "refuse"),
     };
     // One filter has one answer for what it lists and one for the rest, so there are several.

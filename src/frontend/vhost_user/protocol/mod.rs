@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod backend;
 mod channel;
 mod message;
 mod loopback;
@@ -19,6 +20,7 @@ mod relay;
 mod socket;
 mod vrings;
 
+pub(super) use backend::Backend;
 pub use channel::{BackendChannel, NotifyResult};
 pub(super) use loopback::connection;
 pub use message::{Message, Receive};

@@ -2,7 +2,7 @@
 
 use super::super::budget::MemoryShare;
 use super::super::inflight::Inflight;
-use super::super::session::Session;
+use super::Backend;
 use super::message::HEADER;
 use super::{BackendChannel, Message, Refusal, Regions, Shape, Vmm, check};
 use rustix::io::{Errno, IoSlice};
@@ -35,26 +35,26 @@ impl From<Refusal> for Ended {
 }
 
 /// One VMM's relay.
-pub struct Relay<'a, 'w> {
+pub struct Relay<'a, 'w, B> {
     vmm: &'a mut Vmm<'w>,
     daemon: UnixStream,
-    session: &'a Session,
+    session: &'a B,
     channel: &'a BackendChannel,
     /// Protocol features that the VMM accepted.
     acked: VhostUserProtocolFeatures,
     regions: Regions,
 }
 
-impl<'a, 'w> Relay<'a, 'w> {
+impl<'a, 'w, B: Backend> Relay<'a, 'w, B> {
     /// Between `vmm`, which may show memory out of `share`, and the daemon at the other end of `daemon`, which serves
     /// `session`.
     pub fn new(
         vmm: &'a mut Vmm<'w>,
         daemon: UnixStream,
-        session: &'a Session,
+        session: &'a B,
         channel: &'a BackendChannel,
         share: &Arc<MemoryShare>,
-    ) -> Relay<'a, 'w> {
+    ) -> Relay<'a, 'w, B> {
         let acked = VhostUserProtocolFeatures::empty();
         Relay { vmm, daemon, session, channel, acked, regions: Regions::none(share.clone()) }
     }
