@@ -11,6 +11,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
+/// Between a layer and what it stands on.
+const OVER: &str = " over ";
+
 /// Names a store, and no other: two are equal only if what they were taken of is the same file, device or export. One
 /// line of printable characters.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,11 +52,15 @@ impl Identity {
 
     /// One that an earlier service has noted, as this one would say it: those before it noted URIs as they were written.
     pub fn noted(text: &str) -> Identity {
+        // What layers it is seen through stays as it is; the names of stores have no such word in them.
+        let leaf = text.rfind(OVER).map_or(0, |at| at + OVER.len());
+        let (layers, leaf) = text.split_at(leaf);
         let export = |(driver, uri): (&str, &str)| {
             let uri = unescaped(uri).filter(|uri| uri.contains("://"))?;
             Some(Identity::of_uri(driver, &uri))
         };
-        text.split_once(' ').and_then(export).unwrap_or_else(|| Identity(text.into()))
+        let leaf = leaf.split_once(' ').and_then(export).unwrap_or_else(|| Identity(leaf.into()));
+        Identity(format!("{layers}{leaf}"))
     }
 
     /// Of a volume that keeps nothing.
@@ -63,7 +70,7 @@ impl Identity {
 
     /// Of what a layer makes of another store.
     pub fn over(driver: &str, base: &Identity) -> Identity {
-        Identity(format!("{driver} over {base}"))
+        Identity(format!("{driver}{OVER}{base}"))
     }
 
     /// The line.
@@ -151,6 +158,14 @@ mod tests {
             ["null", "file device=8:1 inode=2 born=3", "nbd %zz", "nbd x://y%zz", "nbd http://h/x", ""]
         {
             assert_eq!(Identity::noted(other).as_str(), other);
+            let over = Identity::over("fault", &Identity(other.into()));
+            assert_eq!(Identity::noted(over.as_str()), over);
         }
+        // Through layers, too.
+        let over = |base: &Identity| Identity::over("fault", &Identity::over("fault", base));
+        let uri = "nbd+unix:///e%20f?socket=/run/a%25b";
+        assert_eq!(Identity::noted(over(&of(uri)).as_str()), over(&of(uri)));
+        let before = Identity(format!("nbd {}", escaped("nbd://A:10809/x")));
+        assert_eq!(Identity::noted(over(&before).as_str()), over(&of("nbd://a/x")));
     }
 }
