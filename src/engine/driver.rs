@@ -466,7 +466,7 @@ macro_rules! drivers {
             pub fn abandon(&self) {
                 match self {
                     $(AnyChannel::$leaf(leaf) => Leaf::<R>::abandon(leaf),)*
-                    $($(#[$when])? AnyChannel::$layer(layer) => layer.below().iter().for_each(Edge::abandon),)*
+                    $($(#[$when])? AnyChannel::$layer(layer) => layer.abandon(),)*
                 }
             }
         }

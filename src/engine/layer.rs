@@ -42,6 +42,10 @@ pub trait Layer {
     /// Does its work, or stands aside. False where there is no such choice.
     fn switch(&self, on: bool) -> bool;
 
+    /// Has no request wait in it any more, for anything but what is below. For a service that ends and was told to wait no
+    /// longer.
+    fn abandon(&self);
+
     /// Carries `request` out, wholly or with the error that stopped it, by as many requests to `below` as that takes, one
     /// after the other. A flush that succeeds has flushed below.
     async fn submit<R: Ring>(&self, io: &Io<R>, request: &Request<'_>, below: &Edge<R>) -> Result<(), Errno>;
@@ -162,6 +166,12 @@ impl<R: Ring, L: Layer> OverChannel<R, L> {
     /// See [`Layer::losses`].
     pub fn losses(&self) -> Option<&Losses> {
         self.layer.losses()
+    }
+
+    /// See [`Layer::abandon`]; the same for what it stands on.
+    pub fn abandon(&self) {
+        self.layer.abandon();
+        self.below.iter().for_each(Edge::abandon);
     }
 
     /// What it stands on.

@@ -21,10 +21,16 @@ use crate::ring::{Io, Ring};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+/// Between two looks of a late request at whether it is to be late still: well below what a service that gives up waits
+/// for its requests.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
 /// The layer, as all workers share it.
 pub struct Fault {
     config: FaultConfig,
     on: AtomicBool,
+    /// Nothing is late any more.
+    abandoned: AtomicBool,
     /// Requests that were in reach of a fault so far.
     count: AtomicU64,
     /// What was acknowledged and dropped, which the next flush tells of.
@@ -43,9 +49,29 @@ impl Fault {
     fn new(config: &FaultConfig) -> Fault {
         Fault {
             on: AtomicBool::new(config.enabled),
+            abandoned: AtomicBool::new(false),
             config: config.clone(),
             count: AtomicU64::new(0),
             losses: Losses::default(),
+        }
+    }
+
+    /// Whether faults are made just now.
+    fn is_on(&self) -> bool {
+        self.on.load(Ordering::Relaxed)
+    }
+
+    /// Keeps a request waiting, for as long as the faults are not switched off and nobody has given it up.
+    async fn delay<R: Ring>(&self, io: &Io<R>) {
+        let mut left = Duration::from_millis(self.config.delay);
+        while !left.is_zero()
+            && self.is_on()
+            && !io.is_interrupted()
+            && !self.abandoned.load(Ordering::Relaxed)
+        {
+            let pause = left.min(LONGEST_PAUSE);
+            io.rest_for(pause).await;
+            left -= pause;
         }
     }
 
@@ -110,15 +136,23 @@ impl Layer for Fault {
         true
     }
 
+    fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Relaxed);
+    }
+
     async fn submit<R: Ring>(&self, io: &Io<R>, request: &Request<'_>, below: &Edge<R>) -> Result<(), Errno> {
-        if !self.on.load(Ordering::Relaxed) || !self.reaches(request) {
+        if !self.is_on() || !self.reaches(request) {
             return below.submit(io, request).await;
         }
         let config = &self.config;
         let number = self.count.fetch_add(1, Ordering::Relaxed);
         let mut draw = Draw(config.seed ^ number.wrapping_mul(0xd134_2543_de82_ef95));
         if draw.meets(config.delays) {
-            io.rest_for(Duration::from_millis(config.delay)).await;
+            self.delay(io).await;
+            if !self.is_on() {
+                // Switched off meanwhile: nothing else is to happen to it.
+                return below.submit(io, request).await;
+            }
         }
         if draw.meets(config.errors) {
             return Err(config.error.errno());

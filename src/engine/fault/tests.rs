@@ -178,6 +178,41 @@ fn a_late_request_is_carried_out() {
     assert_eq!(world.contents()[3 * 512], 7);
 }
 
+/// What frees a request that is to be late by ten minutes, and what becomes of it then.
+#[test]
+fn a_late_request_is_let_go() {
+    type Free = fn(&World, u32);
+    let frees: [(Free, Result<(), Errno>); 3] = [
+        (|world, _| assert_eq!(switch(&world.volume, false), 1), Ok(())),
+        (|world, _| world.attached.abandon(), Err(Errno::EIO)),
+        (|world, slot| world.core.interrupt(slot), Err(Errno::EIO)),
+    ];
+    for (number, (free, expected)) in frees.into_iter().enumerate() {
+        let world = World::new(r#"{"delays": "100%", "delay": 600000, "errors": "100%"}"#);
+        let result = Rc::new(Cell::new(None));
+        let mut tasks = Tasks::new(world.core.clone());
+        let (attached, flushers, told) = (world.attached.clone(), world.flushers.clone(), result.clone());
+        let slot = tasks.add(|io| async move {
+            let op = Op::Discard;
+            let request = Request { op, flags: Flags::default(), sector: 0, sectors: 8, data: Data::None };
+            told.set(Some(execute(&attached, &io, flushers.queue(0), &request).await));
+        });
+        let mut cqes = Vec::new();
+        let mut turn = || {
+            while tasks.run_ready() {}
+            world.core.ring().enter(world.core.in_flight() > 0).unwrap();
+            world.core.ring().reap(&mut cqes);
+            cqes.drain(..).for_each(|cqe| tasks.complete(&cqe));
+        };
+        // A second each, for which the ring has nothing else to do.
+        (0..30).for_each(|_| turn());
+        assert_eq!(result.get(), None, "{number}");
+        free(&world, slot);
+        (0..5).for_each(|_| turn());
+        assert_eq!(result.get(), Some(expected), "{number}");
+    }
+}
+
 #[test]
 fn chances_are_written_as_percentages() {
     for (text, millionths) in

@@ -85,6 +85,7 @@ impl Layer for Pass {
     fn bytes_above(&self, bytes: u64) -> u64 { bytes }
     fn losses(&self) -> Option<&Losses> { None }
     fn switch(&self, _: bool) -> bool { false }
+    fn abandon(&self) {}
 
     async fn submit<R: Ring>(&self, io: &Io<R>, request: &Request<'_>, below: &Edge<R>) -> Result<(), Errno> {
         below.submit(io, request).await
@@ -122,6 +123,8 @@ impl Layer for Offset {
     fn switch(&self, _: bool) -> bool {
         false
     }
+
+    fn abandon(&self) {}
 
     async fn submit<R: Ring>(&self, io: &Io<R>, request: &Request<'_>, below: &Edge<R>) -> Result<(), Errno> {
         let sector = if request.op == Op::Flush { 0 } else { request.sector + self.sectors };
