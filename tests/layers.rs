@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::eventually;
 use common::model::Model;
 use common::service::Setup;
 use common::vmm::everyday;
@@ -41,8 +42,44 @@ fn a_disk_misbehaves_on_demand() {
     assert_eq!(queue.write(sector, &bytes), OK, "writes are well");
     client.fault("bad", false).unwrap();
     assert_eq!(queue.read(sector, 8), (OK, bytes));
-    let error = client.fault("good", true).unwrap_err().to_string();
-    assert!(error.contains("good"), "{error}");
+    for (name, words) in
+        [("good", "volume good is not served by itself: ask for bad"), ("other", "no volume")]
+    {
+        let error = client.fault(name, true).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+        let error = client.resize(name, 4 * MIB, true).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+/// Whose setting it takes to begin without it, and then it is tried again, sandbox and all.
+#[test]
+fn what_a_base_lacks_is_told_of_what_stands_on_it() {
+    let setup = |options: &str| {
+        let setup = Setup::new();
+        let image = setup.path("image");
+        let setup = setup
+            .volume("good", &format!("file:{},format=raw", image.display()))
+            .volume("middle", "fault:good")
+            .volume("bad", &format!("fault:middle{options}"));
+        (setup.door("bad", "a", ""), image)
+    };
+    let (status, said) = setup("").0.refused();
+    let hint = "(required=no on volume bad has the service begin without it, and try it again)";
+    assert!(status == 1 && said.contains("volume bad stands on another: volume good: "), "{said}");
+    assert!(said.contains(hint), "{said}");
+
+    let (setup, image) = setup(",required=no");
+    let service = setup.start().may_complain();
+    let unavailable = || service.status().volumes[0].unavailable.clone();
+    assert!(
+        unavailable().is_some_and(|cause| cause.starts_with("volume bad stands on another: volume good"))
+    );
+    std::fs::write(image.with_extension("new"), vec![3; MIB as usize]).unwrap();
+    std::fs::rename(image.with_extension("new"), &image).unwrap();
+    eventually("it is there", || unavailable().is_none());
+    let (_vmm, mut queue) = everyday(&service.path("a"));
+    assert_eq!(queue.read(0, 1), (OK, vec![3; 512]));
 }
 
 #[test]

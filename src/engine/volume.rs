@@ -77,7 +77,11 @@ impl Opener {
     /// # Errors
     /// See [`Volume::open`] and [`Volume::with_topology`].
     pub fn open(&self, limit: Duration) -> Result<Volume, OpenError> {
-        let volume = Volume::of(&self.name, self.open.open(limit)?).with_topology(self.topology)?;
+        let opened = self.open.open(limit).map_err(|error| match error.volume() == self.name {
+            true => error,
+            false => OpenError::Base { name: self.name.clone(), source: Box::new(error) },
+        })?;
+        let volume = Volume::of(&self.name, opened).with_topology(self.topology)?;
         if volume.tail() > 0 {
             let (name, lost, block) = (&self.name, volume.tail(), volume.geometry.logical_block);
             log::warn!(
@@ -152,6 +156,14 @@ pub enum OpenError {
         /// What was wrong with it.
         source: GraphError,
     },
+    /// A volume that it stands on could not be opened.
+    #[error("volume {name} stands on another")]
+    Base {
+        /// Of the volume that was to be opened.
+        name: String,
+        /// Of the other one.
+        source: Box<OpenError>,
+    },
     /// No memory.
     #[error("volume {name}: {bytes} bytes of memory cannot be reserved")]
     Memory {
@@ -165,14 +177,43 @@ pub enum OpenError {
 }
 
 impl OpenError {
+    /// Name of the volume that could not be opened.
+    fn volume(&self) -> &str {
+        match self {
+            OpenError::File { name, .. }
+            | OpenError::Nbd { name, .. }
+            | OpenError::Geometry { name, .. }
+            | OpenError::PhysicalBlock { name, .. }
+            | OpenError::Graph { name, .. }
+            | OpenError::Base { name, .. }
+            | OpenError::Memory { name, .. } => name,
+        }
+    }
+
+    /// Whose `required` has a say in it, for people.
+    pub fn whose(&self) -> String {
+        match self {
+            OpenError::Base { name, .. } => format!("volume {name}"),
+            _ => "this volume".into(),
+        }
+    }
+
+    /// The error of the volume that is to blame, not of one that stands on it.
+    fn innermost(&self) -> &OpenError {
+        match self {
+            OpenError::Base { source, .. } => source.innermost(),
+            own => own,
+        }
+    }
+
     /// It may be there in a moment, and nothing is wrong with the configuration: a server that does not answer.
     fn is_unreachable(&self) -> bool {
-        matches!(self, OpenError::Nbd { source, .. } if source.is_passing())
+        matches!(self.innermost(), OpenError::Nbd { source, .. } if source.is_passing())
     }
 
     /// A client of the volume can bring it about by what it writes: no reason to keep others from theirs.
     fn may_be_its_clients(&self) -> bool {
-        matches!(self, OpenError::File { source: file::Error::Format(_), .. })
+        matches!(self.innermost(), OpenError::File { source: file::Error::Format(_), .. })
     }
 }
 

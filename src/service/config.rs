@@ -82,11 +82,23 @@ impl Config {
             || self.vhost_user.iter().any(|export| export.volume == name)
     }
 
+    /// Volumes that are nothing but what others stand on, each with a root that does. One may come several times.
+    pub fn bases(&self) -> impl Iterator<Item = (&str, &str)> {
+        let roots: BTreeSet<&str> = self.roots().map(|(name, _)| name.as_str()).collect();
+        let others = |root| self.tree(root).map(move |base| (base, root));
+        let all: Vec<_> = roots.iter().flat_map(|root| others(*root)).collect();
+        all.into_iter().filter(move |(base, _)| !roots.contains(base))
+    }
+
+    /// The volume of this name and those that it stands on.
+    pub fn tree(&self, name: &str) -> impl Iterator<Item = &str> {
+        // Which stands on which was checked.
+        graph::tree(&self.volumes, name).unwrap_or_default().into_iter().map(|(name, _)| name)
+    }
+
     /// What a volume and those that it stands on have to reach outside the process.
     pub fn needs(&self, name: &str) -> impl Iterator<Item = Need<'_>> {
-        // Which stands on which was checked.
-        let tree = graph::tree(&self.volumes, name).unwrap_or_default();
-        tree.into_iter().filter_map(|(_, volume)| volume.summary().needs)
+        self.tree(name).filter_map(|name| self.volumes[name].summary().needs)
     }
 }
 

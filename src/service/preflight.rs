@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::net::ToSocketAddrs;
@@ -39,10 +40,11 @@ pub fn problems(config: &Config) -> Vec<String> {
 
 /// What is missing of the volumes that are required, or of the others.
 fn volumes(config: &Config, which: impl Fn(bool) -> bool) -> impl Iterator<Item = String> {
-    let wanted = config.volumes.iter().filter(move |(name, _)| {
-        let policy = config.policies.get(*name);
-        which(policy.is_none_or(|policy| policy.required != Some(false)))
-    });
+    // A base is as much required as what stands on it.
+    let required = |name: &str| config.policies.get(name).is_none_or(|policy| policy.required != Some(false));
+    let roots = config.roots().filter(|(name, _)| required(name));
+    let required: BTreeSet<_> = roots.flat_map(|(name, _)| config.tree(name)).collect();
+    let wanted = config.volumes.iter().filter(move |(name, _)| which(required.contains(name.as_str())));
     wanted.flat_map(|(name, volume)| {
         let looks = match volume.summary().needs {
             Some(Need::File { path, write }) => vec![image(path, write).and_then(|()| volume.examine())],
@@ -218,6 +220,22 @@ mod tests {
         loader.add_vhost_user_flag("v=/v").unwrap();
         let told = warnings(&loader.finish().unwrap());
         assert!(told.len() == 1 && told[0].contains("/no/such/image"), "{told:?}");
+        // Nor what it stands on, unless something else does that is required.
+        for (other, problems) in [("required=no", 0), ("required=yes", 1), ("on-error=stop", 1)] {
+            let mut loader = Loader::new();
+            loader.add_volume_flag("base=file:/no/such/image,read-only=on").unwrap();
+            loader.add_volume_flag("middle=fault:base").unwrap();
+            loader.add_volume_flag("top=fault:middle,required=no").unwrap();
+            loader.add_volume_flag(&format!("other=fault:base,{other}")).unwrap();
+            for name in ["top", "other"] {
+                loader.add_vhost_user_flag(&format!("{name}={}", path(name).display())).unwrap();
+            }
+            loader.set_control(path("c"));
+            let config = loader.finish().unwrap();
+            let told = super::problems(&config);
+            assert_eq!(told.len(), problems, "{other}: {told:?}");
+            assert_eq!(warnings(&config).len(), 1 - problems, "{other}");
+        }
     }
 
     #[test]

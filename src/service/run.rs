@@ -49,7 +49,7 @@ pub enum Error {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// A volume that the service does not begin without, whatever is the matter with it.
-    #[error("{} (required=no on this volume has the service begin without it, and try it again)", Causes(.0))]
+    #[error("{} (required=no on {} has the service begin without it, and try it again)", Causes(.0), .0.whose())]
     Volume(OpenError),
     /// See [`sandbox::Error`].
     #[error(transparent)]
@@ -163,6 +163,8 @@ struct Shared {
     volumes: BTreeMap<String, OnceLock<Served>>,
     /// Volumes that are not there yet, or not with all their exports.
     waiting: Mutex<BTreeMap<String, Waiting>>,
+    /// Volumes that are there for others alone, each with one that is served and stands on it.
+    bases: BTreeMap<String, String>,
     /// What comes up just now, and whether anything may.
     arrivals: Arc<Arrivals>,
     /// Hears the names of volumes that grow by themselves.
@@ -257,6 +259,7 @@ impl Service {
                 })
                 .collect(),
             waiting: Mutex::new(waiting),
+            bases: config.bases().map(|(base, root)| (base.to_owned(), root.to_owned())).collect(),
             arrivals: Arc::default(),
             growth: Mutex::default(),
             links: workers.iter().map(|worker| worker.link().clone()).collect(),

@@ -135,7 +135,9 @@ fn check_bases<'a>(loader: &'a Loader, exported: &[&String]) -> Result<BTreeSet<
             None if exported.iter().any(|name| *name == base) => "it is exported".to_owned(),
             None => continue,
         };
-        if loader.volumes.get(base).is_some_and(|below| !below.value.summary().read_only) {
+        // A layer over what is read-only is so, too.
+        let tree = graph::tree(&volumes, base).unwrap_or_default();
+        if !tree.iter().any(|(_, below)| below.summary().read_only) {
             let reason = format!("{base:?} must be read-only to have another user: {other}");
             return Err(origin.key_error("base", reason));
         }
@@ -371,6 +373,11 @@ mod tests {
             load(&[golden.clone(), on("b", "a"), on("c", "a"), b.clone(), ("ublk", "a".into())]).unwrap();
         assert_eq!(config.roots().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
         assert_eq!(config.needs("b").count(), 1);
+        assert_eq!(config.bases().count(), 0, "one that is exported is a volume like others");
+        // Nobody writes to what stands on something that is read-only.
+        let config = load(&[golden.clone(), on("m", "a"), on("b", "m"), on("c", "m"), b.clone()]).unwrap();
+        let bases: BTreeMap<_, _> = config.bases().collect();
+        assert_eq!(bases, BTreeMap::from([("a", "c"), ("m", "c")]));
         for (flags, place, word) in [
             (vec![on("b", "x"), b.clone()], "--volume b=fault:x: base", "no volume \"x\""),
             (vec![on("b", "b"), b.clone()], "--volume b=fault:b: base", "b stands on b"),

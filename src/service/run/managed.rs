@@ -82,7 +82,8 @@ impl Managed for Shared {
     fn fault(&self, name: &str, wanted: &Fault) -> Result<Faulted, Refusal> {
         let Fault { enabled } = *wanted;
         if fault::switch(self.volume(name)?, enabled) == 0 {
-            let reason = "it stands on no volume of the driver fault, and has no faults to switch".to_owned();
+            let reason =
+                format!("volume {name} has no faults to switch: it stands on no volume of the driver fault");
             return Err(Refusal::Impossible(reason));
         }
         log::info!("volume {name}: its faults are switched {}", if enabled { "on" } else { "off" });
@@ -114,7 +115,12 @@ impl Shared {
         let cause = lock(&self.waiting).get(name).map(Waiting::cause);
         Err(match cause {
             Some(cause) => Refusal::Impossible(format!("it is not there yet: {cause}")),
-            None => Refusal::Unknown(name.into()),
+            None => match self.bases.get(name) {
+                Some(root) => Refusal::Impossible(format!(
+                    "volume {name} is not served by itself: ask for {root}, which stands on it"
+                )),
+                None => Refusal::Unknown(name.into()),
+            },
         })
     }
 }
