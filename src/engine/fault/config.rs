@@ -8,7 +8,9 @@ use crate::engine::config::yes;
 use crate::engine::driver::{AnyStore, Driver, Open, Summary};
 use crate::engine::layer;
 use crate::engine::volume::OpenError;
+use serde::de::{self, Deserialize, Deserializer, Visitor};
 use std::fmt;
+use std::marker::PhantomData;
 use std::str::FromStr;
 
 /// `driver = "fault"`.
@@ -64,9 +66,23 @@ impl FaultConfig {
 }
 
 /// How likely something is, in millionths. Written as `0.5%`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Chance(u32);
+
+/// Reads what is written as text; says what that looks like where it is something else.
+struct Written<T>(&'static str, PhantomData<T>);
+
+impl<T: FromStr<Err = String>> Visitor<'_> for Written<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
+        text.parse().map_err(E::custom)
+    }
+}
 
 impl Chance {
     /// It does not happen.
@@ -100,11 +116,9 @@ impl FromStr for Chance {
     }
 }
 
-impl TryFrom<String> for Chance {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Chance, String> {
-        text.parse()
+impl<'de> Deserialize<'de> for Chance {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Chance, D::Error> {
+        deserializer.deserialize_str(Written("a chance in quotes such as \"0.5%\"", PhantomData))
     }
 }
 
@@ -138,8 +152,7 @@ impl FaultError {
 }
 
 /// A set of operations. Written with a `+` between them.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Operations(Vec<Op>);
 
 /// All there are.
@@ -158,10 +171,24 @@ impl Default for Operations {
     }
 }
 
-impl TryFrom<String> for Operations {
-    type Error = String;
+impl<'de> Deserialize<'de> for Operations {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Operations, D::Error> {
+        deserializer.deserialize_str(Written("operations in quotes such as \"read+write\"", PhantomData))
+    }
+}
 
-    fn try_from(text: String) -> Result<Operations, String> {
+/// As it is written.
+impl fmt::Display for Operations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = ALL.iter().filter(|op| self.contains(**op)).map(|op| op.name());
+        f.write_str(&names.collect::<Vec<_>>().join("+"))
+    }
+}
+
+impl FromStr for Operations {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Operations, String> {
         let known = ALL.map(Op::name).join(", ");
         let one = |word: &str| {
             let found = ALL.into_iter().find(|op| op.name() == word);
@@ -223,7 +250,16 @@ impl Driver for FaultConfig {
         for (name, chance) in chances.iter().filter(|(_, chance)| *chance != Chance::NEVER) {
             write!(f, ", {name} {chance}")?;
         }
-        if self.enabled { Ok(()) } else { f.write_str(", switched off") }
+        let delay = (self.delay != FaultConfig::default_delay()).then(|| format!("delay {} ms", self.delay));
+        let error = (self.error != FaultError::Io).then(|| "error no-space".to_owned());
+        let all = ALL.iter().all(|op| self.operations.contains(*op));
+        let operations = (!all).then(|| format!("operations {}", self.operations));
+        let from = (self.from.bytes() > 0).then(|| format!("from {}", self.from));
+        let to = self.to.map(|to| format!("to {to}"));
+        let seed = (self.seed != 0).then(|| format!("seed {}", self.seed));
+        let off = (!self.enabled).then(|| "switched off".to_owned());
+        let others = [delay, error, operations, from, to, seed, off];
+        others.into_iter().flatten().try_for_each(|other| write!(f, ", {other}"))
     }
 
     fn opener(&self, name: &str, base: Option<Open>) -> Result<Open, OpenError> {

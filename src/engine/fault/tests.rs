@@ -248,5 +248,19 @@ fn settings_are_checked() {
     }
     let shown = read(r#"{"base": "a", "errors": "0.5%", "lost-writes": "1%", "enabled": false}"#).unwrap();
     assert_eq!(shown.to_string(), "fault:a, errors 0.5%, lost-writes 1%, switched off");
+    let shown = r#"{"base": "a", "errors": "1%", "error": "no-space", "delays": "2%", "delay": 7, "seed": 3,
+        "operations": "write+read", "from": "1M", "to": 8192000}"#;
+    assert_eq!(
+        read(shown).unwrap().to_string(),
+        "fault:a, errors 1%, delays 2%, delay 7 ms, error no-space, operations read+write, from 1M, to 8000K, seed 3"
+    );
+    for (json, words) in [
+        (r#"{"base": "a", "errors": 0.5}"#, "a chance in quotes such as \"0.5%\""),
+        (r#"{"base": "a", "torn-writes": null}"#, "a chance in quotes such as \"0.5%\""),
+        (r#"{"base": "a", "operations": ["read"]}"#, "operations in quotes such as \"read+write\""),
+    ] {
+        let error = read(json).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
     assert_eq!(FaultConfig::NAME, "fault");
 }

@@ -80,6 +80,10 @@ fn fault(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
 impl Call {
     /// What a POST asks for.
     fn body<T: DeserializeOwned>(&self) -> Result<T, Refusal> {
+        // serde takes a list of values for them with their names, too.
+        if self.body.trim_ascii_start().first() == Some(&b'[') {
+            return Err(Refusal::Body("the body: a list, expected an object with names".into()));
+        }
         serde_json::from_slice(&self.body).map_err(|error| Refusal::Body(format!("the body: {error}")))
     }
 
