@@ -96,6 +96,12 @@ impl Config {
         graph::tree(&self.volumes, name).unwrap_or_default().into_iter().map(|(name, _)| name)
     }
 
+    /// Where the bytes of a volume are, as the user wrote it: what it is pointed at, or the volume that it stands on.
+    pub fn store_of(&self, name: &str) -> String {
+        let leaf = self.tree(name).last().unwrap_or(name);
+        self.volumes.get(leaf).map(VolumeConfig::target).unwrap_or_default()
+    }
+
     /// What a volume and those that it stands on have to reach outside the process.
     pub fn needs(&self, name: &str) -> impl Iterator<Item = Need<'_>> {
         self.tree(name).filter_map(|name| self.volumes[name].summary().needs)

@@ -306,7 +306,7 @@ impl Shared {
                 Some(served) => disks.push((export, &served.volume, self.links(on))),
                 None => {
                     let beside = config.ublk.iter().map(|export| export.volume.clone()).collect();
-                    let target = config.volumes[&export.volume].target();
+                    let target = config.store_of(&export.volume);
                     let (config, on) = (export.clone(), on.clone());
                     self.waits(&export.volume, WaitingExport::Ublk { config, on, beside, target });
                 }

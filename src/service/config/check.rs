@@ -373,6 +373,7 @@ mod tests {
             load(&[golden.clone(), on("b", "a"), on("c", "a"), b.clone(), ("ublk", "a".into())]).unwrap();
         assert_eq!(config.roots().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
         assert_eq!(config.needs("b").count(), 1);
+        assert_eq!((&*config.store_of("b"), &*config.store_of("a")), ("/x", "/x"), "no name of a volume");
         assert_eq!(config.bases().count(), 0, "one that is exported is a volume like others");
         // Nobody writes to what stands on something that is read-only.
         let config = load(&[golden.clone(), on("m", "a"), on("b", "m"), on("c", "m"), b.clone()]).unwrap();

@@ -24,7 +24,7 @@ impl Shared {
         let volumes: Vec<&str> = config.ublk.iter().map(|export| export.volume.as_str()).collect();
         let found = ublk::found();
         let start = |(export, volume, links): &Disk<'_>| {
-            let target = config.volumes[&export.volume].target();
+            let target = config.store_of(&export.volume);
             let given_up = self.arrivals.closed();
             let others = Others { volumes: volumes.clone(), target: &target, found: &found, given_up };
             let started = UblkExport::start(export, volume, links, &others)?;
