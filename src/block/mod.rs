@@ -29,5 +29,9 @@ pub use size::{ParseSizeError, Size};
 /// Bytes in a sector: 512 always, whatever the logical block size (virtio 1.3 section 5.2.4, `linux/blk_types.h`).
 pub const SECTOR: u64 = 512;
 
+/// In what a store is called, between a layer and what it stands on: `fault over file ...`. No other part of it has such a
+/// word.
+pub const OVER: &str = " over ";
+
 /// `SECTOR == 1 << SECTOR_SHIFT`.
 pub const SECTOR_SHIFT: u32 = 9;

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::nbd::uri::normal;
+use crate::block::OVER;
 use crate::escape::{escaped, unescaped};
 use std::fmt;
 use std::fs::{self, File};
@@ -10,9 +11,6 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::time::UNIX_EPOCH;
-
-/// Between a layer and what it stands on.
-const OVER: &str = " over ";
 
 /// Names a store, and no other: two are equal only if what they were taken of is the same file, device or export. One
 /// line of printable characters.
@@ -52,7 +50,7 @@ impl Identity {
 
     /// One that an earlier service has noted, as this one would say it: those before it noted URIs as they were written.
     pub fn noted(text: &str) -> Identity {
-        // What layers it is seen through stays as it is; the names of stores have no such word in them.
+        // What layers it is seen through stays as it is.
         let leaf = text.rfind(OVER).map_or(0, |at| at + OVER.len());
         let (layers, leaf) = text.split_at(leaf);
         let export = |(driver, uri): (&str, &str)| {

@@ -12,6 +12,7 @@
 
 use super::info::{Info, OwnerTag};
 use super::symlink::DIRECTORY;
+use crate::block::OVER;
 use crate::escape::escaped;
 use std::fs;
 use std::io;
@@ -43,6 +44,13 @@ impl Record {
     /// For the disk of `volume`, whose store is `store` and was found at `target`.
     pub fn new(volume: &str, store: &str, target: &str) -> Record {
         Record { volume: volume.into(), store: store.into(), target: escaped(target) }
+    }
+
+    /// Names what has its bytes, whatever layers they are seen through. `None` where nothing is kept: that has a name and no
+    /// particulars.
+    pub(super) fn bytes(&self) -> Option<&str> {
+        let leaf = self.store.rsplit(OVER).next()?;
+        leaf.contains(' ').then_some(leaf)
     }
 
     /// What the device is tagged with.

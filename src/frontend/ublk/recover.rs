@@ -87,15 +87,15 @@ impl Found {
         }
     }
 
-    /// The other volume that it waits for, where that one has the same store and is not among `volumes`, whose servers
+    /// The other volume that it waits for, where that one has the same bytes and is not among `volumes`, whose servers
     /// are on their way. One whose server has just died will wait in a moment, with requests that were not carried out.
     fn other_name(&self, wanted: &Record, volumes: &[&str]) -> Option<&str> {
         let record = self.record.as_ref()?;
-        let other = record.store == wanted.store && !volumes.contains(&record.volume.as_str());
-        // What has no store cannot have the same.
-        let keeps = wanted.store.contains(' ');
+        let other = !volumes.contains(&record.volume.as_str());
+        // What keeps nothing cannot have the same.
+        let same = record.bytes().is_some() && record.bytes() == wanted.bytes();
         let waits = matches!(self.info.ownership(), Ownership::Waiting | Ownership::Exiting);
-        (other && keeps && waits).then_some(&record.volume)
+        (other && same && waits).then_some(&record.volume)
     }
 }
 
@@ -392,6 +392,15 @@ mod tests {
         assert_eq!(waits.other_name(&Record { store: "nbd x".into(), ..record.clone() }, &[]), None);
         let null = |volume: &str| Record { store: "null".into(), volume: volume.into(), ..record.clone() };
         assert_eq!(found(Some(&null("a")), sample()).other_name(&null("b"), &[]), None);
+        // Whatever stands on it, here or there: its requests would be carried out over ours.
+        let over =
+            |record: &Record| Record { store: format!("fault over {}", record.store), ..record.clone() };
+        for (had, wanted) in
+            [(&other, &over(&record)), (&over(&other), &record), (&over(&over(&other)), &over(&record))]
+        {
+            assert_eq!(found(Some(had), sample()).other_name(wanted, &[]), Some("data"));
+        }
+        assert_eq!(found(Some(&over(&null("a"))), sample()).other_name(&over(&null("b")), &[]), None);
     }
 
     #[test]
