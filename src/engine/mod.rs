@@ -18,6 +18,7 @@ mod grace;
 pub mod graph;
 mod identity;
 mod layer;
+pub mod limits;
 mod losses;
 mod memory;
 pub mod nbd;
