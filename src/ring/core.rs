@@ -291,6 +291,16 @@ impl<R: Ring> Io<R> {
         Submitted { io: self, ended: false }
     }
 
+    /// See [`Ring::now`].
+    pub fn now(&self) -> u64 {
+        self.core.ring.now()
+    }
+
+    /// See [`Core::wake`].
+    pub fn wake(&self, slot: u32) {
+        self.core.wake(slot);
+    }
+
     /// See [`Ring::carry_out`].
     pub fn carry_out(&self, sqe: &Sqe<'_>) -> i32 {
         self.core.ring.carry_out(sqe)

@@ -12,12 +12,14 @@
 //!   sectors stable. A power cut leaves of each sector what is stable or anything written to it since; sectors are
 //!   whole, and a write is not. An `fdatasync` that fails forgets what it should have written, as Linux does: the
 //!   next one succeeds without it.
+//! - Time stands still, until a wait finds nothing else to happen: then it goes on to the first timeout that is due. Or a
+//!   test [moves it](Double::advance).
 //! - A write, hole or zero range past the end of a file is a bug of ours, and panics. So does a wait for
 //!   something that will never come.
 
 mod cache;
 
-use super::{Cqe, Kind, Mapping, Ring, Sqe, Target, UserData};
+use super::{Cqe, Kind, Mapping, Ring, Sqe, Target, Timespec, UserData};
 use crate::block::Iovec;
 use cache::{Cache, Moment};
 use libc::{EAGAIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
@@ -83,8 +85,8 @@ struct State {
     pending: Vec<Pending>,
     /// Writes that are carried out, and whose completions were not reaped.
     unseen: Vec<(UserData, Moment)>,
-    /// Counts completions reaped, which is all the time there is.
-    now: u64,
+    /// Counts completions reaped: an order of what happened.
+    reaped: u64,
     /// Carried out, and not to be seen before a later enter.
     late: Vec<Cqe>,
     /// To be reaped.
@@ -95,6 +97,8 @@ struct State {
     log: Vec<Sqe<'static>>,
     /// How often writes were lost.
     losses: u64,
+    /// The time, in nanoseconds.
+    clock: u64,
 }
 
 #[derive(Clone, Copy)]
@@ -103,6 +107,14 @@ struct Pending {
     user_data: UserData,
     /// When it was pushed.
     since: u64,
+    /// When a timeout is over, on the clock; otherwise 0.
+    due: u64,
+}
+
+impl Pending {
+    fn is_timeout(&self) -> bool {
+        matches!(self.sqe, Sqe::Timeout { .. })
+    }
 }
 
 struct File {
@@ -126,12 +138,13 @@ impl Double {
             buffers: Vec::new(),
             pending: Vec::new(),
             unseen: Vec::new(),
-            now: 0,
+            reaped: 0,
             late: Vec::new(),
             ready: Vec::new(),
             past: Vec::new(),
             log: Vec::new(),
             losses: 0,
+            clock: 0,
         };
         Double { state: RefCell::new(state) }
     }
@@ -193,6 +206,20 @@ impl Double {
         self.complete_polls(fd, false);
     }
 
+    /// Moves the time on to `now`: the timeouts complete that are over by then.
+    pub fn advance(&self, now: u64) {
+        let state = &mut *self.state.borrow_mut();
+        while state.first_due().is_some_and(|due| due <= now) {
+            state.pass_time();
+        }
+        state.clock = state.clock.max(now);
+    }
+
+    /// When the first timeout is over.
+    pub fn next_timeout(&self) -> Option<u64> {
+        self.state.borrow().first_due()
+    }
+
     fn complete_polls(&self, fd: RawFd, goes_on: bool) {
         let State { pending, ready, .. } = &mut *self.state.borrow_mut();
         pending.retain(|Pending { sqe, user_data, .. }| {
@@ -215,8 +242,16 @@ impl Ring for Double {
         // SAFETY: whoever pushes keeps the borrow until the completion, and nothing here is followed later.
         let sqe = unsafe { std::mem::transmute::<Sqe<'_>, Sqe<'static>>(*sqe) };
         let state = &mut *self.state.borrow_mut();
-        let since = state.now;
-        state.pending.push(Pending { sqe, user_data, since });
+        let since = state.reaped;
+        let due = match sqe {
+            Sqe::Timeout { after } => {
+                // SAFETY: it is `struct __kernel_timespec`: seconds and nanoseconds, 64 bits each.
+                let [seconds, nanos] = unsafe { std::mem::transmute::<Timespec, [u64; 2]>(after) };
+                state.clock.saturating_add(seconds.saturating_mul(1_000_000_000)).saturating_add(nanos)
+            }
+            _ => 0,
+        };
+        state.pending.push(Pending { sqe, user_data, since, due });
         state.log.push(sqe);
     }
 
@@ -235,8 +270,8 @@ impl Ring for Double {
         let state = &mut *self.state.borrow_mut();
         for cqe in std::mem::take(&mut state.ready) {
             into.push(cqe);
-            state.now += 1;
-            let now = state.now;
+            state.reaped += 1;
+            let now = state.reaped;
             state.unseen.retain(|(user_data, moment)| {
                 let ours = *user_data == cqe.user_data;
                 if ours {
@@ -259,9 +294,13 @@ impl Ring for Double {
 
     fn carry_out(&self, sqe: &Sqe<'_>) -> i32 {
         let state = &mut *self.state.borrow_mut();
-        state.now += 1;
-        let moment = Moment::new(Some(state.now).into());
-        state.carry_out(sqe, state.now, &moment).unwrap_or_else(|errno| -errno)
+        state.reaped += 1;
+        let moment = Moment::new(Some(state.reaped).into());
+        state.carry_out(sqe, state.reaped, &moment).unwrap_or_else(|errno| -errno)
+    }
+
+    fn now(&self) -> u64 {
+        self.state.borrow().clock
     }
 
     fn register(&self, fd: RawFd) -> Target {
@@ -307,7 +346,7 @@ impl State {
                 self.pending.push(pending);
                 continue;
             }
-            let Pending { sqe, user_data, since } = pending;
+            let Pending { sqe, user_data, since, .. } = pending;
             let moment = Moment::default();
             let result = self.carry_out(&sqe, since, &moment).unwrap_or_else(|errno| -errno);
             self.unseen.push((user_data, moment));
@@ -325,11 +364,16 @@ impl State {
         !self.late.is_empty() || !self.pending.iter().all(|pending| waits(&pending.sqe))
     }
 
+    fn first_due(&self) -> Option<u64> {
+        self.pending.iter().filter(|pending| pending.is_timeout()).map(|pending| pending.due).min()
+    }
+
     /// Nothing else can happen, so the first timeout expires. False when there is none.
     fn pass_time(&mut self) -> bool {
-        let timeout = |pending: &Pending| matches!(pending.sqe, Sqe::Timeout { .. });
-        let Some(at) = self.pending.iter().position(timeout) else { return false };
-        let Pending { user_data, .. } = self.pending.remove(at);
+        let Some(first) = self.first_due() else { return false };
+        let at = self.pending.iter().position(|pending| pending.is_timeout() && pending.due == first);
+        let Some(Pending { user_data, due, .. }) = at.map(|at| self.pending.remove(at)) else { return false };
+        self.clock = self.clock.max(due);
         self.ready.push(Cqe { user_data, result: -ETIME, more: false });
         true
     }
@@ -701,6 +745,27 @@ mod tests {
         ring.reap(&mut seen);
         let seen: Vec<_> = seen.iter().map(|cqe| (cqe.user_data.number(), cqe.result, cqe.more)).collect();
         assert_eq!(seen, [(0, 1, true), (0, -ECANCELED, false), (1, 0, false), (2, -ENOENT, false)]);
+    }
+
+    #[test]
+    fn time_goes_on_to_the_timeout_that_is_due_first() {
+        let ring = Double::new(1, Faults::default());
+        let times =
+            [3000, 1000, 2000].map(|ms| crate::ring::Timespec::from(std::time::Duration::from_millis(ms)));
+        for (number, timespec) in (0..).zip(&times) {
+            ring.push(&Sqe::Timeout { timespec: &raw const *timespec }, slot(number));
+        }
+        let seen = || {
+            let mut seen = Vec::new();
+            ring.reap(&mut seen);
+            seen.iter().map(|cqe| cqe.user_data.number()).collect::<Vec<_>>()
+        };
+        ring.enter(true).unwrap();
+        assert_eq!((seen(), ring.now()), (vec![1], 1_000_000_000));
+        ring.advance(1_500_000_000);
+        assert_eq!((seen(), ring.next_timeout()), (vec![], Some(2_000_000_000)));
+        ring.advance(5_000_000_000);
+        assert_eq!((seen(), ring.now(), ring.next_timeout()), (vec![2, 0], 5_000_000_000, None));
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //!   (`clippy::mem_forget` holds it).
 
 mod buffer;
+mod clock;
 mod command;
 mod core;
 #[cfg(test)]
@@ -78,6 +79,11 @@ pub trait Ring: 'static {
     ///
     /// The result is a count or a negated errno: `EINVAL` for anything but a read or a write of a plain descriptor.
     fn carry_out(&self, sqe: &Sqe<'_>) -> i32;
+
+    /// Nanoseconds on the clock that [`Sqe::Timeout`] goes by, the same for the rings of all threads.
+    fn now(&self) -> u64 {
+        clock::monotonic()
+    }
 
     /// Enters `fd` into the ring's file table, which saves each operation a reference count. Where there is
     /// no table, or no place left in it, the plain descriptor serves. The caller keeps `fd` open until
