@@ -7,6 +7,7 @@
 //! A guest that breaks the rings (an index that jumps, a head twice in flight, a chain without a status byte that we
 //! can reach) breaks its own vring, which then takes nothing more; what is in flight still completes.
 
+mod held;
 mod notifications;
 mod start;
 mod stop;
@@ -19,6 +20,7 @@ use super::split_ring::{Avail, Used};
 use crate::block::{Data, Errno, Flags, Instance, Iovec, Op, Request, SECTOR};
 use crate::frontend::Source;
 use crate::ring::{Io, Ring, UserData};
+use held::{Held, Hold};
 pub use start::VringSetup;
 use std::cell::{Cell, RefCell};
 use std::fmt;
@@ -88,6 +90,9 @@ pub struct Vring {
     call: RefCell<Option<CallFd>>,
     kick: Cell<UserData>,
     kicks_wanted: Cell<bool>,
+    /// A request that was looked at before it is taken.
+    held: RefCell<Held>,
+    hold: Cell<Hold>,
 }
 
 impl Vring {
@@ -146,16 +151,27 @@ impl Vring {
     ///
     /// Costs a load of a cache line that the driver writes when the last seen end of its ring is reached.
     pub fn take(&self) -> Option<u16> {
-        let again = !self.again.borrow().is_empty();
+        let again = self.has_again();
         // What is carried out again had been taken: only what is new can be left.
         if !again && !self.takes_new() {
             return None;
         }
-        let most = (self.crest.get() / 2).clamp(PASS_LEAST, PASS_MOST);
-        if self.taken.get() >= most || self.bytes_left.get() == 0 {
+        if !self.has_pass_left() {
             return None;
         }
         let head = if again { self.again.borrow_mut().pop()? } else { self.next_head()? };
+        self.begin(head, again)
+    }
+
+    /// Whether this pass may take another one.
+    fn has_pass_left(&self) -> bool {
+        let most = (self.crest.get() / 2).clamp(PASS_LEAST, PASS_MOST);
+        self.taken.get() < most && self.bytes_left.get() > 0
+    }
+
+    /// The request at `head` is in flight from now on: its tag.
+    #[inline]
+    fn begin(&self, head: u16, again: bool) -> Option<u16> {
         let Some(busy) = self.busy.get(head as usize) else {
             self.give_up(format_args!("there is no descriptor {head}"));
             return None;
@@ -179,6 +195,10 @@ impl Vring {
         Some(tag)
     }
 
+    fn has_again(&self) -> bool {
+        !self.again.borrow().is_empty()
+    }
+
     fn next_sequence(&self) -> u32 {
         let next = self.sequence.get().wrapping_add(1).max(1);
         self.sequence.set(next);
@@ -189,8 +209,15 @@ impl Vring {
         self.enabled.get() && !self.stopped.get() && !self.broken.get()
     }
 
-    /// The next head in the avail ring, if there is one.
+    /// Takes the next head from the avail ring, if there is one.
     fn next_head(&self) -> Option<u16> {
+        let head = self.peek_head()?;
+        self.next_avail.set(self.next_avail.get().wrapping_add(1));
+        Some(head)
+    }
+
+    /// The next head in the avail ring, if there is one.
+    fn peek_head(&self) -> Option<u16> {
         let next = self.next_avail.get();
         if next == self.seen_avail.get() {
             let idx = self.avail.idx();
@@ -205,7 +232,6 @@ impl Vring {
             self.crest.set(self.crest.get().max(idx.wrapping_sub(next)));
             self.refuse_kicks();
         }
-        self.next_avail.set(next.wrapping_add(1));
         Some(self.avail.head(next))
     }
 
@@ -279,7 +305,12 @@ impl Vring {
     /// Parses the chain at `head`, and ends one that needs no volume.
     fn accept(&self, tag: u16, head: u16, state: &mut TagState) {
         state.head = head;
-        let parsed = match parse(&self.setup.memory, self.table, head, self.indirect, &mut state.scratch) {
+        let chain = if self.hold.get() == Hold::LetIn(tag) {
+            self.let_in(state)
+        } else {
+            parse(&self.setup.memory, self.table, head, self.indirect, &mut state.scratch)
+        };
+        let parsed = match chain {
             Ok(chain) => {
                 state.status = Some(chain.status);
                 chain.request
@@ -402,4 +433,4 @@ impl<R: Ring> Source<R> for Vring {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -110,7 +110,7 @@ impl Vring {
     /// Whether a worker that is busy elsewhere need not look here any more, but may wait for a kick. Asks for that
     /// kick.
     pub fn falls_asleep(&self) -> bool {
-        if self.idle_passes.get() < IDLE_PASSES || self.in_flight() > 0 {
+        if self.idle_passes.get() < IDLE_PASSES || self.in_flight() > 0 || self.is_held() {
             return false;
         }
         self.idle_passes.set(0);
@@ -119,6 +119,6 @@ impl Vring {
 
     /// Whether the driver has been given something since it last brought something: it may well bring more soon.
     pub fn expects_more(&self) -> bool {
-        self.owed.get()
+        self.owed.get() && !self.is_held()
     }
 }

@@ -155,6 +155,8 @@ impl Vring {
             call: RefCell::new(call),
             kick: Cell::new(UserData::new(Kind::Kick, 0, 0)),
             kicks_wanted: Cell::new(true),
+            held: RefCell::default(),
+            hold: Cell::default(),
             setup,
         };
         vring.call_driver();

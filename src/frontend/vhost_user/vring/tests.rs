@@ -1,6 +1,6 @@
 //! A vring between a driver that writes its rings by hand and a disk in memory.
 
-mod driver;
+pub(crate) mod driver;
 mod killed;
 mod notified;
 mod stopped;
