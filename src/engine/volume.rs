@@ -6,6 +6,7 @@ use super::driver::{AnyStore, Capabilities, Open, Opened, Store};
 use super::file;
 use super::graph::{self, GraphError};
 use super::identity::Identity;
+use super::limits::Limits;
 use super::losses::Losses;
 use super::nbd;
 use super::node::Edge;
@@ -30,6 +31,7 @@ pub struct Volume {
     /// Held while the size changes.
     pub(super) resizing: Mutex<()>,
     policy: Arc<Policy>,
+    limits: Arc<Limits>,
 }
 
 /// How a volume is opened, as often as it takes: all that its configuration says.
@@ -38,6 +40,7 @@ pub struct Opener {
     open: Open,
     policy: PolicyConfig,
     topology: TopologyConfig,
+    limits: Arc<Limits>,
     /// A store of its is waited for when it is lost.
     reconnects: bool,
 }
@@ -56,7 +59,12 @@ impl Opener {
         let open = graph::opener(volumes, name)?;
         let tree = graph::tree(volumes, name).unwrap_or_default();
         let reconnects = tree.iter().any(|(_, config)| config.summary().reconnects);
-        Ok(Opener { name: name.into(), open, policy, topology, reconnects })
+        Ok(Opener { name: name.into(), open, policy, topology, limits: Arc::default(), reconnects })
+    }
+
+    /// The same with limits of operations and bytes in a second.
+    pub fn with_limits(self, limits: Arc<Limits>) -> Opener {
+        Opener { limits, ..self }
     }
 
     /// The files that are still to be read before the volume can be opened, such as certificates, because the attempts so
@@ -88,7 +96,7 @@ impl Opener {
                 "volume {name}: its last {lost} bytes do not fill a block of {block} and are not served"
             );
         }
-        Ok(volume.with_policy(self.policy))
+        Ok(volume.with_policy(self.policy).with_limits(self.limits.clone()))
     }
 
     /// Whether a service may begin without the volume at all, if others can be served.
@@ -239,7 +247,13 @@ impl Volume {
             store,
             resizing: Mutex::default(),
             policy,
+            limits: Arc::default(),
         }
+    }
+
+    /// The same with limits of operations and bytes in a second. Before anybody attaches to it.
+    pub fn with_limits(self, limits: Arc<Limits>) -> Volume {
+        Volume { limits, ..self }
     }
 
     /// The same with another policy about errors than to report them. Before anybody attaches to it.
@@ -272,6 +286,11 @@ impl Volume {
     /// What becomes of the requests that the store fails, and how many of them wait.
     pub fn policy_state(&self) -> PolicyState {
         self.policy.state()
+    }
+
+    /// Its limits of operations and bytes in a second. Whoever brings requests has to ask there: nothing below does.
+    pub fn limits(&self) -> &Arc<Limits> {
+        &self.limits
     }
 
     /// Why a drain may take long, where requests wait because the store failed.

@@ -98,6 +98,8 @@ pub enum Kind {
     Nobody = 4,
     /// A worker's timer: time to look for slow requests.
     Watch = 5,
+    /// A worker's timer: time to let requests go that waited for limits.
+    Throttle = 6,
 }
 
 /// `kind (8 bits) | generation (24) | number (32)`: no pointer, and a completion that comes after its slot
@@ -123,6 +125,7 @@ impl UserData {
             3 => Some(Kind::Mailbox),
             4 => Some(Kind::Nobody),
             5 => Some(Kind::Watch),
+            6 => Some(Kind::Throttle),
             _ => None,
         }
     }

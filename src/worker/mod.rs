@@ -10,6 +10,7 @@ mod mailbox;
 mod patience;
 mod run;
 mod slot;
+mod throttle;
 mod watch;
 
 use crate::block::Errno;
@@ -72,6 +73,7 @@ enum Command {
     Flush { lent: Lent, limit: Duration, reply: Reply<Result<(), Errno>> },
     Drain { volume: Arc<Volume>, limit: Duration, reply: Reply<bool> },
     Busy { reply: Reply<usize> },
+    LimitsChanged,
     Abandon,
     Quit,
 }
@@ -221,6 +223,11 @@ impl Link {
         let (reply, answer) = Reply::pair();
         self.mailbox.post(Command::Busy { reply });
         answer
+    }
+
+    /// Limits have changed, or were [lifted](ublk::Brake::lift_limits): what waits for them there asks again.
+    pub fn limits_changed(&self) {
+        self.mailbox.post(Command::LimitsChanged);
     }
 
     /// Fails what waits for somebody other than the kernel: see [`Attached::abandon`](crate::engine::Attached).

@@ -1,12 +1,16 @@
 //! A worker's loop.
 
+mod limited;
+
 use super::affinity::Affinity;
 use super::mailbox::Mailbox;
 use super::patience::Patience;
 use super::slot::{Client, Queue, Seat, sit};
+use super::throttle::{Gate, ThrottleTimer};
 use super::watch::{Watch, Watchdog};
 use super::{Command, Habits, Lent, Reply, VringId};
 use crate::block::Errno;
+use crate::engine::limits::Limits;
 use crate::engine::{Attached, QueueStart, Volume};
 use crate::frontend::{ublk, vhost_user};
 use crate::ring::{
@@ -36,6 +40,7 @@ struct Place {
     queue: Queue,
     volume: Rc<Attached<Uring>>,
     client: Client,
+    gate: Rc<Gate>,
     /// Slots of all its queues here.
     export_slots: Rc<Cell<usize>>,
     /// The slot of each tag. A vring's are made as its depth is first reached: an idle one has none.
@@ -92,6 +97,7 @@ impl Run {
             kicks: 0,
             patience: Patience::up_to(self.habits.patience),
             watchdog: Watchdog::new(self.habits.slow_after),
+            throttle: ThrottleTimer::new(),
             quit: false,
         }
         .run();
@@ -108,6 +114,7 @@ struct Loop<F, M> {
     affinity: Affinity,
     patience: Patience,
     watchdog: Watchdog,
+    throttle: ThrottleTimer,
     /// Volumes that are or were in use here: the queues of one share what it keeps for a worker. That lives as long as the
     /// volume, because a connection may have to vouch for writes when all queues are gone that brought them.
     attached: Vec<(Weak<Volume>, Rc<Attached<Uring>>)>,
@@ -142,6 +149,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                     Some(Kind::Kick) => self.kicked(&cqe),
                     Some(Kind::Mailbox) => self.read_mail(&cqe),
                     Some(Kind::Watch) => self.tell_slow(),
+                    Some(Kind::Throttle) => self.throttle_expired(&cqe),
                     Some(Kind::Nobody) | None => {}
                 }
             }
@@ -169,6 +177,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
 
     fn enter(&self, wait: bool) {
         self.watchdog.arm(&self.core);
+        self.arm_throttle();
         if let Err(error) = self.core.ring().enter(wait) {
             // Nothing in flight can complete any more. The process ends, and every client hears of it;
             // silence would leave them waiting.
@@ -253,6 +262,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                 Command::Flush { lent, limit, reply } => self.flush(lent, limit, reply),
                 Command::Drain { volume, limit, reply } => self.drain(&volume, limit, reply),
                 Command::Busy { reply } => reply.send(self.watchdog.busy()),
+                Command::LimitsChanged => self.limits_changed(),
                 Command::Abandon => {
                     self.attached.iter().for_each(|(_, attached)| attached.abandon());
                 }
@@ -333,7 +343,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         let client = Client { flushers: lent.flushers, queue: setup.queue.into() };
         let queue = Rc::new(ublk::Queue::new(&self.core, setup)?);
         let depth = queue.depth();
-        let place = self.place(Queue::Ublk(queue), attached, client, Some(ended));
+        let place = self.place(Queue::Ublk(queue), attached, client, lent.volume.limits(), Some(ended));
         for tag in 0..depth {
             self.add_slot(place, tag);
         }
@@ -359,7 +369,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             );
             log.log().warn("doubtful", message);
         }
-        let place = self.place(Queue::Vring(vring.clone()), attached, client, None);
+        let place = self.place(Queue::Vring(vring.clone()), attached, client, lent.volume.limits(), None);
         vring.arm_kick(&self.core, UserData::new(Kind::Kick, self.kicks, place));
         // Requests may have been made available before the kick descriptor was ours.
         self.activate(place);
@@ -371,13 +381,16 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         queue: Queue,
         volume: Rc<Attached<Uring>>,
         client: Client,
+        limits: &Arc<Limits>,
         ended: Option<Reply<()>>,
     ) -> u32 {
         let (slots, watches, alive) = (Vec::new(), Vec::new(), Rc::default());
         let sibling = self.places.iter().flatten().find(|place| place.client.export() == client.export());
         let export_slots = sibling.map(|place| place.export_slots.clone()).unwrap_or_default();
         let interrupted = false;
-        let place = Place { queue, volume, client, export_slots, slots, watches, alive, interrupted, ended };
+        let gate = Rc::new(self.throttle.gate(limits));
+        let place =
+            Place { queue, volume, client, gate, export_slots, slots, watches, alive, interrupted, ended };
         let free = self.places.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.places.push(None);
@@ -401,6 +414,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                 queue: place.queue.clone(),
                 volume: place.volume.clone(),
                 client: place.client.clone(),
+                gate: place.gate.clone(),
                 tag,
                 watch,
                 place: index,
@@ -455,8 +469,10 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             let news = vring.publish();
             vring.tell(news);
             worked |= news;
-            while let Some(place) = self.places[at as usize].as_ref().filter(|place| place.has_slot(&vring)) {
-                let Some(tag) = vring.take() else { break };
+            while let Some(place) = self.places[at as usize].as_ref() {
+                let Some(tag) = place.gate.take(&vring, self.core.ring(), || place.has_slot(&vring)) else {
+                    break;
+                };
                 worked = true;
                 match place.slots.get(tag as usize) {
                     Some(slot) => self.tasks.poll(*slot),
@@ -521,8 +537,8 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         let mut may_sleep = true;
         let places = &self.places;
         self.active.retain(|at| match places[*at as usize].as_ref().map(|place| (place, &place.queue)) {
-            // What it has beyond its slots is nothing to stay awake for.
-            Some((place, Queue::Vring(vring))) if !place.has_slot(vring) => true,
+            // What it has beyond its slots and its limits is nothing to stay awake for.
+            Some((place, Queue::Vring(vring))) if place.gate.waits() || !place.has_slot(vring) => true,
             Some((_, Queue::Vring(vring))) => {
                 let quiet = vring.ask_for_kick();
                 may_sleep &= quiet;

@@ -1,6 +1,8 @@
 //! A slot: one request after the other, for as long as its queue lives. Here a door meets a volume.
 
+use super::throttle::Gate;
 use super::watch::Watch;
+use crate::block::Request;
 use crate::engine::{Attached, Flusher, Flushers, execute};
 use crate::frontend::{Source, ublk, vhost_user};
 use crate::ring::{Io, Uring};
@@ -49,6 +51,7 @@ pub(super) struct Seat {
     pub queue: Queue,
     pub volume: Rc<Attached<Uring>>,
     pub client: Client,
+    pub gate: Rc<Gate>,
     pub tag: u16,
     pub watch: Rc<Watch>,
     pub place: u32,
@@ -58,14 +61,15 @@ pub(super) struct Seat {
     pub deserted: Rc<RefCell<Vec<u32>>>,
 }
 
-/// A slot's life. Everything that happens to a request happens on its way through here.
-async fn serve<S: Source<Uring>>(seat: &Seat, source: &S) {
+/// A slot's life. Everything that happens to a request happens on its way through here. `wait`: until it may go.
+async fn serve<S: Source<Uring>>(seat: &Seat, source: &S, wait: impl AsyncFn(&Request<'_>)) {
     let Seat { io, volume, client, tag, watch, .. } = seat;
     let flusher = client.flusher();
     let (tag, mut state) = (*tag, S::State::default());
     io.set_tag(tag);
     io.set_group(client.export());
     while let Some(request) = source.next(io, tag, &mut state).await {
+        wait(&request).await;
         watch.begin(&request);
         let result = execute(volume, io, flusher, &request).await;
         watch.end();
@@ -76,8 +80,13 @@ async fn serve<S: Source<Uring>>(seat: &Seat, source: &S) {
 /// The one future type of all slots: the door is a match, not a pointer.
 pub(super) async fn sit(seat: Seat) {
     match &seat.queue {
-        Queue::Ublk(queue) => serve(&seat, &**queue).await,
-        Queue::Vring(vring) => serve(&seat, &**vring).await,
+        Queue::Ublk(queue) => {
+            let Seat { io, gate, .. } = &seat;
+            let wait = async |of: &Request<'_>| gate.pass(io, of.op, of.len(), queue.brake()).await;
+            serve(&seat, &**queue, wait).await;
+        }
+        // What its limits do not let in is not taken from the ring.
+        Queue::Vring(vring) => serve(&seat, &**vring, async |_: &Request<'_>| ()).await,
     }
     seat.alive.set(seat.alive.get() - 1);
     if seat.alive.get() == 0 {

@@ -168,6 +168,11 @@ impl Queue {
         &self.cpus
     }
 
+    /// What stops it.
+    pub fn brake(&self) -> &Brake {
+        &self.brake
+    }
+
     /// Copies the descriptor of `tag`, once.
     fn descriptor(&self, tag: u16) -> Descriptor {
         let area = self.descriptors.as_ptr().cast::<Descriptor>();

@@ -1,4 +1,4 @@
-//! How a queue is told to take no more requests.
+//! How a queue is told to take no more requests, or to hold none back.
 
 #![forbid(unsafe_code)]
 
@@ -7,17 +7,31 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// One for a device and all its queues. A worker looks at it with each request; once it has done anything else that was
 /// asked of it after the flag was set, it takes no more.
 #[derive(Debug, Default)]
-pub struct QuiesceFlag(AtomicBool);
+pub struct QuiesceFlag {
+    set: AtomicBool,
+    unlimited: AtomicBool,
+}
 
 impl QuiesceFlag {
     /// From now on, requests that come stay where they are: with us, but not looked at. The kernel gives them to the
-    /// next server when we are gone.
+    /// next server when we are gone. The same goes for those that wait for limits.
     pub fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.set.store(true, Ordering::Relaxed);
     }
 
     /// Whether it was set.
     pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.set.load(Ordering::Relaxed)
+    }
+
+    /// From now on no request waits for limits: the device goes, and the kernel waits for all that it has given us. Those that
+    /// wait have to be told.
+    pub fn lift_limits(&self) {
+        self.unlimited.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether limits were lifted.
+    pub fn is_unlimited(&self) -> bool {
+        self.unlimited.load(Ordering::Relaxed)
     }
 }

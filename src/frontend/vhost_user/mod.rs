@@ -31,4 +31,7 @@ pub use inflight::Inflight;
 pub use memory::{Memory, MemoryError};
 pub use session::{Session, SessionError};
 pub use session_vring::{Host, Running};
+/// The guest's side of a vring.
+#[cfg(test)]
+pub(crate) use vring::tests::driver;
 pub use vring::{StopMode, Stopped, Vring, VringSetup};

@@ -1,0 +1,197 @@
+//! Where requests wait for the limits of their volume.
+//!
+//! A vring's wait in its ring: one head is looked at, and while it is refused nothing is taken. A ublk queue's are with us from
+//! the moment that the kernel gives them, so they wait in their slots, the first first. Nobody else on the worker waits with
+//! them: a timer, one for all, says when to ask again.
+
+#![forbid(unsafe_code)]
+
+use crate::block::Op;
+use crate::engine::limits::{Limits, Throttle};
+use crate::frontend::ublk::Brake;
+use crate::frontend::vhost_user::Vring;
+use crate::ring::{Core, Io, Kind, Ring, Sqe, Timespec, UserData};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::pending;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// One queue's.
+pub(super) struct Gate {
+    throttle: Throttle,
+    /// Slots that wait, in the order in which they came.
+    slots: RefCell<VecDeque<u32>>,
+    /// Something waits somewhere on this worker.
+    any: Rc<Cell<bool>>,
+}
+
+impl Gate {
+    /// Whether anything of the queue's waits.
+    pub fn waits(&self) -> bool {
+        self.throttle.waits_until().is_some()
+    }
+
+    /// When it is to ask again, on the ring's clock.
+    pub fn due(&self) -> Option<u64> {
+        self.throttle.waits_until()
+    }
+
+    /// Takes the next request of the queue's vring that may go. `has_slot`: it could be carried out. Costs a load where nothing
+    /// is limited.
+    pub fn take<R: Ring>(&self, vring: &Vring, ring: &R, has_slot: impl FnOnce() -> bool) -> Option<u16> {
+        if self.throttle.concerns() {
+            return self.take_limited(vring, ring, has_slot());
+        }
+        if has_slot() { vring.take() } else { None }
+    }
+
+    #[cold]
+    fn take_limited<R: Ring>(&self, vring: &Vring, ring: &R, has_slot: bool) -> Option<u16> {
+        let now = ring.now();
+        if vring.is_held() && self.due().is_some_and(|due| now < due) {
+            return None;
+        }
+        let mut asked = false;
+        let admit = |op, bytes| {
+            asked = true;
+            self.throttle.admit(now, op, bytes)
+        };
+        let taken = if has_slot { vring.take_admitted(admit) } else { None };
+        match (taken, asked) {
+            (None, true) => self.any.set(true),
+            // There is nothing to be let in: nobody is to wait for its turn.
+            (None, false) => {
+                vring.forget_held();
+                self.throttle.leave(now);
+            }
+            (Some(_), _) => {}
+        }
+        taken
+    }
+
+    /// Waits in the slot until a request may go. One whose device goes does not wait; one whose device stays for another
+    /// server is that server's, and waits for ever.
+    pub async fn pass<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, brake: &Brake) {
+        if self.throttle.concerns() || !self.slots.borrow().is_empty() {
+            // Boxed, as all that is rare: a slot's future has no room for it.
+            Box::pin(self.wait(io, op, bytes, brake)).await;
+        }
+    }
+
+    async fn wait<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, brake: &Brake) {
+        let place = Waiting { gate: self, slot: io.slot() };
+        self.slots.borrow_mut().push_back(io.slot());
+        loop {
+            if brake.is_unlimited() {
+                break;
+            }
+            if brake.is_pulled() {
+                self.throttle.leave(io.now());
+                return pending().await;
+            }
+            let first = self.slots.borrow().front() == Some(&io.slot());
+            if first && self.throttle.admit(io.now(), op, bytes) {
+                break;
+            }
+            self.any.set(true);
+            io.park().await;
+        }
+        drop(place);
+        match self.slots.borrow().front() {
+            Some(next) => io.wake(*next),
+            None => self.throttle.leave(io.now()),
+        }
+    }
+
+    /// The time is due, or something has changed: the first slot that waits asks again.
+    pub fn wake<R: Ring>(&self, core: &Core<R>) {
+        if let Some(first) = self.slots.borrow().front() {
+            core.wake(*first);
+        }
+    }
+
+    /// The limits have changed: what waits asks again at once.
+    pub fn look_again<R: Ring>(&self, core: &Core<R>) {
+        self.throttle.look_again();
+        self.wake(core);
+    }
+}
+
+/// A slot's place among those that wait.
+struct Waiting<'a> {
+    gate: &'a Gate,
+    slot: u32,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.gate.slots.borrow_mut().retain(|slot| *slot != self.slot);
+    }
+}
+
+/// The timer of one worker.
+pub(super) struct ThrottleTimer {
+    any: Rc<Cell<bool>>,
+    /// When the timer in the ring is over.
+    armed: Cell<Option<u64>>,
+    /// Timers so far: tells one that was replaced.
+    count: Cell<u32>,
+    /// In a place of its own, because the ring is given its address.
+    time: Box<Cell<Timespec>>,
+}
+
+impl ThrottleTimer {
+    /// Nothing waits.
+    pub fn new() -> ThrottleTimer {
+        let time = Box::new(Cell::new(Timespec::new()));
+        ThrottleTimer { any: Rc::default(), armed: Cell::new(None), count: Cell::new(0), time }
+    }
+
+    /// For a queue of this worker.
+    pub fn gate(&self, limits: &Arc<Limits>) -> Gate {
+        Gate { throttle: limits.throttle(), slots: RefCell::default(), any: self.any.clone() }
+    }
+
+    fn user_data(&self) -> UserData {
+        UserData::new(Kind::Throttle, self.count.get(), 0)
+    }
+
+    /// Sets the timer to the first of the times at which somebody is to ask again. Before each `enter`; costs a load when nobody
+    /// waits.
+    pub fn arm<R: Ring>(&self, ring: &R, dues: impl Iterator<Item = u64>) {
+        if !self.any.get() {
+            return;
+        }
+        let Some(first) = dues.min() else {
+            self.any.set(false);
+            return;
+        };
+        match self.armed.get() {
+            Some(armed) if armed <= first => return,
+            Some(_) => {
+                ring.push(&Sqe::Cancel { user_data: self.user_data() }, UserData::new(Kind::Nobody, 0, 0));
+            }
+            None => {}
+        }
+        self.armed.set(Some(first));
+        self.count.set(self.count.get().wrapping_add(1));
+        // Zero would be no time at all, and is none that the kernel takes.
+        let left = first.saturating_sub(ring.now()).max(1);
+        self.time.set(Timespec::from(Duration::from_nanos(left)));
+        ring.push(&Sqe::Timeout { timespec: self.time.as_ptr() }, self.user_data());
+    }
+
+    /// A timer is over, and may be ours. Whether it is, and those that are due are to be [woken](Gate::wake).
+    pub fn expired(&self, user_data: UserData) -> bool {
+        let ours = user_data == self.user_data();
+        if ours {
+            self.armed.set(None);
+        }
+        ours
+    }
+}
+
+#[cfg(test)]
+mod tests;
