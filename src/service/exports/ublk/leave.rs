@@ -6,6 +6,7 @@ use super::super::Abandoned;
 use super::UblkExport;
 use crate::frontend::ublk::config::Recovery;
 use crate::frontend::ublk::{self, Answer};
+use crate::worker::Link;
 use std::fmt::Display;
 use std::io;
 use std::sync::mpsc::RecvTimeoutError;
@@ -53,6 +54,7 @@ impl UblkExport {
             self.phase = match &self.phase {
                 Phase::Live => {
                     self.name.remove();
+                    self.lift_limits();
                     Phase::Stopping(self.device.stop())
                 }
                 Phase::Stopping(answer) => {
@@ -95,6 +97,7 @@ impl UblkExport {
             return self.stop_claimed(deadline);
         }
         let patience = Instant::now() + OPEN_LIMIT;
+        self.lift_limits();
         loop {
             match self.device.try_stop().wait(deadline) {
                 Err(ublk::Error::Refused { errno, .. }) if errno.raw() == libc::EBUSY => {
@@ -134,6 +137,7 @@ impl UblkExport {
             return self.keep(&users, deadline);
         }
         self.name.remove();
+        self.lift_limits();
         self.phase = Phase::Stopping(self.device.stop());
         self.claim = claim;
         self.stop(deadline)
@@ -230,8 +234,16 @@ impl UblkExport {
         Ok(())
     }
 
+    /// Lets the requests go that wait for limits: the kernel waits for all that it has given us, and nobody is to wait for
+    /// limits with it.
+    fn lift_limits(&self) {
+        self.device.brake().lift_limits();
+        self.links.iter().for_each(Link::limits_changed);
+    }
+
     /// Lets the kernel keep new requests, and sees every queue to its end. Whether that is done by `deadline`.
     fn quiesce(&mut self, deadline: Instant) -> bool {
+        self.lift_limits();
         while !self.ends.is_empty() && Instant::now() < deadline {
             // A request that is committed fetches the next, and such a fetch is aborted by the next call.
             let limit = deadline.saturating_duration_since(Instant::now());
