@@ -23,6 +23,11 @@ const HELP: &str = "\
   like another format.
   And physical-block=512..65536: shown in place of the store's; equal to the
   logical block, no preferred sizes are shown (some guests misread them).
+  And limits of operations and bytes in a second, as QEMU has them: iops-total=N,
+  iops-read, iops-write, bps-total=SIZE, bps-read, bps-write; of each a burst,
+  iops-total-max=N for iops-total-max-length=SECONDS; iops-size=SIZE, above which
+  a request counts as several; group=NAME, the same set for all that name it.
+  `ringblk limit NAME` changes them while the volume is served.
 
 Options of --ublk:
   queues=N, depth=N, zero-copy=auto|on|off, id=N, max-io=SIZE, workers=N

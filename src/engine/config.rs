@@ -10,6 +10,7 @@ use super::driver::DRIVERS;
 pub use super::driver::{Need, Summary, VolumeConfig};
 pub use super::fault::FaultConfig;
 pub use super::file::{FileConfig, ImageFormat};
+pub use super::limits::LimitsConfig;
 pub use super::memory::MemoryConfig;
 pub use super::nbd::NbdConfig;
 pub use super::null::NullConfig;

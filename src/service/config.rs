@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use crate::engine::config::{Need, PolicyConfig, TopologyConfig, VolumeConfig};
+use crate::engine::config::{LimitsConfig, Need, PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::graph;
 use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::config::VhostUserConfig;
@@ -50,6 +50,8 @@ pub struct Config {
     pub policies: BTreeMap<String, PolicyConfig>,
     /// What is told of each volume's blocks.
     pub topologies: BTreeMap<String, TopologyConfig>,
+    /// How many operations and bytes each volume takes in a second.
+    pub limits: BTreeMap<String, LimitsConfig>,
     /// Volumes shown as ublk disks, at most one a volume.
     pub ublk: Vec<UblkConfig>,
     /// Volumes shown on vhost-user sockets.
@@ -135,6 +137,7 @@ pub struct Loader {
     volumes: BTreeMap<String, Item<VolumeConfig>>,
     policies: BTreeMap<String, PolicyConfig>,
     topologies: BTreeMap<String, TopologyConfig>,
+    limits: BTreeMap<String, LimitsConfig>,
     ublk: Vec<Item<UblkConfig>>,
     vhost_user: Vec<Item<VhostUserConfig>>,
 }
@@ -248,6 +251,7 @@ impl Loader {
             slow_after: self.slow_after.map_or(Config::DEFAULT_SLOW_AFTER, |item| item.value),
             policies: self.policies,
             topologies: self.topologies,
+            limits: self.limits,
             volumes: self.volumes.into_iter().map(|(name, item)| (name, item.value)).collect(),
             ublk: self.ublk.into_iter().map(|item| item.value).collect(),
             vhost_user: self.vhost_user.into_iter().map(|item| item.value).collect(),
@@ -255,11 +259,12 @@ impl Loader {
     }
 
     fn add_volume(&mut self, name: String, volume: file::Volume) -> Result<(), ConfigError> {
-        let (store, policy, topology) = volume.value;
+        let (store, policy, topology, limits) = volume.value;
         match self.volumes.entry(name) {
             Entry::Vacant(entry) => {
                 self.policies.insert(entry.key().clone(), policy);
                 self.topologies.insert(entry.key().clone(), topology);
+                self.limits.insert(entry.key().clone(), limits);
                 entry.insert(Item::new(store, volume.origin));
                 Ok(())
             }
@@ -282,7 +287,8 @@ impl fmt::Display for Config {
         writeln!(f, "control: {}", self.control.display())?;
         writeln!(f, "sandbox: {}", self.sandbox)?;
         for (name, volume) in &self.volumes {
-            writeln!(f, "volume {name}: {volume}{}{}", self.topologies[name], self.policies[name])?;
+            let (topology, policy, limits) = (self.topologies[name], self.policies[name], &self.limits[name]);
+            writeln!(f, "volume {name}: {volume}{topology}{policy}{limits}")?;
         }
         let own = |workers: Option<u16>| workers.map_or(String::new(), |count| format!(", workers {count}"));
         for export in &self.ublk {
@@ -331,6 +337,13 @@ block-size = 4096
 driver = "memory"
 size = "1G"
 physical-block = 4096
+limits = { iops-read = 500, iops-size = "8K", group = "small" }
+
+[volume.root.limits]
+iops-total = 2000
+iops-total-max = 8000
+iops-total-max-length = 30
+bps-write = "100M"
 
 [volume.far]
 on-error = "retry"
@@ -370,8 +383,8 @@ workers = 1
         flags.set_slow_after(20);
         flags.set_control("/run/x/control.sock".into());
         for text in [
-            "root=file:/srv/a,,b.img,direct=on,block-size=4096",
-            "scratch=memory:1G,physical-block=4096",
+            "root=file:/srv/a,,b.img,direct=on,block-size=4096,iops-total=2000,iops-total-max=8000,iops-total-max-length=30,bps-write=100M",
+            "scratch=memory:1G,physical-block=4096,group=small,iops-read=500,iops-size=8192",
             "far=nbd:nbd://server/disk,connections=2,reconnect=30,on-error=retry,retry-for=60",
         ] {
             flags.add_volume_flag(text).unwrap();
@@ -389,6 +402,8 @@ workers = 1
             |name: &str| (config.policies[name].on_error, config.policies[name].patience().as_secs());
         assert_eq!(policy("far"), (OnError::Retry, 60));
         assert_eq!(policy("root").0, OnError::Report);
+        assert_eq!(config.limits["root"].numbers()["bps-write"], 100 << 20);
+        assert!(config.to_string().contains(", iops-read=500, iops-size=8K, group=small\n"));
         assert_eq!(config.ublk[0].id, Some(7));
         assert_eq!(config.vhost_user[0].mode, 0o660);
     }
@@ -436,7 +451,7 @@ workers = 1
         let text = loader.finish().unwrap().to_string();
         for line in [
             "workers: 2",
-            "volume scratch: memory:1G, physical block 4096",
+            "volume scratch: memory:1G, physical block 4096, iops-read=500, iops-size=8K, group=small",
             "volume far: nbd:nbd://server/disk, connections 2, reconnect 30 s, time-out 60 s, on error retry for 60 s",
             "ublk root: queues 2, depth 128, zero copy on, workers 2, /dev/ublkb7",
             "vhost-user root: /run/x/root.sock, up to 4 queues of 512, serial disk-1, workers 1, mode 0660, \

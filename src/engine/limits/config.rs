@@ -129,6 +129,8 @@ impl LimitsConfig {
     pub const KEYS: [&'static str; COUNT + 1] = KEYS;
     /// The key of that table.
     pub const TABLE: &'static str = "limits";
+    /// The key of the group's name.
+    pub const GROUP: &'static str = GROUP;
     /// The largest number: QEMU's `THROTTLE_VALUE_MAX`.
     pub const MAX: u64 = 1_000_000_000_000_000;
     /// The longest name of a group.
@@ -268,6 +270,31 @@ impl fmt::Display for LimitsConfig {
     }
 }
 
+/// Which of [`KEYS`].
+struct Key(usize);
+
+/// Refused where it is read, so that the error has its line.
+impl<'de> Deserialize<'de> for Key {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Key, D::Error> {
+        struct KeyVisitor;
+
+        impl Visitor<'_> for KeyVisitor {
+            type Value = Key;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a limit")
+            }
+
+            fn visit_str<E: Error>(self, key: &str) -> Result<Key, E> {
+                let at = KEYS.iter().position(|known| *known == key);
+                at.map(Key).ok_or_else(|| E::unknown_field(key, &KEYS))
+            }
+        }
+
+        deserializer.deserialize_identifier(KeyVisitor)
+    }
+}
+
 struct LimitsVisitor;
 
 impl<'de> Visitor<'de> for LimitsVisitor {
@@ -279,10 +306,7 @@ impl<'de> Visitor<'de> for LimitsVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<LimitsChange, A::Error> {
         let mut change = LimitsChange::default();
-        while let Some(key) = map.next_key::<String>()? {
-            let Some(at) = KEYS.iter().position(|known| *known == key) else {
-                return Err(A::Error::unknown_field(&key, &KEYS));
-            };
+        while let Some(Key(at)) = map.next_key()? {
             let twice = || A::Error::duplicate_field(KEYS[at]);
             if KEYS[at] == GROUP {
                 let first = change.group.replace(map.next_value()?).is_none();

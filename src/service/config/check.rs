@@ -5,11 +5,13 @@
 
 #![forbid(unsafe_code)]
 
+mod groups;
+
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use crate::engine::config::{Need, PolicyConfig, TopologyConfig};
+use crate::engine::config::{LimitsConfig, Need, PolicyConfig, TopologyConfig};
 use crate::engine::graph;
 use crate::frontend::vhost_user::config::VhostUserConfig;
 
@@ -20,6 +22,7 @@ use super::{Config, ConfigError, DEFAULT_CONTROL, Loader};
 pub(super) fn check(loader: &Loader) -> Result<(), ConfigError> {
     check_values(loader)?;
     check_references(loader)?;
+    groups::check(loader)?;
     check_ublk_claims(loader)?;
     check_socket_claims(loader)?;
     check_file_claims(loader)?;
@@ -58,7 +61,8 @@ fn check_values(loader: &Loader) -> Result<(), ConfigError> {
         let checked = value
             .check()
             .and_then(|()| loader.policies.get(name).map_or(Ok(()), PolicyConfig::check))
-            .and_then(|()| topology.check(value.summary().block_size));
+            .and_then(|()| topology.check(value.summary().block_size))
+            .and_then(|()| loader.limits.get(name).map_or(Ok(()), LimitsConfig::check));
         checked.map_err(|(key, reason)| origin.key_error(key, reason))?;
     }
     for Item { value, origin } in &loader.ublk {
@@ -150,6 +154,12 @@ fn check_bases<'a>(loader: &'a Loader, exported: &[&String]) -> Result<BTreeSet<
             let reason =
                 format!("{} are for a volume that is exported, not for what it stands on", keys.join(", "));
             return Err(item.origin.error(reason));
+        }
+        let limited = loader.limits.get(*base).is_some_and(|of| *of != LimitsConfig::default());
+        if let (true, Some(item)) = (limited, loader.volumes.get(*base)) {
+            let reason =
+                "limits are for a volume that is exported, not for what it stands on: say them there";
+            return Err(ConfigError::new(item.origin.place(LimitsConfig::TABLE), reason));
         }
     }
     Ok(users.into_keys().collect())
@@ -322,6 +332,11 @@ mod tests {
         refused(&[("volume", "a=null:1000"), UBLK_A], "--volume a=null:1000", "size");
         refused(&[A, ("ublk", "a,depth=0")], "--ublk a,depth=0", "depth");
         refused(&[A, ("vhost-user", "a=/s,queues=0")], "--vhost-user", "queues");
+        refused(
+            &[("volume", "a=null:1G,iops-read=9,iops-total=9"), UBLK_A],
+            "--volume a=null",
+            "iops-read: ",
+        );
         let fine = "a=null:1G,block-size=4096,physical-block=512";
         refused(&[("volume", fine), UBLK_A], "--volume a=null", "physical-block");
     }
@@ -400,6 +415,11 @@ mod tests {
             (
                 vec![("volume", "a=null:1G,on-error=stop".into()), on("b", "a"), b.clone()],
                 "--volume a=null:1G,on-error=stop",
+                "for a volume that is exported",
+            ),
+            (
+                vec![("volume", "a=null:1G,iops-total=5".into()), on("b", "a"), b.clone()],
+                "--volume a=null:1G,iops-total=5: limits",
                 "for a volume that is exported",
             ),
         ] {

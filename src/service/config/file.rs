@@ -12,12 +12,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::SandboxMode;
-use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
+use crate::engine::config::{LimitsConfig, PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::config::VhostUserConfig;
 
@@ -27,8 +28,8 @@ use super::origin::{Item, Origin};
 /// A larger file is not a configuration of ours.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// A volume, what becomes of the requests that its store fails, and what is told of its blocks.
-pub(super) type Volume = Item<(VolumeConfig, PolicyConfig, TopologyConfig)>;
+/// A volume, what becomes of the requests that its store fails, what is told of its blocks, and its limits.
+pub(super) type Volume = Item<(VolumeConfig, PolicyConfig, TopologyConfig, LimitsConfig)>;
 
 /// What one file says.
 #[derive(Debug, Default)]
@@ -124,7 +125,13 @@ impl<'a> Document<'a> {
         let DeValue::Table(mut table) = value.into_inner() else {
             return Err(self.error_at(at, "a volume is written as a [volume.NAME] table"));
         };
-        let origin = self.origin(at, self.key_lines(&table));
+        let mut lines = self.key_lines(&table);
+        let limits = table.remove(LimitsConfig::TABLE);
+        if let Some(DeValue::Table(limits)) = limits.as_ref().map(Spanned::get_ref) {
+            // No key of a volume has the name of a limit.
+            lines.extend(self.key_lines(limits));
+        }
+        let origin = self.origin(at, lines);
         let Some(driver) = table.remove("driver") else {
             return Err(origin.error("the key \"driver\" is missing"));
         };
@@ -136,14 +143,22 @@ impl<'a> Document<'a> {
             // Let the one place that knows all drivers word it, and point at the word itself.
             let empty = table_value(DeTable::new(), driver_at.clone());
             return VolumeConfig::from_driver(&driver, empty)
-                .map(|volume| Item::new((volume, PolicyConfig::default(), TopologyConfig::default()), origin))
+                .map(|volume| Item::new((volume, <_>::default(), <_>::default(), <_>::default()), origin))
                 .map_err(|error| self.error(&error, driver_at.start));
         }
         let policy = self.common(&mut table, &PolicyConfig::KEYS, &span, at)?;
         let topology = self.common(&mut table, &TopologyConfig::KEYS, &span, at)?;
         let volume = VolumeConfig::from_driver(&driver, table_value(table, span))
             .map_err(|error| self.error(&error, at))?;
-        Ok(Item::new((volume, policy, topology), origin))
+        let limits = match limits {
+            None => LimitsConfig::default(),
+            Some(limits) => {
+                let at = limits.span().start;
+                let read = LimitsConfig::deserialize(ValueDeserializer::from(limits));
+                read.map_err(|error| self.error(&error, at))?
+            }
+        };
+        Ok(Item::new((volume, policy, topology, limits), origin))
     }
 
     /// Takes the settings out of a volume's table that any driver has.
@@ -240,6 +255,16 @@ mod tests {
             ("[volume.a]\ndriver = \"null\"\nsize = \"1G\"\ncolour = 1\n", 4, "colour"),
             ("[volume.a]\ndriver = \"null\"\nsize = \"1Q\"\n", 3, "\"1Q\""),
             ("[volume.a]\n[volume.a]\n", 2, "duplicate"),
+            ("[volume.a]\ndriver = \"null\"\nsize = 512\nlimits = 3\n", 4, "a table of limits"),
+            ("[volume.a]\ndriver = \"null\"\nsize = 512\n[volume.a.limits]\niops = 3\n", 5, "\"iops\""),
+            ("[volume.a]\ndriver = \"null\"\nsize = 512\niops-total = 3\n", 4, "iops-total"),
+            (
+                "[volume.a]\ndriver = \"null\"\nsize = 512\n[volume.a.limits]\niops-size = 3\nbps-read = \"1Q\"\n",
+                6,
+                "\"1Q\"",
+            ),
+            ("[volume.a]\ndriver = \"null\"\nsize = 512\n[volume.a.limits]\ngroup = 3\n", 5, "3"),
+            ("[volume.a]\ndriver = \"null\"\nsize = 512\n[volume.a.limits]\niops-total = -3\n", 5, "-3"),
             ("ublk = 3\n", 1, "[[ublk]]"),
             ("ublk = [3]\n", 1, "[[ublk]]"),
             ("[ublk]\nvolume = \"a\"\n", 1, "[[ublk]]"),

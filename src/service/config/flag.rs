@@ -10,13 +10,16 @@ use serde::de::value::{Error, MapDeserializer, StrDeserializer};
 use serde::de::{Deserializer, Error as _, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
-use crate::engine::config::{PolicyConfig, TopologyConfig, VolumeConfig};
+use crate::engine::config::{LimitsConfig, PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::nbd::is_uri;
 use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::config::VhostUserConfig;
 
+/// All that is said of a volume.
+type Said = (VolumeConfig, PolicyConfig, TopologyConfig, LimitsConfig);
+
 /// `NAME=DRIVER:TARGET[,key=value...]`
-pub(super) fn volume(text: &str) -> Result<(String, (VolumeConfig, PolicyConfig, TopologyConfig)), String> {
+pub(super) fn volume(text: &str) -> Result<(String, Said), String> {
     let form = "write NAME=DRIVER:TARGET[,key=value...]";
     let parts = split(text)?;
     let (head, options) = parts.split_first().ok_or(form)?;
@@ -27,8 +30,9 @@ pub(super) fn volume(text: &str) -> Result<(String, (VolumeConfig, PolicyConfig,
     let key = VolumeConfig::target_key(driver).unwrap_or("target");
     let (policy, settings) = settings(&[(key, target)], options)?.split(&PolicyConfig::KEYS);
     let (topology, settings) = settings.split(&TopologyConfig::KEYS);
+    let (limits, settings) = settings.split(&LimitsConfig::KEYS);
     let volume = VolumeConfig::from_driver(driver, settings.map()).map_err(|error| error.to_string())?;
-    Ok((name.to_owned(), (volume, read(&policy)?, read(&topology)?)))
+    Ok((name.to_owned(), (volume, read(&policy)?, read(&topology)?, read(&limits)?)))
 }
 
 /// `VOLUME[,key=value...]`
@@ -237,6 +241,10 @@ mod tests {
             ("a=null:1G,retry-for=soon", "retry-for"),
             ("a=null:1G,physical-block=4K", "physical-block"),
             ("a=null:1G,physical-block=512,physical-block=512", "duplicate"),
+            ("a=null:1G,iops-total=1K", "iops-total: \"1K\" is not a whole number"),
+            ("a=null:1G,bps-total=fast", "bps-total: \"fast\""),
+            ("a=null:1G,bps-total=1,bps-total=1", "duplicate"),
+            ("a=null:1G,limits=1", "limits"),
         ] {
             let error = volume(text).unwrap_err();
             assert!(error.contains(word), "{text}: {error}");

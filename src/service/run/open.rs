@@ -4,6 +4,7 @@
 
 use super::late::{self, Attempts, Waiting};
 use crate::block::Causes;
+use crate::engine::limits::Limits;
 use crate::engine::{OpenError, Opener, Volume};
 use crate::service::config::Config;
 use std::collections::BTreeMap;
@@ -26,9 +27,11 @@ impl Opened {
     pub fn of(config: &Config) -> Result<Opened, OpenError> {
         let mut opened = Opened { volumes: BTreeMap::new(), waiting: BTreeMap::new(), attempts: Vec::new() };
         let mut openers = Vec::new();
+        let limits = Limits::of(&config.limits);
         for (name, _) in config.roots() {
             let (policy, topology) = (config.policies[name], config.topologies[name]);
-            openers.push(Opener::new(name, &config.volumes, policy, topology)?);
+            let opener = Opener::new(name, &config.volumes, policy, topology)?;
+            openers.push(opener.with_limits(limits[name].clone()));
         }
         let mut failed = Vec::new();
         let results = open_all(&openers);
