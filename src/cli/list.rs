@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use super::Failure;
 use super::output::{self, table};
 use crate::block::Size;
+use crate::engine::limits::LimitsChange;
 use crate::service::client::{Client, ClientError};
 use crate::service::config::DEFAULT_CONTROL;
 use crate::service::leftovers::{self, Fate, Leftover};
@@ -110,6 +111,7 @@ fn render(status: &Status) -> String {
         table(&volumes),
         table(&exports)
     );
+    text += &limits(status);
     let causes: Vec<&str> =
         status.volumes.iter().filter_map(|volume| volume.unavailable.as_deref()).collect();
     if !causes.is_empty() {
@@ -117,6 +119,28 @@ fn render(status: &Status) -> String {
         causes.iter().for_each(|cause| text += &format!("  {cause}\n"));
     }
     text
+}
+
+/// The limits of those volumes that have some, and how long requests have waited for them.
+fn limits(status: &Status) -> String {
+    let mut rows = vec![["LIMITS", "GROUP", "THROTTLED", "IN A SECOND"].map(String::from)];
+    for volume in status.volumes.iter().filter(|volume| !volume.limits.is_empty() || volume.throttled_ms > 0)
+    {
+        let shown = |key: &str| {
+            let value = volume.limits.get(key)?;
+            let value =
+                if LimitsChange::is_bytes(key) { Size(*value).to_string() } else { value.to_string() };
+            Some(format!("{key}={value}"))
+        };
+        let numbers = LimitsChange::NUMBERS.iter().filter_map(|key| shown(key)).collect::<Vec<_>>();
+        rows.push([
+            volume.name.clone(),
+            volume.group.clone().unwrap_or_else(|| "-".into()),
+            format!("{:.1} s", volume.throttled_ms as f64 / 1000.0),
+            if numbers.is_empty() { "-".into() } else { numbers.join(" ") },
+        ]);
+    }
+    if rows.len() > 1 { format!("\n{}", table(&rows)) } else { String::new() }
 }
 
 /// What a volume's requests are at.
@@ -186,6 +210,20 @@ ublk:root                          root    2 x 128  shared   rw    /dev/ringblk/
 vhost-user:/run/ringblk/root.sock  root    2 x 256  1 own    ro    waiting for a VMM
 ";
         assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn limits_are_listed() {
+        let mut status = sample();
+        assert!(!render(&status).contains("LIMITS"));
+        let volume = &mut status.volumes[0];
+        volume.limits = [("bps-read".to_owned(), 3 << 20), ("iops-total".to_owned(), 500)].into();
+        (volume.group, volume.throttled_ms) = (Some("small".into()), 61_250);
+        let expected = "
+LIMITS  GROUP  THROTTLED  IN A SECOND
+root    small  61.2 s     iops-total=500 bps-read=3M
+";
+        assert!(render(&status).ends_with(expected), "{}", render(&status));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 mod fault;
 mod features;
 mod image;
+mod limit;
 mod list;
 mod output;
 mod refresh;
@@ -46,6 +47,7 @@ enum Command {
     Resize(resize::Args),
     Refresh(refresh::Args),
     Resume(resume::Args),
+    Limit(Box<limit::Args>),
     Fault(fault::Args),
     Remove(remove::Args),
     Stop(stop::Args),
@@ -66,6 +68,7 @@ impl Cli {
             Command::Resize(args) => resize::run(&args),
             Command::Refresh(args) => refresh::run(&args),
             Command::Resume(args) => resume::run(&args),
+            Command::Limit(args) => limit::run(&args),
             Command::Fault(args) => fault::run(&args),
             Command::Remove(args) => remove::run(&args),
             Command::Stop(args) => stop::run(&args),

@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::engine::limits::LimitsChange;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
@@ -20,7 +21,7 @@ use tokio::net::UnixStream;
 use super::config::DEFAULT_CONTROL;
 use super::socket::is_served;
 use super::status::{
-    ApiError, Fault, Faulted, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, Stopping,
+    ApiError, Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, Stopping,
 };
 
 /// For one question and its answer. Longer than a server takes for any answer, and a full one to turn silent clients
@@ -148,6 +149,22 @@ impl Client {
     /// As for [`resize`](Self::resize).
     pub fn fault(&self, volume: &str, enabled: bool) -> Result<Faulted, ClientError> {
         self.post(&path_of(volume, "fault")?, &Fault { enabled })
+    }
+
+    /// A volume's limits of operations and bytes in a second.
+    ///
+    /// # Errors
+    /// As for [`resize`](Self::resize).
+    pub fn limits(&self, volume: &str) -> Result<LimitsStatus, ClientError> {
+        self.ask(Method::GET, &path_of(volume, "limit")?, Bytes::new())
+    }
+
+    /// Changes those that are named.
+    ///
+    /// # Errors
+    /// As for [`resize`](Self::resize).
+    pub fn limit(&self, volume: &str, change: &LimitsChange) -> Result<LimitsStatus, ClientError> {
+        self.post(&path_of(volume, "limit")?, change)
     }
 
     fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {

@@ -25,7 +25,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 
 use super::socket::SocketFile;
-use super::status::{Fault, Faulted, Refresh, Resize, Resized, Resume, Resumed, Status, Stop};
+use super::status::{Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop};
+use crate::engine::limits::LimitsChange;
 use crate::log_limit::LogLimit;
 
 /// Clients served at the same time.
@@ -73,6 +74,16 @@ pub trait Managed: Send + Sync {
     /// # Errors
     /// When there is no such volume, or it has none.
     fn fault(&self, volume: &str, wanted: &Fault) -> Result<Faulted, Refusal>;
+    /// A volume's limits of operations and bytes in a second.
+    ///
+    /// # Errors
+    /// When there is no such volume.
+    fn limits(&self, volume: &str) -> Result<LimitsStatus, Refusal>;
+    /// Changes those that are named. What waits for them goes on by the new ones.
+    ///
+    /// # Errors
+    /// When there is no such volume, or they would contradict each other.
+    fn limit(&self, volume: &str, wanted: &LimitsChange) -> Result<LimitsStatus, Refusal>;
 }
 
 /// Why nothing was done.
@@ -227,6 +238,16 @@ mod tests {
             self.asked.lock().unwrap().push(format!("{volume} {wanted:?}"));
             Ok(Faulted { volume: volume.into(), enabled: wanted.enabled })
         }
+
+        fn limits(&self, volume: &str) -> Result<LimitsStatus, Refusal> {
+            self.limit(volume, &LimitsChange::default())
+        }
+
+        fn limit(&self, volume: &str, wanted: &LimitsChange) -> Result<LimitsStatus, Refusal> {
+            self.asked.lock().unwrap().push(format!("{volume} {:?}", wanted.numbers().collect::<Vec<_>>()));
+            let limits = wanted.numbers().map(|(key, value)| (key.to_owned(), value)).collect();
+            Ok(LimitsStatus { volume: volume.into(), limits, group: None, throttled_ms: 7 })
+        }
     }
 
     /// A server on a thread of its own, on the runtime that the service uses.
@@ -373,6 +394,26 @@ mod tests {
         assert!(!client.fault("bad", false).unwrap().enabled);
         assert_eq!(*server.fake.asked.lock().unwrap(), ["bad Fault { enabled: false }"]);
         assert_eq!(post(&server, "/v1/volumes/bad/fault", "").0, "400");
+    }
+
+    #[test]
+    fn limits_are_looked_at_and_changed() {
+        let server = Server::start();
+        let client = Client::new(&server.path);
+        assert_eq!(client.limits("root").unwrap().throttled_ms, 7);
+        let mut change = LimitsChange::default();
+        assert!(change.set("iops-total", 2000) && change.set("bps-read", 0));
+        assert_eq!(client.limit("root", &change).unwrap().limits["iops-total"], 2000);
+        let (status, answer) = post(&server, "/v1/volumes/root/limit", r#"{"bps-write": "1M"}"#);
+        assert_eq!((&*status, &answer["limits"]["bps-write"]), ("200", &(1 << 20).into()));
+        for body in ["", "3", "{\"iops\": 3}", "{\"iops-total\": -3}", "{\"iops-read\": 1, \"iops-read\": 1}"]
+        {
+            assert_eq!(post(&server, "/v1/volumes/root/limit", body).0, "400", "{body}");
+        }
+        let answer = server.raw(b"DELETE /v1/volumes/root/limit HTTP/1.1\r\nhost: x\r\n\r\n");
+        assert!(status_of(&answer) == "405" && answer.contains("allow: GET, POST"), "{answer}");
+        let asked = ["root []", "root [(\"iops-total\", 2000), (\"bps-read\", 0)]"];
+        assert_eq!(server.fake.asked.lock().unwrap()[..2], asked);
     }
 
     #[test]

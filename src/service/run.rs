@@ -6,6 +6,7 @@ mod disks;
 mod late;
 mod life;
 mod leave;
+mod limits;
 mod managed;
 mod open;
 mod resize;

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -84,6 +85,15 @@ pub struct VolumeStatus {
     /// sizes are 0 as long as it is not open.
     #[serde(default)]
     pub unavailable: Option<String>,
+    /// Its limits of operations and bytes in a second, by their names; none: no limits.
+    #[serde(default)]
+    pub limits: BTreeMap<String, u64>,
+    /// The volumes of one group share one set of limits.
+    #[serde(default)]
+    pub group: Option<String>,
+    /// How long its queues have waited for its limits so far, all together, in milliseconds.
+    #[serde(default)]
+    pub throttled_ms: u64,
 }
 
 /// An export as it runs.
@@ -250,6 +260,19 @@ pub struct Faulted {
     pub enabled: bool,
 }
 
+/// The answer to `GET /v1/volumes/NAME/limit`, and to a `POST` there, whose body has the numbers that are to change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitsStatus {
+    /// The volume.
+    pub volume: String,
+    /// As they are now: see [`VolumeStatus::limits`].
+    pub limits: BTreeMap<String, u64>,
+    /// See [`VolumeStatus::group`].
+    pub group: Option<String>,
+    /// See [`VolumeStatus::throttled_ms`].
+    pub throttled_ms: u64,
+}
+
 /// The answer to a resize or refresh.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resized {
@@ -293,6 +316,9 @@ pub(crate) fn sample() -> Status {
             paused: true,
             waiting: 3,
             unavailable: None,
+            limits: BTreeMap::new(),
+            group: None,
+            throttled_ms: 0,
         }],
         exports: vec![
             ExportStatus::Ublk(UblkStatus {

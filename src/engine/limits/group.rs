@@ -11,6 +11,7 @@ use std::sync::{Mutex, PoisonError};
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Group {
+    name: Option<String>,
     config: Mutex<LimitsConfig>,
     limited: AtomicBool,
     buckets: [Bucket; 6],
@@ -40,7 +41,7 @@ impl Cost {
 impl Group {
     /// With these limits.
     pub fn new(config: LimitsConfig) -> Group {
-        let group = Group::default();
+        let group = Group { name: config.group.clone(), ..Group::default() };
         group.set(&config);
         *group.lock() = config;
         group
@@ -59,6 +60,11 @@ impl Group {
         self.apart.store(!together, Ordering::Relaxed);
         self.iops_size.store(config.iops_size(), Ordering::Relaxed);
         self.limited.store(config.is_limited(), Ordering::Relaxed);
+    }
+
+    /// What the volumes that share it call it; `None` for the set of one volume.
+    pub fn name(&self) -> Option<&str> {
+        self.name.as_deref()
     }
 
     /// As they are now.

@@ -55,6 +55,11 @@ impl Limits {
         self.group.config()
     }
 
+    /// The name of the group that shares them.
+    pub fn group(&self) -> Option<&str> {
+        self.group.name()
+    }
+
     /// Changes what is named, for all that share them. Every worker that serves one of these has to be told, so that what waits
     /// there asks again.
     ///

@@ -45,6 +45,8 @@ const ROUTES: &[Route] = &[
     Route { path: "/v1/volumes/NAME/refresh", method: Method::POST, answer: refresh },
     Route { path: "/v1/volumes/NAME/resume", method: Method::POST, answer: resume },
     Route { path: "/v1/volumes/NAME/fault", method: Method::POST, answer: fault },
+    Route { path: "/v1/volumes/NAME/limit", method: Method::GET, answer: limits },
+    Route { path: "/v1/volumes/NAME/limit", method: Method::POST, answer: limit },
 ];
 
 fn status(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
@@ -75,6 +77,16 @@ fn resume(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
 fn fault(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
     let faulted = managed.fault(&call.name, &call.body()?)?;
     Ok(json(StatusCode::OK, &faulted))
+}
+
+fn limits(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+    call.without_body()?;
+    Ok(json(StatusCode::OK, &managed.limits(&call.name)?))
+}
+
+fn limit(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+    let limited = managed.limit(&call.name, &call.body()?)?;
+    Ok(json(StatusCode::OK, &limited))
 }
 
 impl Call {

@@ -1,15 +1,17 @@
 //! What the control API may ask of a running service.
 
 use super::late::Waiting;
-use super::{Served, Shared, lock};
+use super::{Served, Shared, limits, lock};
 use crate::engine::config::{PolicyConfig, VolumeConfig};
+use crate::engine::limits::LimitsChange;
 use crate::engine::{PolicyState, Volume, fault};
 use crate::service::control::{Managed, Refusal};
 use crate::service::exports::{Export, Farewell};
 use crate::service::status::{
-    Fault, Faulted, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
+    Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
 };
 use crate::worker::Lent;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -89,6 +91,14 @@ impl Managed for Shared {
         log::info!("volume {name}: its faults are switched {}", if enabled { "on" } else { "off" });
         Ok(Faulted { volume: name.into(), enabled })
     }
+
+    fn limits(&self, name: &str) -> Result<LimitsStatus, Refusal> {
+        Ok(limits::shown(self.volume(name)?))
+    }
+
+    fn limit(&self, name: &str, wanted: &LimitsChange) -> Result<LimitsStatus, Refusal> {
+        self.change_limits(name, wanted)
+    }
 }
 
 impl Shared {
@@ -101,7 +111,9 @@ impl Shared {
         let unavailable = waiting.and_then(|status| status.unavailable);
         let PolicyState { paused, waiting, .. } = volume.policy_state();
         let size_bytes = volume.geometry().bytes();
-        Some(VolumeStatus { size_bytes, paused, waiting, unavailable, ..status.clone() })
+        let LimitsStatus { limits, group, throttled_ms, .. } = limits::shown(volume);
+        let status = status.clone();
+        Some(VolumeStatus { size_bytes, paused, waiting, unavailable, limits, group, throttled_ms, ..status })
     }
 
     /// The volume of this name.
@@ -153,5 +165,8 @@ pub(super) fn configured(name: &str, config: &VolumeConfig, policy: &PolicyConfi
         paused: false,
         waiting: 0,
         unavailable: None,
+        limits: BTreeMap::new(),
+        group: None,
+        throttled_ms: 0,
     }
 }
