@@ -752,8 +752,9 @@ mod tests {
         let ring = Double::new(1, Faults::default());
         let times =
             [3000, 1000, 2000].map(|ms| crate::ring::Timespec::from(std::time::Duration::from_millis(ms)));
-        for (number, timespec) in (0..).zip(&times) {
-            ring.push(&Sqe::Timeout { timespec: &raw const *timespec }, slot(number));
+        for (number, after) in (0..).zip(times) {
+            // SAFETY: it borrows nothing.
+            unsafe { ring.push(&Sqe::Timeout { after }, slot(number)) };
         }
         let seen = || {
             let mut seen = Vec::new();

@@ -225,7 +225,7 @@ impl Link {
         answer
     }
 
-    /// Limits have changed, or were [lifted](ublk::Brake::lift_limits): what waits for them there asks again.
+    /// Limits have changed, or were [lifted](ublk::QuiesceFlag::lift_limits): what waits for them there asks again.
     pub fn limits_changed(&self) {
         self.mailbox.post(Command::LimitsChanged);
     }

@@ -82,7 +82,7 @@ pub(super) async fn sit(seat: Seat) {
     match &seat.queue {
         Queue::Ublk(queue) => {
             let Seat { io, gate, .. } = &seat;
-            let wait = async |of: &Request<'_>| gate.pass(io, of.op, of.len(), queue.brake()).await;
+            let wait = async |of: &Request<'_>| gate.pass(io, of.op, of.len(), queue.quiesce_flag()).await;
             serve(&seat, &**queue, wait).await;
         }
         // What its limits do not let in is not taken from the ring.

@@ -8,7 +8,7 @@
 
 use crate::block::Op;
 use crate::engine::limits::{Limits, Throttle};
-use crate::frontend::ublk::Brake;
+use crate::frontend::ublk::QuiesceFlag;
 use crate::frontend::vhost_user::Vring;
 use crate::ring::{Core, Io, Kind, Ring, Sqe, Timespec, UserData};
 use std::cell::{Cell, RefCell};
@@ -73,21 +73,21 @@ impl Gate {
 
     /// Waits in the slot until a request may go. One whose device goes does not wait; one whose device stays for another
     /// server is that server's, and waits for ever.
-    pub async fn pass<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, brake: &Brake) {
+    pub async fn pass<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, quiesce_flag: &QuiesceFlag) {
         if self.throttle.concerns() || !self.slots.borrow().is_empty() {
             // Boxed, as all that is rare: a slot's future has no room for it.
-            Box::pin(self.wait(io, op, bytes, brake)).await;
+            Box::pin(self.wait(io, op, bytes, quiesce_flag)).await;
         }
     }
 
-    async fn wait<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, brake: &Brake) {
+    async fn wait<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, quiesce_flag: &QuiesceFlag) {
         let place = Waiting { gate: self, slot: io.slot() };
         self.slots.borrow_mut().push_back(io.slot());
         loop {
-            if brake.is_unlimited() {
+            if quiesce_flag.is_unlimited() {
                 break;
             }
-            if brake.is_pulled() {
+            if quiesce_flag.is_set() {
                 self.throttle.leave(io.now());
                 return pending().await;
             }
@@ -138,15 +138,12 @@ pub(super) struct ThrottleTimer {
     armed: Cell<Option<u64>>,
     /// Timers so far: tells one that was replaced.
     count: Cell<u32>,
-    /// In a place of its own, because the ring is given its address.
-    time: Box<Cell<Timespec>>,
 }
 
 impl ThrottleTimer {
     /// Nothing waits.
     pub fn new() -> ThrottleTimer {
-        let time = Box::new(Cell::new(Timespec::new()));
-        ThrottleTimer { any: Rc::default(), armed: Cell::new(None), count: Cell::new(0), time }
+        ThrottleTimer { any: Rc::default(), armed: Cell::new(None), count: Cell::new(0) }
     }
 
     /// For a queue of this worker.
@@ -160,7 +157,7 @@ impl ThrottleTimer {
 
     /// Sets the timer to the first of the times at which somebody is to ask again. Before each `enter`; costs a load when nobody
     /// waits.
-    pub fn arm<R: Ring>(&self, ring: &R, dues: impl Iterator<Item = u64>) {
+    pub fn arm<R: Ring>(&self, core: &Core<R>, dues: impl Iterator<Item = u64>) {
         if !self.any.get() {
             return;
         }
@@ -171,16 +168,15 @@ impl ThrottleTimer {
         match self.armed.get() {
             Some(armed) if armed <= first => return,
             Some(_) => {
-                ring.push(&Sqe::Cancel { user_data: self.user_data() }, UserData::new(Kind::Nobody, 0, 0));
+                core.push(&Sqe::Cancel { user_data: self.user_data() }, UserData::new(Kind::Nobody, 0, 0));
             }
             None => {}
         }
         self.armed.set(Some(first));
         self.count.set(self.count.get().wrapping_add(1));
         // Zero would be no time at all, and is none that the kernel takes.
-        let left = first.saturating_sub(ring.now()).max(1);
-        self.time.set(Timespec::from(Duration::from_nanos(left)));
-        ring.push(&Sqe::Timeout { timespec: self.time.as_ptr() }, self.user_data());
+        let left = first.saturating_sub(core.ring().now()).max(1);
+        core.push(&Sqe::Timeout { after: Timespec::from(Duration::from_nanos(left)) }, self.user_data());
     }
 
     /// A timer is over, and may be ours. Whether it is, and those that are due are to be [woken](Gate::wake).

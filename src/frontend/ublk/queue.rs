@@ -169,8 +169,8 @@ impl Queue {
     }
 
     /// What stops it.
-    pub fn brake(&self) -> &Brake {
-        &self.brake
+    pub fn quiesce_flag(&self) -> &QuiesceFlag {
+        &self.quiesce_flag
     }
 
     /// Copies the descriptor of `tag`, once.

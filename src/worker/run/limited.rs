@@ -10,7 +10,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
     /// Has the ring wake the worker when the first of its queues is to ask again.
     pub(super) fn arm_throttle(&self) {
         let dues = self.places.iter().flatten().filter_map(|place| place.gate.due());
-        self.throttle.arm(self.core.ring(), dues);
+        self.throttle.arm(&self.core, dues);
     }
 
     /// Some are to ask again: slots here, and vrings when they are looked at.

@@ -127,7 +127,7 @@ impl Worker {
             }
         }
         let dues = self.guests.iter().filter_map(|guest| guest.gate.due());
-        self.timer.arm(self.core.ring(), dues);
+        self.timer.arm(&self.core, dues);
         self.core.ring().enter(false).unwrap();
         worked
     }
@@ -373,7 +373,7 @@ struct Tags {
     tasks: Tasks<Double, Slot>,
     timer: ThrottleTimer,
     gate: Rc<Gate>,
-    brake: Rc<Brake>,
+    quiesce_flag: Rc<QuiesceFlag>,
     gone: Rc<RefCell<Vec<usize>>>,
     slots: Vec<u32>,
 }
@@ -383,14 +383,16 @@ impl Tags {
         let core = Core::new(Double::new(1, Faults::default()));
         core.ring().advance(SECOND);
         let timer = ThrottleTimer::new();
-        let (gate, brake, gone) = (Rc::new(timer.gate(limits)), Rc::new(Brake::default()), Rc::default());
+        let (gate, quiesce_flag, gone) =
+            (Rc::new(timer.gate(limits)), Rc::new(QuiesceFlag::default()), Rc::default());
         let mut tags =
-            Tags { tasks: Tasks::new(core.clone()), core, timer, gate, brake, gone, slots: vec![] };
+            Tags { tasks: Tasks::new(core.clone()), core, timer, gate, quiesce_flag, gone, slots: vec![] };
         for tag in 0..count {
-            let (gate, brake, gone) = (tags.gate.clone(), tags.brake.clone(), tags.gone.clone());
+            let (gate, quiesce_flag, gone) =
+                (tags.gate.clone(), tags.quiesce_flag.clone(), tags.gone.clone());
             let slot = tags.tasks.add(|io| {
                 Box::pin(async move {
-                    gate.pass(&io, Op::Write, 4096, &brake).await;
+                    gate.pass(&io, Op::Write, 4096, &quiesce_flag).await;
                     gone.borrow_mut().push(tag);
                     pending().await
                 }) as Slot
@@ -409,7 +411,7 @@ impl Tags {
                 self.gate.wake(&self.core);
             }
             self.tasks.run_ready();
-            self.timer.arm(self.core.ring(), self.gate.due().into_iter());
+            self.timer.arm(&self.core, self.gate.due().into_iter());
             self.core.ring().enter(false).unwrap();
             match self.core.ring().next_timeout().filter(|next| *next <= end) {
                 Some(next) => self.core.ring().advance(next),
@@ -438,7 +440,7 @@ fn slots_of_a_device_that_goes_do_not_wait() {
     let mut tags = Tags::new(&of, 128);
     tags.run(SECOND);
     assert_eq!(tags.gone.borrow().len(), 1);
-    tags.brake.lift_limits();
+    tags.quiesce_flag.lift_limits();
     tags.gate.look_again(&tags.core);
     tags.run(SECOND);
     assert_eq!(*tags.gone.borrow(), (0..128).collect::<Vec<_>>());
@@ -451,7 +453,7 @@ fn slots_of_a_device_that_is_handed_over_never_go() {
     let mut tags = Tags::new(&of, 128);
     tags.run(SECOND);
     let gone = tags.gone.borrow().len();
-    tags.brake.pull();
+    tags.quiesce_flag.set();
     tags.run(100 * SECOND);
     change(&of, r#"{"iops-write": 0}"#);
     tags.gate.look_again(&tags.core);

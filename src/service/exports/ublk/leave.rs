@@ -237,7 +237,7 @@ impl UblkExport {
     /// Lets the requests go that wait for limits: the kernel waits for all that it has given us, and nobody is to wait for
     /// limits with it.
     fn lift_limits(&self) {
-        self.device.brake().lift_limits();
+        self.device.quiesce_flag().lift_limits();
         self.links.iter().for_each(Link::limits_changed);
     }
 
