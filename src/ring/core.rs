@@ -1,7 +1,7 @@
 //! One submission, one `await`: the slots of a worker and what they wait for.
 
 use super::fair::{FairQueue, Waiter};
-use super::{Cqe, Kind, Ring, Sqe, Timespec, UserData};
+use super::{Cqe, Kind, Ring, Sqe, UserData};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
@@ -326,12 +326,12 @@ impl<R: Ring> Io<R> {
 
     /// Ends after `time`. Others get their turn meanwhile, however short that is.
     pub async fn sleep(&self, time: Duration) {
-        self.submit(&Sqe::Timeout { after: Timespec::from(time) }).await;
+        self.submit(&Sqe::Timeout { after: time }).await;
     }
 
     /// Ends after `time`, or when the slot is interrupted.
     pub async fn rest_for(&self, time: Duration) {
-        self.rest(&Sqe::Timeout { after: Timespec::from(time) }).await;
+        self.rest(&Sqe::Timeout { after: time }).await;
     }
 
     /// Waits for [`Core::wake`]; returns at once if it came since the last park.

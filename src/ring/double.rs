@@ -19,7 +19,7 @@
 
 mod cache;
 
-use super::{Cqe, Kind, Mapping, Ring, Sqe, Target, Timespec, UserData};
+use super::{Cqe, Kind, Mapping, Ring, Sqe, Target, UserData};
 use crate::block::Iovec;
 use cache::{Cache, Moment};
 use libc::{EAGAIN, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
@@ -245,9 +245,7 @@ impl Ring for Double {
         let since = state.reaped;
         let due = match sqe {
             Sqe::Timeout { after } => {
-                // SAFETY: it is `struct __kernel_timespec`: seconds and nanoseconds, 64 bits each.
-                let [seconds, nanos] = unsafe { std::mem::transmute::<Timespec, [u64; 2]>(after) };
-                state.clock.saturating_add(seconds.saturating_mul(1_000_000_000)).saturating_add(nanos)
+                state.clock.saturating_add(u64::try_from(after.as_nanos()).unwrap_or(u64::MAX))
             }
             _ => 0,
         };
@@ -750,8 +748,7 @@ mod tests {
     #[test]
     fn time_goes_on_to_the_timeout_that_is_due_first() {
         let ring = Double::new(1, Faults::default());
-        let times =
-            [3000, 1000, 2000].map(|ms| crate::ring::Timespec::from(std::time::Duration::from_millis(ms)));
+        let times = [3000, 1000, 2000].map(std::time::Duration::from_millis);
         for (number, after) in (0..).zip(times) {
             // SAFETY: it borrows nothing.
             unsafe { ring.push(&Sqe::Timeout { after }, slot(number)) };

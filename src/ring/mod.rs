@@ -38,8 +38,6 @@ pub use buffer::{Mapping, zeroes};
 pub use command::CommandRing;
 pub use file_size::ignore_file_size_signal;
 pub use flusher::set_io_flusher;
-/// A time for [`Sqe::Timeout`].
-pub use io_uring::types::Timespec;
 pub use locked::{NotLocked, is_locked, lock_process, use_stack};
 pub use message::{Message, MessageRanges};
 pub use pool::{Buffer, Pool};

@@ -4,9 +4,10 @@
 //! not carry one out; this one it can. Turning it into the kernel's is a match the compiler folds into the
 //! call where it is built.
 
-use super::{Message, Timespec};
+use super::Message;
 use crate::block::{Errno, Iovec};
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 /// A file an operation works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +56,7 @@ pub enum Sqe<'a> {
     /// Cancels what was submitted with `user_data`.
     Cancel { user_data: UserData },
     /// Completes with `-ETIME` after the time.
-    Timeout { after: Timespec },
+    Timeout { after: Duration },
     /// `IORING_OP_URING_CMD`: ublk's fetch and commit (`linux/ublk_cmd.h`).
     Command { file: Target, command: DriverCommand },
 }

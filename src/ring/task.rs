@@ -241,7 +241,7 @@ mod tests {
         if std::env::var_os(CHILD).is_some() {
             let core = uring();
             let io = Io::new(&core, core.allocate());
-            drop(io.submit(&Sqe::Timeout { after: std::time::Duration::from_secs(3600).into() }));
+            drop(io.submit(&Sqe::Timeout { after: std::time::Duration::from_secs(3600) }));
             return;
         }
         let name = "ring::task::tests::dropping_what_the_kernel_works_on_ends_the_process";
@@ -278,7 +278,7 @@ mod tests {
                 let again = io.rest(&Sqe::PollOnce { file }).await;
                 io.rest_for(HOUR).await;
                 // Work of the kernel's own is done as ever.
-                let work = io.submit(&Sqe::Timeout { after: Duration::from_millis(1).into() }).await;
+                let work = io.submit(&Sqe::Timeout { after: Duration::from_millis(1) }).await;
                 ended.set([polled, again, work]);
             })
         });
@@ -302,7 +302,7 @@ mod tests {
     #[test]
     fn an_operation_in_flight_is_not_interrupted() {
         let core = uring();
-        let after = std::time::Duration::from_millis(50).into();
+        let after = std::time::Duration::from_millis(50);
         let result = Rc::new(Cell::new(0));
         let ended = result.clone();
         let mut tasks = Tasks::new(core.clone());

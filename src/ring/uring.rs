@@ -2,13 +2,14 @@
 
 use super::refused::{explain, locked};
 use super::runtime::usable;
-use super::{Cqe, DriverCommand, Ring, Sqe, Target, Timespec, UserData};
+use super::{Cqe, DriverCommand, Ring, Sqe, Target, UserData};
 use crate::block::Iovec;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
+use std::time::Duration;
 
 /// Sizes of a worker's ring.
 #[derive(Clone, Copy, Debug)]
@@ -64,14 +65,15 @@ pub struct Uring {
 #[derive(Default)]
 struct Times {
     #[expect(clippy::vec_box, reason = "the kernel is told where each is")]
-    all: Vec<Box<Timespec>>,
+    all: Vec<Box<types::Timespec>>,
     /// How many of them are in use.
     kept: usize,
 }
 
 impl Times {
     /// Keeps a time until everything that was pushed is taken. Allocates where never so many were kept before.
-    fn keep(&mut self, time: Timespec) -> *const Timespec {
+    fn keep(&mut self, time: Duration) -> *const types::Timespec {
+        let time = types::Timespec::from(time);
         match self.all.get_mut(self.kept) {
             Some(place) => **place = time,
             None => self.all.push(Box::new(time)),

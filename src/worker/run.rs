@@ -14,7 +14,7 @@ use crate::engine::limits::Limits;
 use crate::engine::{Attached, QueueStart, Volume};
 use crate::frontend::{ublk, vhost_user};
 use crate::ring::{
-    Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Timespec, Uring, UserData, set_io_flusher, use_stack,
+    Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Uring, UserData, set_io_flusher, use_stack,
 };
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -202,7 +202,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
 
     /// Lets go of every volume, and gives what they have left to say (an NBD disconnect) a moment.
     fn say_goodbye(mut self, mut cqes: Vec<Cqe>) {
-        self.core.push(&Sqe::Timeout { after: Timespec::from(GOODBYE) }, NOBODY);
+        self.core.push(&Sqe::Timeout { after: GOODBYE }, NOBODY);
         for at in 0..self.places.len() {
             self.remove(at as u32);
         }

@@ -10,7 +10,7 @@ use crate::block::Op;
 use crate::engine::limits::{Limits, Throttle};
 use crate::frontend::ublk::QuiesceFlag;
 use crate::frontend::vhost_user::Vring;
-use crate::ring::{Core, Io, Kind, Ring, Sqe, Timespec, UserData};
+use crate::ring::{Core, Io, Kind, Ring, Sqe, UserData};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::pending;
@@ -176,7 +176,7 @@ impl ThrottleTimer {
         self.count.set(self.count.get().wrapping_add(1));
         // Zero would be no time at all, and is none that the kernel takes.
         let left = first.saturating_sub(core.ring().now()).max(1);
-        core.push(&Sqe::Timeout { after: Timespec::from(Duration::from_nanos(left)) }, self.user_data());
+        core.push(&Sqe::Timeout { after: Duration::from_nanos(left) }, self.user_data());
     }
 
     /// A timer is over, and may be ours. Whether it is, and those that are due are to be [woken](Gate::wake).

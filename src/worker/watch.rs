@@ -6,7 +6,7 @@
 //! without requests has no timer.
 
 use crate::block::{Outline, Request};
-use crate::ring::{Core, Kind, Ring, Sqe, Timespec, UserData};
+use crate::ring::{Core, Kind, Ring, Sqe, UserData};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -15,8 +15,6 @@ use std::time::{Duration, Instant};
 pub(super) struct Watchdog {
     /// What is too long; zero for never.
     limit: Duration,
-    /// Between two looks. In a place of its own, because the ring is given its address.
-    tick: Timespec,
     armed: Cell<bool>,
     /// Requests under way.
     busy: Rc<Cell<usize>>,
@@ -48,8 +46,7 @@ pub(super) const WATCH: UserData = UserData::new(Kind::Watch, 0, 0);
 impl Watchdog {
     /// Looks for requests that take longer than `limit`; zero looks for none.
     pub fn new(limit: Duration) -> Watchdog {
-        let tick = Timespec::from(limit / 2);
-        Watchdog { limit, tick, armed: Cell::new(false), busy: Rc::default() }
+        Watchdog { limit, armed: Cell::new(false), busy: Rc::default() }
     }
 
     /// For a slot of this worker.
@@ -68,7 +65,7 @@ impl Watchdog {
             return;
         }
         self.armed.set(true);
-        core.push(&Sqe::Timeout { after: self.tick }, WATCH);
+        core.push(&Sqe::Timeout { after: self.limit / 2 }, WATCH);
     }
 
     /// The timer has expired: the requests among `watches` that are to be told of, and how old each is at least.
