@@ -6,7 +6,7 @@ use super::affinity::Affinity;
 use super::mailbox::Mailbox;
 use super::patience::Patience;
 use super::slot::{Client, Queue, Seat, sit};
-use super::throttle::{Gate, ThrottleTimer};
+use super::throttle::{Admission, ThrottleTimer};
 use super::watch::{Watch, Watchdog};
 use super::{Command, Habits, Lent, Reply, VringId};
 use crate::block::Errno;
@@ -40,7 +40,7 @@ struct Place {
     queue: Queue,
     volume: Rc<Attached<Uring>>,
     client: Client,
-    gate: Rc<Gate>,
+    admission: Rc<Admission>,
     /// Slots of all its queues here.
     export_slots: Rc<Cell<usize>>,
     /// The slot of each tag. A vring's are made as its depth is first reached: an idle one has none.
@@ -388,9 +388,19 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         let sibling = self.places.iter().flatten().find(|place| place.client.export() == client.export());
         let export_slots = sibling.map(|place| place.export_slots.clone()).unwrap_or_default();
         let interrupted = false;
-        let gate = Rc::new(self.throttle.gate(limits));
-        let place =
-            Place { queue, volume, client, gate, export_slots, slots, watches, alive, interrupted, ended };
+        let admission = Rc::new(self.throttle.admission(limits));
+        let place = Place {
+            queue,
+            volume,
+            client,
+            admission,
+            export_slots,
+            slots,
+            watches,
+            alive,
+            interrupted,
+            ended,
+        };
         let free = self.places.iter().position(Option::is_none);
         let index = free.unwrap_or_else(|| {
             self.places.push(None);
@@ -414,7 +424,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
                 queue: place.queue.clone(),
                 volume: place.volume.clone(),
                 client: place.client.clone(),
-                gate: place.gate.clone(),
+                admission: place.admission.clone(),
                 tag,
                 watch,
                 place: index,
@@ -470,7 +480,8 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
             vring.tell(news);
             worked |= news;
             while let Some(place) = self.places[at as usize].as_ref() {
-                let Some(tag) = place.gate.take(&vring, self.core.ring(), || place.has_slot(&vring)) else {
+                let Some(tag) = place.admission.take(&vring, self.core.ring(), || place.has_slot(&vring))
+                else {
                     break;
                 };
                 worked = true;
@@ -538,7 +549,7 @@ impl<F: Future<Output = ()>, M: Fn(Seat) -> F> Loop<F, M> {
         let places = &self.places;
         self.active.retain(|at| match places[*at as usize].as_ref().map(|place| (place, &place.queue)) {
             // What it has beyond its slots and its limits is nothing to stay awake for.
-            Some((place, Queue::Vring(vring))) if place.gate.waits() || !place.has_slot(vring) => true,
+            Some((place, Queue::Vring(vring))) if place.admission.waits() || !place.has_slot(vring) => true,
             Some((_, Queue::Vring(vring))) => {
                 let quiet = vring.ask_for_kick();
                 may_sleep &= quiet;

@@ -1,6 +1,6 @@
 //! A slot: one request after the other, for as long as its queue lives. Here a door meets a volume.
 
-use super::throttle::Gate;
+use super::throttle::Admission;
 use super::watch::Watch;
 use crate::block::Request;
 use crate::engine::{Attached, Flusher, Flushers, execute};
@@ -51,7 +51,7 @@ pub(super) struct Seat {
     pub queue: Queue,
     pub volume: Rc<Attached<Uring>>,
     pub client: Client,
-    pub gate: Rc<Gate>,
+    pub admission: Rc<Admission>,
     pub tag: u16,
     pub watch: Rc<Watch>,
     pub place: u32,
@@ -81,8 +81,9 @@ async fn serve<S: Source<Uring>>(seat: &Seat, source: &S, wait: impl AsyncFn(&Re
 pub(super) async fn sit(seat: Seat) {
     match &seat.queue {
         Queue::Ublk(queue) => {
-            let Seat { io, gate, .. } = &seat;
-            let wait = async |of: &Request<'_>| gate.pass(io, of.op, of.len(), queue.quiesce_flag()).await;
+            let Seat { io, admission, .. } = &seat;
+            let wait =
+                async |of: &Request<'_>| admission.pass(io, of.op, of.len(), queue.quiesce_flag()).await;
             serve(&seat, &**queue, wait).await;
         }
         // What its limits do not let in is not taken from the ring.

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// One queue's.
-pub(super) struct Gate {
+pub(super) struct Admission {
     throttle: Throttle,
     /// Slots that wait, in the order in which they came.
     slots: RefCell<VecDeque<u32>>,
@@ -27,7 +27,7 @@ pub(super) struct Gate {
     any: Rc<Cell<bool>>,
 }
 
-impl Gate {
+impl Admission {
     /// Whether anything of the queue's waits.
     pub fn waits(&self) -> bool {
         self.throttle.waits_until().is_some()
@@ -81,7 +81,7 @@ impl Gate {
     }
 
     async fn wait<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, quiesce_flag: &QuiesceFlag) {
-        let place = Waiting { gate: self, slot: io.slot() };
+        let place = Waiting { admission: self, slot: io.slot() };
         self.slots.borrow_mut().push_back(io.slot());
         loop {
             if quiesce_flag.is_unlimited() {
@@ -121,13 +121,13 @@ impl Gate {
 
 /// A slot's place among those that wait.
 struct Waiting<'a> {
-    gate: &'a Gate,
+    admission: &'a Admission,
     slot: u32,
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.gate.slots.borrow_mut().retain(|slot| *slot != self.slot);
+        self.admission.slots.borrow_mut().retain(|slot| *slot != self.slot);
     }
 }
 
@@ -147,8 +147,8 @@ impl ThrottleTimer {
     }
 
     /// For a queue of this worker.
-    pub fn gate(&self, limits: &Arc<Limits>) -> Gate {
-        Gate { throttle: limits.throttle(), slots: RefCell::default(), any: self.any.clone() }
+    pub fn admission(&self, limits: &Arc<Limits>) -> Admission {
+        Admission { throttle: limits.throttle(), slots: RefCell::default(), any: self.any.clone() }
     }
 
     fn user_data(&self) -> UserData {
@@ -179,7 +179,7 @@ impl ThrottleTimer {
         core.push(&Sqe::Timeout { after: Duration::from_nanos(left) }, self.user_data());
     }
 
-    /// A timer is over, and may be ours. Whether it is, and those that are due are to be [woken](Gate::wake).
+    /// A timer is over, and may be ours. Whether it is, and those that are due are to be [woken](Admission::wake).
     pub fn expired(&self, user_data: UserData) -> bool {
         let ours = user_data == self.user_data();
         if ours {

@@ -39,7 +39,7 @@ fn change(limits: &Limits, json: &str) {
 struct Guest {
     driver: Driver,
     vring: Rc<Vring>,
-    gate: Rc<Gate>,
+    admission: Rc<Admission>,
     volume: Rc<Attached<Double>>,
     flushers: Arc<Flushers>,
     slots: Vec<u32>,
@@ -80,7 +80,7 @@ impl Worker {
         let guest = Guest {
             driver,
             vring: Rc::new(Vring::new(setup).unwrap()),
-            gate: Rc::new(self.timer.gate(limits)),
+            admission: Rc::new(self.timer.admission(limits)),
             flushers: Arc::new(Flushers::new(&volume, 1)),
             volume: Rc::new(volume.attach(&self.core, false)),
             slots: Vec::new(),
@@ -113,7 +113,7 @@ impl Worker {
                 guest.driver.add(kind, 8, &data, if kind == IN { bytes } else { 0 }, false).unwrap();
             }
             worked |= news;
-            while let Some(tag) = guest.gate.take(&guest.vring, self.core.ring(), || true) {
+            while let Some(tag) = guest.admission.take(&guest.vring, self.core.ring(), || true) {
                 worked = true;
                 match guest.slots.get(usize::from(tag)) {
                     Some(slot) => self.tasks.poll(*slot),
@@ -126,7 +126,7 @@ impl Worker {
                 }
             }
         }
-        let dues = self.guests.iter().filter_map(|guest| guest.gate.due());
+        let dues = self.guests.iter().filter_map(|guest| guest.admission.due());
         self.timer.arm(&self.core, dues);
         self.core.ring().enter(false).unwrap();
         worked
@@ -137,7 +137,7 @@ impl Worker {
     }
 
     fn limits_changed(&self) {
-        self.guests.iter().for_each(|guest| guest.gate.look_again(&self.core));
+        self.guests.iter().for_each(|guest| guest.admission.look_again(&self.core));
     }
 }
 
@@ -206,10 +206,10 @@ fn what_waits_stays_in_the_ring() {
         worker.guests[guest].driver.add(IN, 0, &[], 512, false).unwrap();
     }
     worker.settle();
-    let Guest { driver, vring, gate, .. } = &worker.guests[guest];
+    let Guest { driver, vring, admission, .. } = &worker.guests[guest];
     // Two were below the size of the bucket.
     assert_eq!((vring.in_flight(), vring.next_avail(), driver.in_flight()), (0, 2, 28));
-    assert!(vring.is_held() && gate.waits() && !vring.expects_more() && !vring.falls_asleep());
+    assert!(vring.is_held() && admission.waits() && !vring.expects_more() && !vring.falls_asleep());
     assert_eq!(worker.guests[guest].slots.len(), 1, "those that wait have none");
 }
 
@@ -260,11 +260,11 @@ fn a_pause_is_no_wait_for_limits() {
     let mut workers = [Worker::new()];
     workers[0].guest(&of, Some((IN, 512)));
     run(&mut workers, 1);
-    assert!(workers[0].guests[0].gate.waits());
+    assert!(workers[0].guests[0].admission.waits());
     workers[0].guests[0].vring.enable(false);
     run(&mut workers, 2);
     assert_eq!(run(&mut workers, 5), [0]);
-    assert!(!workers[0].guests[0].gate.waits(), "it would be waited for by the others of its group");
+    assert!(!workers[0].guests[0].admission.waits(), "it would be waited for by the others of its group");
     assert!(workers[0].core.ring().next_timeout().is_none());
     workers[0].guest(&other, Some((IN, 512)));
     run(&mut workers, 1);
@@ -293,8 +293,8 @@ fn limits_that_are_taken_off_or_raised_hold_nobody() {
     worker.settle();
     assert_eq!(worker.guests[guest].done, 40);
     assert_eq!(worker.core.ring().now(), SECOND);
-    let Guest { vring, gate, .. } = &worker.guests[guest];
-    assert!(!vring.is_held() && !gate.waits());
+    let Guest { vring, admission, .. } = &worker.guests[guest];
+    assert!(!vring.is_held() && !admission.waits());
     // And put on again while it runs.
     change(&of, r#"{"iops-total": 100}"#);
     worker.guests[guest].repeats = Some((IN, 512));
@@ -372,7 +372,7 @@ struct Tags {
     core: Rc<Core<Double>>,
     tasks: Tasks<Double, Slot>,
     timer: ThrottleTimer,
-    gate: Rc<Gate>,
+    admission: Rc<Admission>,
     quiesce_flag: Rc<QuiesceFlag>,
     gone: Rc<RefCell<Vec<usize>>>,
     slots: Vec<u32>,
@@ -383,16 +383,23 @@ impl Tags {
         let core = Core::new(Double::new(1, Faults::default()));
         core.ring().advance(SECOND);
         let timer = ThrottleTimer::new();
-        let (gate, quiesce_flag, gone) =
-            (Rc::new(timer.gate(limits)), Rc::new(QuiesceFlag::default()), Rc::default());
-        let mut tags =
-            Tags { tasks: Tasks::new(core.clone()), core, timer, gate, quiesce_flag, gone, slots: vec![] };
+        let (admission, quiesce_flag, gone) =
+            (Rc::new(timer.admission(limits)), Rc::new(QuiesceFlag::default()), Rc::default());
+        let mut tags = Tags {
+            tasks: Tasks::new(core.clone()),
+            core,
+            timer,
+            admission,
+            quiesce_flag,
+            gone,
+            slots: vec![],
+        };
         for tag in 0..count {
-            let (gate, quiesce_flag, gone) =
-                (tags.gate.clone(), tags.quiesce_flag.clone(), tags.gone.clone());
+            let (admission, quiesce_flag, gone) =
+                (tags.admission.clone(), tags.quiesce_flag.clone(), tags.gone.clone());
             let slot = tags.tasks.add(|io| {
                 Box::pin(async move {
-                    gate.pass(&io, Op::Write, 4096, &quiesce_flag).await;
+                    admission.pass(&io, Op::Write, 4096, &quiesce_flag).await;
                     gone.borrow_mut().push(tag);
                     pending().await
                 }) as Slot
@@ -408,10 +415,10 @@ impl Tags {
             let mut cqes = Vec::new();
             self.core.ring().reap(&mut cqes);
             if cqes.iter().any(|cqe| self.timer.expired(cqe.user_data)) {
-                self.gate.wake(&self.core);
+                self.admission.wake(&self.core);
             }
             self.tasks.run_ready();
-            self.timer.arm(&self.core, self.gate.due().into_iter());
+            self.timer.arm(&self.core, self.admission.due().into_iter());
             self.core.ring().enter(false).unwrap();
             match self.core.ring().next_timeout().filter(|next| *next <= end) {
                 Some(next) => self.core.ring().advance(next),
@@ -431,7 +438,7 @@ fn slots_go_in_their_order_and_at_their_rate() {
     assert_eq!(*tags.gone.borrow(), (0..111).collect::<Vec<_>>());
     tags.run(3 * SECOND);
     assert_eq!(tags.gone.borrow().len(), 128);
-    assert!(!tags.gate.waits() && tags.core.ring().next_timeout().is_none());
+    assert!(!tags.admission.waits() && tags.core.ring().next_timeout().is_none());
 }
 
 #[test]
@@ -441,10 +448,10 @@ fn slots_of_a_device_that_goes_do_not_wait() {
     tags.run(SECOND);
     assert_eq!(tags.gone.borrow().len(), 1);
     tags.quiesce_flag.lift_limits();
-    tags.gate.look_again(&tags.core);
+    tags.admission.look_again(&tags.core);
     tags.run(SECOND);
     assert_eq!(*tags.gone.borrow(), (0..128).collect::<Vec<_>>());
-    assert!(!tags.gate.waits());
+    assert!(!tags.admission.waits());
 }
 
 #[test]
@@ -456,10 +463,10 @@ fn slots_of_a_device_that_is_handed_over_never_go() {
     tags.quiesce_flag.set();
     tags.run(100 * SECOND);
     change(&of, r#"{"iops-write": 0}"#);
-    tags.gate.look_again(&tags.core);
+    tags.admission.look_again(&tags.core);
     tags.run(200 * SECOND);
     assert_eq!(tags.gone.borrow().len(), gone);
-    assert!(!tags.gate.waits(), "others of its group do not wait for it");
+    assert!(!tags.admission.waits(), "others of its group do not wait for it");
 }
 
 #[test]
@@ -468,7 +475,7 @@ fn slots_go_on_when_limits_are_taken_off() {
     let mut tags = Tags::new(&of, 8);
     tags.run(SECOND);
     change(&of, r#"{"iops-write": 0}"#);
-    tags.gate.look_again(&tags.core);
+    tags.admission.look_again(&tags.core);
     tags.run(SECOND);
     assert_eq!(*tags.gone.borrow(), (0..8).collect::<Vec<_>>());
 }
