@@ -133,17 +133,11 @@ fn render(limited: &LimitsStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Only {
-        #[command(flatten)]
-        args: Args,
-    }
+    use crate::cli::parsed;
 
     fn numbers(line: &str) -> Result<Vec<(&'static str, u64)>, String> {
-        let only = Only::try_parse_from(line.split(' ')).map_err(|error| error.to_string())?;
-        Ok(only.args.limits.0.numbers().collect())
+        let args: Args = parsed(line).map_err(|error| error.to_string())?;
+        Ok(args.limits.0.numbers().collect())
     }
 
     #[test]

@@ -125,6 +125,13 @@ fn number(error: &(dyn Error + 'static)) -> Option<Errno> {
     errors.filter_map(|error| error.downcast_ref::<std::io::Error>()?.raw_os_error()).map(Errno::new).next()
 }
 
+/// A command's own arguments, for its tests: the command's name first.
+#[cfg(test)]
+fn parsed<A: clap::Args>(line: &str) -> Result<A, clap::Error> {
+    let command = A::augment_args(clap::Command::new("ringblk"));
+    A::from_arg_matches(&command.try_get_matches_from(line.split(' '))?)
+}
+
 /// The error and its causes, in one line, each said once, with the limit that is behind them.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -154,16 +154,10 @@ fn load(args: &Args) -> Result<Config, ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Only {
-        #[command(flatten)]
-        args: Args,
-    }
+    use crate::cli::parsed;
 
     fn args(line: &str) -> Args {
-        Only::try_parse_from(line.split(' ')).unwrap().args
+        parsed(line).unwrap()
     }
 
     #[test]
