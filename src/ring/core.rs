@@ -363,11 +363,17 @@ pub struct Submitted<'a, R> {
 impl<R> Drop for Submitted<'_, R> {
     fn drop(&mut self) {
         if !self.ended {
-            // Whoever drops it would free, or use, memory that the kernel may still write.
-            log::error!("slot {}: an operation in flight is dropped: giving up", self.io.slot);
-            std::process::abort();
+            dropped_in_flight(self.io.slot);
         }
     }
+}
+
+/// Whoever drops an operation would free, or use, memory that the kernel may still write.
+#[cold]
+#[inline(never)]
+fn dropped_in_flight(slot: u32) -> ! {
+    log::error!("slot {slot}: an operation in flight is dropped: giving up");
+    std::process::abort();
 }
 
 impl<R: Ring> Future for Submitted<'_, R> {
