@@ -93,7 +93,7 @@ impl<F: Future<Output = ()>> Run for Chains<F> {
         self.guest.offer();
         // A worker's passes.
         while !self.guest.is_done() {
-            while let Some(tag) = self.vring.take() {
+            while let Some(tag) = self.vring.poll() {
                 self.tasks.poll(self.slots[usize::from(tag)]);
             }
             self.vring.publish();

@@ -296,9 +296,9 @@ impl Machine {
         // A pass is bounded by itself; this is to notice if it were not.
         for _ in 0..64 {
             let head = self.next_head();
-            let tag = self.watched(None, |machine| machine.vring.take());
+            let tag = self.watched(None, |machine| machine.vring.poll());
             let Some(tag) = tag else { break };
-            // Now, since taking it writes to the used ring, and a driver may have its descriptors there.
+            // Now, since its end may be written to the used ring, and a driver may have its descriptors there.
             let taking = self.chain_at(head);
             assert!(tag < self.at.size, "tag {tag} of {}", self.at.size);
             assert!(self.taken.insert(tag, taking).is_none(), "tag {tag} is in use");
@@ -368,7 +368,7 @@ impl Machine {
     fn watched<T>(&mut self, tag: Option<u16>, step: impl FnOnce(&mut Machine) -> T) -> T {
         let mut before = std::mem::take(&mut self.before);
         self.snapshot(&mut before);
-        let (in_flight, broken) = (self.vring.in_flight(), self.vring.is_broken());
+        let broken = self.vring.is_broken();
         let result = step(self);
         let mut after = std::mem::take(&mut self.after);
         self.snapshot(&mut after);
@@ -393,7 +393,7 @@ impl Machine {
                 // Nothing can be told of this chain, so nothing is.
                 assert!(self.before == self.after || self.muddled.get(), "a vring is given up with a word");
                 self.taken.remove(&tag);
-            } else if self.vring.in_flight() < in_flight {
+            } else if usize::from(self.vring.tags_in_use()) < self.taken.len() {
                 self.completes(tag);
             }
         }

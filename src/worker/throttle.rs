@@ -44,7 +44,7 @@ impl Admission {
         if self.throttle.concerns() {
             return self.take_limited(vring, ring, has_slot());
         }
-        if has_slot() { vring.take() } else { None }
+        if has_slot() { vring.poll() } else { None }
     }
 
     #[cold]
@@ -58,7 +58,7 @@ impl Admission {
             asked = true;
             self.throttle.admit(now, op, bytes)
         };
-        let taken = if has_slot { vring.take_admitted(admit) } else { None };
+        let taken = if has_slot { vring.poll_admitted(admit) } else { None };
         match (taken, asked) {
             (None, true) => self.any.set(true),
             // There is nothing to be let in: nobody is to wait for its turn.

@@ -36,6 +36,9 @@ const PASS_LEAST: u16 = 4;
 const PASS_MOST: u16 = 8;
 const PASS_BYTES: u64 = 64 << 10;
 
+/// No tag's turn: there are at most 32768.
+const NOBODY: u16 = u16::MAX;
+
 /// A running vring. Its requests' tags are ours: they are used last in, first out, so that a guest that keeps
 /// few requests in flight keeps few slots warm, whichever descriptors it uses.
 pub struct Vring {
@@ -63,8 +66,8 @@ pub struct Vring {
     idle_passes: Cell<u16>,
     /// Tags at rest.
     free: RefCell<Vec<u16>>,
-    /// The head each tag was given and has not looked at yet.
-    fresh: Box<[Cell<Option<u16>>]>,
+    /// The tag whose slot takes the next request when it is polled, or [`NOBODY`].
+    turn: Cell<u16>,
     /// Of each head in flight its place in the order of taking, counted from 1; otherwise 0.
     busy: Box<[Cell<u32>]>,
     /// The last such place.
@@ -147,20 +150,14 @@ impl Vring {
         self.enabled.set(enabled);
     }
 
-    /// Takes the next request, if there is one and this pass may, and says which tag's slot is to be polled.
+    /// Whether there is a request that this pass may take: the tag whose slot is to be polled, which takes it.
     ///
     /// Costs a load of a cache line that the driver writes when the last seen end of its ring is reached.
-    pub fn take(&self) -> Option<u16> {
+    pub fn poll(&self) -> Option<u16> {
         let again = self.has_again();
         // What is carried out again had been taken: only what is new can be left.
-        if !again && !self.takes_new() {
-            return None;
-        }
-        if !self.has_pass_left() {
-            return None;
-        }
-        let head = if again { self.again.borrow_mut().pop()? } else { self.next_head()? };
-        self.begin(head, again)
+        let may = again || self.takes_new();
+        (may && self.has_pass_left() && (again || self.has_new())).then(|| self.give_turn())?
     }
 
     /// Whether this pass may take another one.
@@ -169,9 +166,25 @@ impl Vring {
         self.taken.get() < most && self.bytes_left.get() > 0
     }
 
-    /// The request at `head` is in flight from now on: its tag.
+    /// The next request is a free tag's.
+    fn give_turn(&self) -> Option<u16> {
+        let Some(tag) = self.free.borrow().last().copied() else {
+            self.give_up(format_args!("every descriptor is in flight, and the driver brings one more"));
+            return None;
+        };
+        self.turn.set(tag);
+        Some(tag)
+    }
+
+    /// Takes the next request if it is this tag's turn: its head.
     #[inline]
-    fn begin(&self, head: u16, again: bool) -> Option<u16> {
+    fn take(&self, tag: u16) -> Option<u16> {
+        if self.turn.get() != tag {
+            return None;
+        }
+        self.turn.set(NOBODY);
+        let resubmitted = self.again.borrow_mut().pop();
+        let head = resubmitted.unwrap_or_else(|| self.next_head());
         let Some(busy) = self.busy.get(head as usize) else {
             self.give_up(format_args!("there is no descriptor {head}"));
             return None;
@@ -181,18 +194,19 @@ impl Vring {
             return None;
         }
         busy.set(self.next_sequence());
-        // There is a free tag for every head that is not in flight.
-        let tag = self.free.borrow_mut().pop()?;
+        // It is the last of them: `give_turn` looked.
+        self.free.borrow_mut().pop();
         // What is carried out again is noted, and keeps its place in the order.
-        if !again && let Some(notes) = &self.notes {
+        if resubmitted.is_none()
+            && let Some(notes) = &self.notes
+        {
             notes.taken(head);
         }
         self.taken.set(self.taken.get() + 1);
         self.owed.set(false);
         self.idle_passes.set(0);
         self.in_flight.set(self.in_flight.get() + 1);
-        self.fresh[tag as usize].set(Some(head));
-        Some(tag)
+        Some(head)
     }
 
     fn has_again(&self) -> bool {
@@ -209,30 +223,31 @@ impl Vring {
         self.enabled.get() && !self.stopped.get() && !self.broken.get()
     }
 
-    /// Takes the next head from the avail ring, if there is one.
-    fn next_head(&self) -> Option<u16> {
-        let head = self.peek_head()?;
-        self.next_avail.set(self.next_avail.get().wrapping_add(1));
-        Some(head)
+    /// Takes the next head from the avail ring, where there [is one](Self::has_new).
+    fn next_head(&self) -> u16 {
+        let next = self.next_avail.get();
+        self.next_avail.set(next.wrapping_add(1));
+        if self.hold.get() == Hold::LetIn { self.held.borrow().head() } else { self.avail.head(next) }
     }
 
-    /// The next head in the avail ring, if there is one.
-    fn peek_head(&self) -> Option<u16> {
+    /// Whether the driver has made a request available that has not been taken.
+    fn has_new(&self) -> bool {
         let next = self.next_avail.get();
-        if next == self.seen_avail.get() {
-            let idx = self.avail.idx();
-            if idx == next {
-                return None;
-            }
-            if idx.wrapping_sub(next) > self.size() {
-                self.give_up(format_args!("the driver's index jumped from {next} to {idx}"));
-                return None;
-            }
-            self.seen_avail.set(idx);
-            self.crest.set(self.crest.get().max(idx.wrapping_sub(next)));
-            self.refuse_kicks();
+        if next != self.seen_avail.get() {
+            return true;
         }
-        Some(self.avail.head(next))
+        let idx = self.avail.idx();
+        if idx == next {
+            return false;
+        }
+        if idx.wrapping_sub(next) > self.size() {
+            self.give_up(format_args!("the driver's index jumped from {next} to {idx}"));
+            return false;
+        }
+        self.seen_avail.set(idx);
+        self.crest.set(self.crest.get().max(idx.wrapping_sub(next)));
+        self.refuse_kicks();
+        true
     }
 
     /// Takes nothing more; what is in flight still completes.
@@ -305,7 +320,7 @@ impl Vring {
     /// Parses the chain at `head`, and ends one that needs no volume.
     fn accept(&self, tag: u16, head: u16, state: &mut TagState) {
         state.head = head;
-        let chain = if self.hold.get() == Hold::LetIn(tag) {
+        let chain = if self.hold.get() == Hold::LetIn {
             self.let_in(state)
         } else {
             parse(&self.setup.memory, self.table, head, self.indirect, &mut state.scratch)
@@ -362,11 +377,7 @@ impl<R: Ring> Source<R> for Vring {
     async fn next<'a>(&'a self, _: &Io<R>, tag: u16, state: &'a mut TagState) -> Option<Request<'a>> {
         // A discard of several ranges goes on until they are used up.
         while state.parsed.is_none() {
-            let head = poll_fn(|_| match self.fresh[tag as usize].take() {
-                Some(head) => Poll::Ready(head),
-                None => Poll::Pending,
-            })
-            .await;
+            let head = poll_fn(|_| self.take(tag).map_or(Poll::Pending, Poll::Ready)).await;
             self.accept(tag, head, state);
         }
         let write_through =

@@ -25,11 +25,15 @@ pub(super) enum Hold {
     Nothing,
     /// It waits to be let in.
     Waits,
-    /// It has been, and has this tag.
-    LetIn(u16),
+    /// It has been: the slot whose turn it is takes it.
+    LetIn,
 }
 
 impl Held {
+    pub(super) fn head(&self) -> u16 {
+        self.head
+    }
+
     /// What it asks of the store, and for how many bytes; `None` for what needs no store.
     fn asks(&self) -> Option<(Op, u64)> {
         match &self.chain.as_ref()?.as_ref().ok()?.request {
@@ -46,38 +50,34 @@ impl Held {
 }
 
 impl Vring {
-    /// As [`take`](Self::take), of requests that have to be let in: `admit` is told what the next one asks for, and for how many
+    /// As [`poll`](Self::poll), of requests that have to be let in: `admit` is told what the next one asks for, and for how many
     /// bytes. One that it refuses is not taken, nor are those behind it, and it is asked for again at the next call.
     ///
     /// What was taken before and is carried out again has been let in. The slot of the tag is to be polled before the next call.
-    pub fn take_admitted(&self, admit: impl FnOnce(Op, u64) -> bool) -> Option<u16> {
+    pub fn poll_admitted(&self, admit: impl FnOnce(Op, u64) -> bool) -> Option<u16> {
         if self.has_again() {
-            return self.take();
+            return self.poll();
         }
         if !self.takes_new() || !self.has_pass_left() {
             return None;
         }
         if self.hold.get() != Hold::Waits {
-            let head = self.peek_head()?;
+            if !self.has_new() {
+                return None;
+            }
+            let head = self.avail.head(self.next_avail.get());
             let mut held = self.held.borrow_mut();
             held.head = head;
-            // One that is not there, or in flight already, needs no reading: `begin` gives the vring up.
+            // One that is not there needs no reading: `take` gives the vring up.
             held.chain = (head < self.size())
                 .then(|| parse(&self.setup.memory, self.table, head, self.indirect, &mut held.scratch));
             self.hold.set(Hold::Waits);
         }
-        let (head, asks) = {
-            let held = self.held.borrow();
-            (held.head, held.asks())
-        };
-        if asks.is_some_and(|(op, bytes)| !admit(op, bytes)) {
+        if self.held.borrow().asks().is_some_and(|(op, bytes)| !admit(op, bytes)) {
             return None;
         }
-        self.hold.set(Hold::Nothing);
-        self.next_avail.set(self.next_avail.get().wrapping_add(1));
-        let tag = self.begin(head, false)?;
-        self.hold.set(Hold::LetIn(tag));
-        Some(tag)
+        self.hold.set(Hold::LetIn);
+        self.give_turn()
     }
 
     /// Whether a request waits to be let in.

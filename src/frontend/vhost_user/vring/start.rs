@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{PASS_BYTES, Vring};
+use super::{NOBODY, PASS_BYTES, Vring};
 use crate::frontend::vhost_user::config_space;
 use crate::frontend::vhost_user::device::Device;
 use crate::frontend::vhost_user::eventfd::CallFd;
@@ -138,7 +138,7 @@ impl Vring {
             owed: Cell::new(false),
             idle_passes: Cell::new(0),
             free: RefCell::new((0..size).rev().collect()),
-            fresh: vec![Cell::new(None); size as usize].into(),
+            turn: Cell::new(NOBODY),
             busy: vec![Cell::new(0); size as usize].into(),
             sequence: Cell::new(0),
             in_flight: Cell::new(0),

@@ -395,7 +395,7 @@ impl Worker {
         let news = self.vring.publish();
         self.vring.tell(news);
         let mut worked = !cqes.is_empty() | news;
-        while let Some(tag) = self.vring.take() {
+        while let Some(tag) = self.vring.poll() {
             worked = true;
             match self.slots.get(tag as usize) {
                 Some(slot) => self.tasks.poll(*slot),

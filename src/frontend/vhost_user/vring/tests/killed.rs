@@ -106,7 +106,7 @@ fn what_is_carried_out_again_is_drained_by_a_stop() {
     let worker = kept.worker(&driver, 1, Faults::default());
     while worker.vring.in_flight() < 12 {
         worker.vring.publish();
-        while worker.vring.take().is_some() {}
+        while super::take(&worker.vring, &mut TagState::default()).is_some() {}
     }
     drop(worker);
     let mut worker = kept.worker(&driver, 1, Faults::default());

@@ -24,9 +24,9 @@ impl ByHand {
     /// Takes what a pass may. How many there were.
     pub fn take(&mut self) -> usize {
         let before = self.taken.len();
-        while let Some(tag) = self.vring.take() {
+        loop {
             let mut state = TagState::default();
-            self.vring.accept(tag, self.vring.fresh[tag as usize].take().unwrap(), &mut state);
+            let Some(tag) = super::take(&self.vring, &mut state) else { break };
             self.taken.push_back((tag, state));
         }
         self.taken.len() - before
