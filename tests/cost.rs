@@ -6,7 +6,8 @@ use common::prepared::{Prepared, READ_4K, Shape};
 use ringblk::block::Size;
 use ringblk::engine::Volume;
 use ringblk::engine::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
-use ringblk::worker::{Habits, Lent, Worker};
+use ringblk::service::served_vring::ServedVring;
+use ringblk::worker::{ExportVolume, Worker, WorkerConfig};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::path::Path;
@@ -65,12 +66,15 @@ const BATCHES: u32 = 50;
 /// there were too many runs. A slot gets its memory when a request first comes to it, and how many are in use at once
 /// is up to chance.
 fn calls(config: &VolumeConfig, shape: Shape) -> Vec<u64> {
-    let habits =
-        Habits { patience: Duration::from_micros(50), slow_after: Duration::from_secs(10), shared: false };
-    let worker = Worker::start(7, habits).unwrap();
+    let worker_config = WorkerConfig {
+        busy_poll: Duration::from_micros(50),
+        slow_after: Duration::from_secs(10),
+        shared: false,
+    };
+    let worker = Worker::start(7, worker_config).unwrap();
     let volume = Arc::new(Volume::open("cost", config).unwrap());
     let mut guest = Prepared::new(shape);
-    worker.link().start_vring(guest.setup(true), Lent::new(volume, 1)).unwrap();
+    ServedVring::start(worker.handle(), guest.setup(true), ExportVolume::new(volume, 1)).unwrap();
     let mut runs = Vec::new();
     while runs.last() != Some(&0) && runs.len() < 10 {
         COUNT.store(0, Relaxed);

@@ -5,11 +5,12 @@ use super::prepared::{Prepared, READ_4K, Shape};
 use ringblk::block::{Data, Errno, Flags, Op, Request, Size};
 use ringblk::engine::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
 use ringblk::engine::{Flushers, Volume, execute};
-use ringblk::frontend::Source;
 use ringblk::frontend::ublk::{Asked, Descriptor, command};
 use ringblk::frontend::vhost_user::Vring;
+use ringblk::frontend::{Queue, Source};
 use ringblk::ring::{Core, Cqe, DriverCommand, Mapping, Ring, Sqe, Target, Tasks};
-use ringblk::worker::{Habits, Lent, Worker};
+use ringblk::service::served_vring::ServedVring;
+use ringblk::worker::{ExportVolume, Worker, WorkerConfig};
 use std::future::Future;
 use std::hint::black_box;
 use std::rc::Rc;
@@ -246,14 +247,18 @@ fn worker(config: VolumeConfig, shape: Shape, idle: usize) -> Box<dyn Run> {
     // It looks for requests all the time, once it has seen that they come.
     let worker = Worker::start(
         0,
-        Habits { patience: Duration::from_secs(1), slow_after: Duration::from_secs(10), shared: false },
+        WorkerConfig {
+            busy_poll: Duration::from_secs(1),
+            slow_after: Duration::from_secs(10),
+            shared: false,
+        },
     )
     .unwrap();
     // Each idle vring is of a volume of its own, and has had some requests.
     let start = || {
         let volume = Arc::new(Volume::open("bench", &config).unwrap());
         let mut guest = Prepared::new(shape);
-        worker.link().start_vring(guest.setup(false), Lent::new(volume, 1)).unwrap();
+        ServedVring::start(worker.handle(), guest.setup(false), ExportVolume::new(volume, 1)).unwrap();
         guest.batch_polled();
         guest
     };

@@ -7,8 +7,8 @@
 use super::Input;
 use crate::engine::config::{MemoryConfig, NullConfig, VolumeConfig};
 use crate::engine::{Attached, Flusher, Volume, execute};
-use crate::frontend::Source;
 use crate::frontend::vhost_user::{Device, Inflight, Memory, Vring, VringSetup};
+use crate::frontend::{Queue, Source};
 use crate::ring::{Core, Io, Setup, Tasks, Uring};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::cell::{Cell, RefCell};
@@ -289,10 +289,7 @@ impl Machine {
 
     /// What a worker does each time around.
     fn pass(&mut self, how: u8) {
-        self.watched(None, |machine| {
-            let news = machine.vring.publish();
-            machine.vring.tell(news);
-        });
+        self.watched(None, |machine| machine.vring.begin_pass());
         // A pass is bounded by itself; this is to notice if it were not.
         for _ in 0..64 {
             let head = self.next_head();
@@ -305,7 +302,7 @@ impl Machine {
             self.watched(Some(tag), |machine| machine.poll(tag));
         }
         if how & 1 != 0 {
-            self.watched(None, |machine| machine.vring.ask_for_kick());
+            self.watched(None, |machine| machine.vring.arm_kick());
         }
         if how & 2 != 0 {
             self.vring.enable(how & 4 != 0);

@@ -12,6 +12,7 @@ pub mod namespace;
 pub mod preflight;
 mod run;
 pub mod sandbox;
+pub mod served_vring;
 mod socket;
 pub mod status;
 

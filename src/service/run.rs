@@ -26,7 +26,7 @@ use crate::frontend::ublk::prepare_directories;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::ring;
-use crate::worker::{Habits, Lent, Link, Worker};
+use crate::worker::{ExportVolume, Worker, WorkerConfig, WorkerHandle};
 use arrivals::Arrivals;
 use late::{Waiting, WaitingExport};
 use nix::unistd::Uid;
@@ -172,7 +172,7 @@ struct Shared {
     growth: Mutex<Option<Sender<String>>>,
     workers: Mutex<Vec<Worker>>,
     /// Ways to them.
-    links: Vec<Link>,
+    handles: Vec<WorkerHandle>,
     /// The last flushes are under way.
     flushing: AtomicBool,
     placement: Placement,
@@ -187,7 +187,7 @@ struct Shared {
 struct Served {
     volume: Arc<Volume>,
     /// The same for flushes of our own.
-    lent: Lent,
+    export: ExportVolume,
     /// As it was opened.
     status: VolumeStatus,
 }
@@ -228,8 +228,8 @@ impl Service {
             },
             cpus,
         );
-        let habits = |number| Habits {
-            patience: Duration::from_micros(config.poll_us.into()),
+        let worker_config = |number| WorkerConfig {
+            busy_poll: Duration::from_micros(config.poll_us.into()),
             slow_after: Duration::from_secs(config.slow_after),
             shared: placement.is_shared(number),
         };
@@ -243,7 +243,7 @@ impl Service {
         let sandbox = sandbox::enter(&plan)?;
         let mut workers = Vec::new();
         for number in 0..placement.workers() {
-            let worker = Worker::start(number, habits(number));
+            let worker = Worker::start(number, worker_config(number));
             let failed = |source| Error::Worker { number: number + 1, workers: placement.workers(), source };
             workers.push(worker.map_err(failed)?);
         }
@@ -263,7 +263,7 @@ impl Service {
             bases: config.bases().map(|(base, root)| (base.to_owned(), root.to_owned())).collect(),
             arrivals: Arc::default(),
             growth: Mutex::default(),
-            links: workers.iter().map(|worker| worker.link().clone()).collect(),
+            handles: workers.iter().map(|worker| worker.handle().clone()).collect(),
             flushing: AtomicBool::new(false),
             workers: Mutex::new(workers),
             placement,
@@ -304,7 +304,7 @@ impl Shared {
         let mut disks = Vec::new();
         for (export, on) in config.ublk.iter().zip(&self.placement.ublk) {
             match self.served(&export.volume) {
-                Some(served) => disks.push((export, &served.volume, self.links(on))),
+                Some(served) => disks.push((export, &served.volume, self.handles(on))),
                 None => {
                     let beside = config.ublk.iter().map(|export| export.volume.clone()).collect();
                     let target = config.store_of(&export.volume);
@@ -326,7 +326,7 @@ impl Shared {
         volume: &Arc<Volume>,
         memory: &Arc<MemoryBudget>,
     ) -> Result<VhostUserExport, (Endpoint, io::Error)> {
-        VhostUserExport::start(config, queues, endpoint, volume, self.links(on), memory.share())
+        VhostUserExport::start(config, queues, endpoint, volume, self.handles(on), memory.share())
     }
 
     /// From now on volumes whose stores grow by themselves grow with them.
@@ -361,14 +361,14 @@ impl Shared {
     }
 
     /// Ways to these workers.
-    fn links(&self, on: &[usize]) -> Vec<Link> {
-        on.iter().filter_map(|number| self.links.get(*number)).cloned().collect()
+    fn handles(&self, on: &[usize]) -> Vec<WorkerHandle> {
+        on.iter().filter_map(|number| self.handles.get(*number)).cloned().collect()
     }
 
     /// Ways to the workers that may have requests to a volume, and to no others: those may be held up by theirs.
-    fn links_of(&self, volume: &Volume) -> Vec<Link> {
+    fn handles_of(&self, volume: &Volume) -> Vec<WorkerHandle> {
         let serving = self.placement.serving(volume.name());
-        serving.filter_map(|number| self.links.get(number)).cloned().collect()
+        serving.filter_map(|number| self.handles.get(number)).cloned().collect()
     }
 
     /// Ends every export, flushes every volume, ends the workers.
@@ -386,14 +386,15 @@ impl Shared {
         let mut result = Ok(());
         let deadline = deadline.max(Instant::now() + FLUSH_LEAST);
         let written = |of: &Volume| !of.geometry().read_only && of.geometry().volatile_cache;
-        let flushes =
-            self.all_served().map(|served| &served.lent).filter(|lent| written(&lent.volume)).filter_map(
-                |lent| {
-                    // Where a single connection has the writes, it alone can vouch for them.
-                    let link = self.links_of(&lent.volume).into_iter().next()?;
-                    Some((lent.volume.name(), link.flush(lent.clone(), STORE_LIMIT)))
-                },
-            );
+        let flushes = self
+            .all_served()
+            .map(|served| &served.export)
+            .filter(|export| written(&export.volume))
+            .filter_map(|export| {
+                // Where a single connection has the writes, it alone can vouch for them.
+                let handle = self.handles_of(&export.volume).into_iter().next()?;
+                Some((export.volume.name(), handle.flush(export.clone(), STORE_LIMIT)))
+            });
         self.flushing.store(true, Ordering::Relaxed);
         // All at once: one that hangs takes no time from the others.
         for (name, answer) in flushes.collect::<Vec<_>>() {
@@ -433,7 +434,7 @@ impl Shared {
             let settled = self.arrivals.settle(Instant::now());
             return (!settled).then(|| "an export that is still being started".into());
         }
-        let answers: Vec<_> = self.links.iter().map(Link::busy).collect();
+        let answers: Vec<_> = self.handles.iter().map(WorkerHandle::in_flight).collect();
         let deadline = Instant::now() + BUSY_LIMIT;
         let busy = answers.into_iter().map(|answer| {
             answer.recv_timeout(deadline.saturating_duration_since(Instant::now())).unwrap_or(1)

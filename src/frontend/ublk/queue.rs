@@ -10,7 +10,7 @@ use super::buffers::{self, BufferUse};
 use super::descriptor::{Asked, Descriptor};
 use super::quiesce_flag::QuiesceFlag;
 use crate::block::{Data, Errno, Iovec, Request};
-use crate::frontend::Source;
+use crate::frontend::{self, LimitWait, Source};
 use crate::ring::{Core, DriverCommand, Io, Mapping, Ring, Sqe, Target, Uring};
 use libublk::sys;
 use std::cell::Cell;
@@ -153,26 +153,6 @@ impl Queue {
         })
     }
 
-    /// Its number in the device, from 0.
-    pub fn number(&self) -> u16 {
-        self.queue
-    }
-
-    /// Tags: `0..depth`.
-    pub fn depth(&self) -> u16 {
-        self.depth
-    }
-
-    /// CPUs whose requests come here; empty where the kernel did not say.
-    pub fn cpus(&self) -> &[usize] {
-        &self.cpus
-    }
-
-    /// What stops it.
-    pub fn quiesce_flag(&self) -> &QuiesceFlag {
-        &self.quiesce_flag
-    }
-
     /// Copies the descriptor of `tag`, once.
     fn descriptor(&self, tag: u16) -> Descriptor {
         let area = self.descriptors.as_ptr().cast::<Descriptor>();
@@ -254,6 +234,25 @@ impl Source<Uring> for Queue {
             unreachable!("queue {} tag {tag}: complete after {:?}", self.queue, state.step)
         };
         state.step = Step::Done(result.map_or_else(|errno| -errno.raw(), |()| full));
+    }
+
+    fn limit_wait(&self) -> Option<LimitWait> {
+        Some(self.quiesce_flag.limit_wait())
+    }
+}
+
+impl frontend::Queue for Queue {
+    fn label(&self) -> String {
+        format!("ublk queue {}", self.queue)
+    }
+
+    /// Empty where the kernel did not say.
+    fn cpus(&self) -> Option<&[usize]> {
+        Some(&self.cpus)
+    }
+
+    fn delivered_tags(&self) -> u16 {
+        self.depth
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use crate::frontend::LimitWait;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// One for a device and all its queues. A worker looks at it with each request; once it has done anything else that was
@@ -30,8 +31,14 @@ impl QuiesceFlag {
         self.unlimited.store(true, Ordering::Relaxed);
     }
 
-    /// Whether limits were lifted.
-    pub fn is_unlimited(&self) -> bool {
-        self.unlimited.load(Ordering::Relaxed)
+    /// What a request does that is beyond its limits.
+    pub fn limit_wait(&self) -> LimitWait {
+        if self.unlimited.load(Ordering::Relaxed) {
+            LimitWait::Lifted
+        } else if self.is_set() {
+            LimitWait::ForEver
+        } else {
+            LimitWait::UntilAdmitted
+        }
     }
 }

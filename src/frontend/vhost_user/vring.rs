@@ -9,6 +9,7 @@
 
 mod held;
 mod notifications;
+mod queue;
 mod start;
 mod stop;
 
@@ -18,7 +19,7 @@ use super::memory::{Table, scatter, write_byte};
 use super::request::{Parsed, Range, Scratch, Status, parse, status_byte};
 use super::split_ring::{Avail, Used};
 use crate::block::{Data, Errno, Flags, Instance, Iovec, Op, Request, SECTOR};
-use crate::frontend::Source;
+use crate::frontend::{LimitWait, Queue, Source};
 use crate::ring::{Io, Ring, UserData};
 use held::{Held, Hold};
 pub use start::VringSetup;
@@ -99,24 +100,9 @@ pub struct Vring {
 }
 
 impl Vring {
-    /// For messages: its device and its index there.
-    pub fn label(&self) -> String {
-        format!("{}: vring {}", self.setup.device.name(), self.setup.index)
-    }
-
     /// Descriptors, and so the most requests in flight.
     pub fn size(&self) -> u16 {
         self.setup.size
-    }
-
-    /// Requests taken and not completed, by us or by the one before us.
-    pub fn in_flight(&self) -> u16 {
-        self.in_flight.get() + self.again.borrow().len() as u16
-    }
-
-    /// Tags in use: requests that we have taken and not completed.
-    pub fn tags_in_use(&self) -> u16 {
-        self.in_flight.get()
     }
 
     /// Where the next request would be taken from: what GET_VRING_BASE asks for, once drained.
@@ -148,16 +134,6 @@ impl Vring {
     /// Takes requests, or lets them wait.
     pub fn enable(&self, enabled: bool) {
         self.enabled.set(enabled);
-    }
-
-    /// Whether there is a request that this pass may take: the tag whose slot is to be polled, which takes it.
-    ///
-    /// Costs a load of a cache line that the driver writes when the last seen end of its ring is reached.
-    pub fn poll(&self) -> Option<u16> {
-        let again = self.has_again();
-        // What is carried out again had been taken: only what is new can be left.
-        let may = again || self.takes_new();
-        (may && self.has_pass_left() && (again || self.has_new())).then(|| self.give_turn())?
     }
 
     /// Whether this pass may take another one.
@@ -261,7 +237,7 @@ impl Vring {
         }
     }
 
-    /// Begins a pass: lets the driver see everything that completed since the last one. Whether there was anything.
+    /// Lets the driver see everything that completed since the last time. Whether there was anything.
     pub fn publish(&self) -> bool {
         self.taken.set(0);
         self.bytes_left.set(PASS_BYTES);
@@ -409,6 +385,10 @@ impl<R: Ring> Source<R> for Vring {
                 Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data: Data::None }
             }
         })
+    }
+
+    fn limit_wait(&self) -> Option<LimitWait> {
+        None
     }
 
     fn complete(&self, tag: u16, state: &mut TagState, result: Result<(), Errno>) {

@@ -6,7 +6,8 @@ use crate::engine::config::{FileConfig, MemoryConfig, VolumeConfig};
 use crate::frontend::vhost_user::budget::{MemoryBudget, MemoryShare};
 use crate::frontend::vhost_user::protocol::{BackendChannel, Interest, Shape, Vmm, Wake, Watch};
 use crate::frontend::vhost_user::{CallFd, Device, Host, Running, Session, StopMode, Stopped, VringSetup};
-use crate::worker::{Habits, Lent, Link, VringId, Worker};
+use crate::service::served_vring::ServedVring;
+use crate::worker::{ExportVolume, Worker, WorkerConfig, WorkerHandle};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::{self, File};
@@ -97,9 +98,9 @@ impl Trace {
 
 impl World {
     fn new() -> World {
-        let habits =
-            Habits { patience: Duration::from_micros(20), slow_after: Duration::ZERO, shared: false };
-        let worker = Worker::start(0, habits).unwrap();
+        let config =
+            WorkerConfig { busy_poll: Duration::from_micros(20), slow_after: Duration::ZERO, shared: false };
+        let worker = Worker::start(0, config).unwrap();
         // A file, of which the device has flushes, discards and a cache mode.
         let image = File::from(memfd_create(c"fuzz-image", MFdFlags::MFD_CLOEXEC).unwrap());
         image.set_len(DISK).unwrap();
@@ -113,9 +114,9 @@ impl World {
         let (ours, theirs) = UnixStream::pair().unwrap();
         // It ends with the process.
         let budget = MemoryBudget::of_process(2);
-        let neighbours_host = host(worker.link(), neighbours_volume);
+        let neighbours_host = host(worker.handle(), neighbours_volume);
         drop(serve(theirs, &neighbours_device, &neighbours_host, &budget.share()));
-        let host = host(worker.link(), volume);
+        let host = host(worker.handle(), volume);
         let mut neighbour = Neighbour::new(ours);
         // All that is made at the first request is made now.
         neighbour.work();
@@ -185,44 +186,40 @@ impl Watch for Awake {
     }
 }
 
-fn host(link: &Link, volume: Arc<Volume>) -> Arc<dyn Host> {
-    Arc::new(OneWorker { link: link.clone(), lent: Lent::new(volume, SHAPE.queues) })
+fn host(handle: &WorkerHandle, volume: Arc<Volume>) -> Arc<dyn Host> {
+    Arc::new(OneWorker { handle: handle.clone(), export: ExportVolume::new(volume, SHAPE.queues) })
 }
 
 /// Runs all vrings on one worker.
 struct OneWorker {
-    link: Link,
-    lent: Lent,
+    handle: WorkerHandle,
+    export: ExportVolume,
 }
 
 impl Host for OneWorker {
     fn start(&self, setup: VringSetup) -> io::Result<Box<dyn Running>> {
-        let id = self.link.start_vring(setup, self.lent.clone())?;
-        Ok(Box::new(OnWorker { link: self.link.clone(), id }))
+        Ok(Box::new(OnWorker(ServedVring::start(&self.handle, setup, self.export.clone())?)))
     }
 
     fn flush(&self) -> io::Result<()> {
-        let flushed = self.link.flush(self.lent.clone(), PATIENCE).recv_timeout(PATIENCE);
+        let flushed = self.handle.flush(self.export.clone(), PATIENCE).recv_timeout(PATIENCE);
         Ok(flushed.expect("the worker hangs")?)
     }
 }
 
-struct OnWorker {
-    link: Link,
-    id: VringId,
-}
+struct OnWorker(ServedVring);
 
 impl Running for OnWorker {
     fn stop(self: Box<Self>, _: StopMode) -> Stopped {
-        let stopped = self.link.stop_vring(self.id).recv_timeout(PATIENCE);
+        let stopped = self.0.stop().recv_timeout(PATIENCE);
         stopped.expect("a vring does not stop").expect("the vring was there")
     }
 
     fn enable(&self, enabled: bool) {
-        self.link.enable_vring(self.id, enabled).unwrap();
+        self.0.enable(enabled).unwrap();
     }
 
     fn set_call(&self, call: Option<CallFd>) {
-        self.link.call_vring(self.id, call).unwrap();
+        self.0.set_call(call).unwrap();
     }
 }

@@ -10,7 +10,7 @@ use crate::frontend::ublk::config::{Recovery, UblkConfig, ZeroCopy};
 use crate::frontend::ublk::features::{self, Features, NoZeroCopy};
 use crate::frontend::ublk::{self, Claim, Device, DeviceSpec, Found, NoResize, Record, StableName};
 use crate::service::status::UblkStatus;
-use crate::worker::{Lent, Link};
+use crate::worker::{ExportVolume, NewQueue, WorkerHandle};
 use leave::Phase;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,7 +30,7 @@ pub struct UblkExport {
     name: StableName,
     status: UblkStatus,
     volume: Arc<Volume>,
-    links: Vec<Link>,
+    handles: Vec<WorkerHandle>,
     features: Features,
     recovery: Recovery,
     /// Queues that have not ended: each hears when it has.
@@ -75,7 +75,7 @@ pub struct Error {
 
 impl UblkExport {
     /// Makes the device, or takes over the one that an earlier server of the volume left, and serves its queues on
-    /// `links`, one for each queue that is asked for (the kernel may grant fewer). Returns when the disk and its
+    /// `handles`, one for each queue that is asked for (the kernel may grant fewer). Returns when the disk and its
     /// stable name are there.
     ///
     /// # Errors
@@ -85,12 +85,12 @@ impl UblkExport {
     pub fn start(
         config: &UblkConfig,
         volume: &Arc<Volume>,
-        links: &[Link],
+        handles: &[WorkerHandle],
         others: &Others<'_>,
     ) -> Result<UblkExport, Error> {
         let failed = |source| Error { volume: config.volume.clone(), source };
         let since = Instant::now();
-        let mut export = UblkExport::get(config, volume, links, others).map_err(failed)?;
+        let mut export = UblkExport::get(config, volume, handles, others).map_err(failed)?;
         match export.serve(config, others.given_up) {
             Ok(()) => {
                 if export.device.recovered() {
@@ -110,7 +110,7 @@ impl UblkExport {
     fn get(
         config: &UblkConfig,
         volume: &Arc<Volume>,
-        links: &[Link],
+        handles: &[WorkerHandle],
         others: &Others<'_>,
     ) -> Result<UblkExport, ublk::Error> {
         if others.given_up.load(Ordering::Relaxed) {
@@ -126,7 +126,7 @@ impl UblkExport {
             features.recovery(config.recovery, volume.capabilities().persists).map_err(|source| {
                 ublk::Error::Recovery { spec: config.recovery.unwrap_or(Recovery::Reissue), source }
             })?;
-        let queues = u16::try_from(links.len()).unwrap_or(UblkConfig::MAX_QUEUES);
+        let queues = u16::try_from(handles.len()).unwrap_or(UblkConfig::MAX_QUEUES);
         let spec = DeviceSpec {
             record: Record::new(&config.volume, volume.identity().as_str(), others.target),
             id: config.id,
@@ -164,12 +164,12 @@ impl UblkExport {
             buffer_bytes: 0,
             buffers_locked: true,
             read_only: volume.geometry().read_only,
-            workers: config.workers.map(|workers| usize::from(workers).min(links.len())),
+            workers: config.workers.map(|workers| usize::from(workers).min(handles.len())),
             waiting: false,
         };
-        let (volume, links) = (volume.clone(), links.to_vec());
+        let (volume, handles) = (volume.clone(), handles.to_vec());
         let (ends, phase, claim) = (Vec::new(), Phase::Live, None);
-        Ok(UblkExport { device, name, status, volume, links, features, recovery, ends, phase, claim })
+        Ok(UblkExport { device, name, status, volume, handles, features, recovery, ends, phase, claim })
     }
 
     /// How it runs.
@@ -211,11 +211,12 @@ impl UblkExport {
             return Err(NoZeroCopy::NotGranted.into());
         }
         let queues = self.device.queues();
-        let lent = Lent::new(self.volume.clone(), queues.len().try_into().unwrap_or(u16::MAX));
-        for (setup, link) in queues.into_iter().zip(&self.links) {
+        let export = ExportVolume::new(self.volume.clone(), queues.len().try_into().unwrap_or(u16::MAX));
+        for (setup, handle) in queues.into_iter().zip(&self.handles) {
             let queue = setup.queue;
-            let end = link.add_ublk(setup, lent.clone());
-            self.ends.push(end.map_err(|source| ublk::Error::Queue { queue, source })?);
+            let new = NewQueue { export: export.clone(), number: queue.into(), read_only: setup.read_only };
+            let served = handle.serve(new, move |core| ublk::Queue::new(core, setup));
+            self.ends.push(served.map_err(|source| ublk::Error::Queue { queue, source })?.ended);
             self.status.queues += 1;
         }
         self.wait_for_start(given_up)?;

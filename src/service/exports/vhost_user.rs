@@ -11,7 +11,7 @@ use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::frontend::vhost_user::protocol::{BackendChannel, NotifyResult, Shape};
 use crate::service::socket::{Access, SocketError, SocketFile};
 use crate::service::status::VhostUserStatus;
-use crate::worker::{Lent, Link};
+use crate::worker::{ExportVolume, WorkerHandle};
 use door::Door;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::cell::RefCell;
@@ -99,7 +99,7 @@ struct Shared {
 }
 
 impl VhostUserExport {
-    /// Serves `volume` on `endpoint`, its queues on `links` in turn from the first on. Its VMMs' memory comes out of
+    /// Serves `volume` on `endpoint`, its queues on `handles` in turn from the first on. Its VMMs' memory comes out of
     /// `memory`. From then on VMMs can connect.
     ///
     /// # Errors
@@ -110,7 +110,7 @@ impl VhostUserExport {
         queues: u16,
         endpoint: Endpoint,
         volume: &Arc<Volume>,
-        links: Vec<Link>,
+        handles: Vec<WorkerHandle>,
         memory: Arc<MemoryShare>,
     ) -> Result<VhostUserExport, (Endpoint, io::Error)> {
         let status = VhostUserStatus {
@@ -121,10 +121,10 @@ impl VhostUserExport {
             connected: false,
             vmm_waiting: false,
             read_only: config.read_only || volume.geometry().read_only,
-            workers: config.workers.is_some().then_some(links.len()),
+            workers: config.workers.is_some().then_some(handles.len()),
             waiting: false,
         };
-        match begin(config, queues, &endpoint, volume, links, memory) {
+        match begin(config, queues, &endpoint, volume, handles, memory) {
             Ok((shared, ended)) => Ok(VhostUserExport { status, _endpoint: endpoint, shared, ended }),
             Err(error) => Err((endpoint, error)),
         }
@@ -175,7 +175,7 @@ fn begin(
     queues: u16,
     endpoint: &Endpoint,
     volume: &Arc<Volume>,
-    links: Vec<Link>,
+    handles: Vec<WorkerHandle>,
     memory: Arc<MemoryShare>,
 ) -> io::Result<(Arc<Shared>, Receiver<()>)> {
     let shared = Arc::new(Shared {
@@ -194,7 +194,7 @@ fn begin(
     let door = Door {
         listener,
         device,
-        host: Arc::new(Workers::new(links, Lent::new(volume.clone(), queues))),
+        host: Arc::new(Workers::new(handles, ExportVolume::new(volume.clone(), queues))),
         shape: Shape { queues, queue_size: config.queue_size },
         memory,
         shared: shared.clone(),

@@ -6,13 +6,13 @@ use crate::frontend::ublk::config::UblkConfig;
 use crate::service::config::Config;
 use crate::service::exports::Export;
 use crate::service::exports::ublk::{self, Others, UblkExport};
-use crate::worker::Link;
+use crate::worker::WorkerHandle;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::thread;
 
 /// A disk to be started: its volume, and the workers of its queues.
-pub(super) type Disk<'a> = (&'a UblkConfig, &'a Arc<Volume>, Vec<Link>);
+pub(super) type Disk<'a> = (&'a UblkConfig, &'a Arc<Volume>, Vec<WorkerHandle>);
 
 /// The most that are taken over at the same time, each by a thread.
 const AT_ONCE: usize = 64;
@@ -23,11 +23,11 @@ impl Shared {
     pub(super) fn add_disks(&self, config: &Config, disks: &[Disk<'_>]) -> Result<(), Error> {
         let volumes: Vec<&str> = config.ublk.iter().map(|export| export.volume.as_str()).collect();
         let found = ublk::found();
-        let start = |(export, volume, links): &Disk<'_>| {
+        let start = |(export, volume, handles): &Disk<'_>| {
             let target = config.store_of(&export.volume);
             let given_up = self.arrivals.closed();
             let others = Others { volumes: volumes.clone(), target: &target, found: &found, given_up };
-            let started = UblkExport::start(export, volume, links, &others)?;
+            let started = UblkExport::start(export, volume, handles, &others)?;
             log::info!("volume {} is served at {}", export.volume, started.status().link.display());
             Ok::<_, Error>(started)
         };

@@ -256,7 +256,7 @@ impl Shared {
                 let found = found();
                 let given_up = self.arrivals.closed();
                 let others = Others { volumes, target: &target, found: &found, given_up };
-                match UblkExport::start(&config, volume, &self.links(&on), &others) {
+                match UblkExport::start(&config, volume, &self.handles(&on), &others) {
                     Ok(export) => {
                         let link = export.status().link;
                         Ok((format!("at {}", link.display()), Export::Ublk(Box::new(export))))

@@ -12,7 +12,7 @@ use crate::service::config::Config;
 use crate::service::control;
 use crate::service::exports::Farewell;
 use crate::service::exports::vhost_user::Endpoint;
-use crate::worker::Link;
+use crate::worker::WorkerHandle;
 use std::io;
 use std::panic::resume_unwind;
 use std::pin::pin;
@@ -164,7 +164,7 @@ impl Service {
                 continue;
             };
             log::warn!("giving up on what is in flight: {left}");
-            shared.links.iter().for_each(Link::abandon);
+            shared.handles.iter().for_each(WorkerHandle::abandon);
             // A ublk device keeps the process until its requests are answered, if only with an error.
             let _ = tokio::time::timeout(ABANDON_LIMIT, finished).await;
             break Err(Error::Abandoned(left));

@@ -7,7 +7,7 @@ use crate::engine::Volume;
 use crate::engine::limits::LimitsChange;
 use crate::service::control::Refusal;
 use crate::service::status::LimitsStatus;
-use crate::worker::Link;
+use crate::worker::WorkerHandle;
 
 /// A volume's limits as they are now.
 pub(super) fn shown(volume: &Volume) -> LimitsStatus {
@@ -28,7 +28,7 @@ impl Shared {
         let changed = volume.limits().change(wanted);
         let changed = changed.map_err(|(key, reason)| Refusal::Impossible(format!("{key}: {reason}")))?;
         // Volumes of the same group may be on any of them.
-        self.links.iter().for_each(Link::limits_changed);
+        self.handles.iter().for_each(WorkerHandle::limits_changed);
         let now =
             changed.numbers().into_iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>();
         let now = if now.is_empty() { "none".into() } else { now.join(", ") };

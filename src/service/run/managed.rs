@@ -10,7 +10,7 @@ use crate::service::exports::{Export, Farewell};
 use crate::service::status::{
     Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
 };
-use crate::worker::Lent;
+use crate::worker::ExportVolume;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -148,7 +148,7 @@ impl Served {
             unavailable: None,
             ..status
         };
-        Served { lent: Lent::new(volume.clone(), 1), volume, status }
+        Served { export: ExportVolume::new(volume.clone(), 1), volume, status }
     }
 }
 

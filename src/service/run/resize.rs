@@ -93,8 +93,9 @@ impl engine::Exports for Exports<'_> {
     }
 
     fn drain(&self) -> bool {
-        let links = self.shared.links_of(self.volume);
-        let answers: Vec<_> = links.iter().map(|link| link.drain(self.volume.clone(), DRAIN_LIMIT)).collect();
+        let handles = self.shared.handles_of(self.volume);
+        let answers: Vec<_> =
+            handles.iter().map(|handle| handle.drain(self.volume.clone(), DRAIN_LIMIT)).collect();
         // A worker that has ended answers nothing, and nothing is in flight on it.
         let deadline = Instant::now() + DRAIN_LIMIT + SLACK;
         answers.into_iter().all(|answer| {

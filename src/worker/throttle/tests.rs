@@ -4,12 +4,13 @@
 #![forbid(unsafe_code)]
 
 use super::*;
+use crate::block::{Data, Errno, Flags, Op};
 use crate::engine::config::{MemoryConfig, VolumeConfig};
 use crate::engine::limits::LimitsConfig;
 use crate::engine::{Attached, Flushers, Volume, execute};
-use crate::frontend::Source;
+use crate::frontend::ublk::QuiesceFlag;
 use crate::frontend::vhost_user::driver::{Driver, device};
-use crate::frontend::vhost_user::{Stopped, VringSetup};
+use crate::frontend::vhost_user::{Stopped, Vring, VringSetup};
 use crate::ring::Tasks;
 use crate::ring::double::{Double, Faults};
 use std::collections::BTreeMap;
@@ -105,15 +106,14 @@ impl Worker {
         }
         worked |= self.tasks.run_ready();
         for guest in &mut self.guests {
-            let news = guest.vring.publish();
-            guest.vring.tell(news);
+            let news = guest.vring.begin_pass();
             guest.done += guest.driver.harvest().len() as u64;
             while let Some((kind, bytes)) = guest.repeats.filter(|_| guest.driver.in_flight() < DEPTH) {
                 let data = vec![0xab; if kind == OUT { bytes } else { 0 }];
                 guest.driver.add(kind, 8, &data, if kind == IN { bytes } else { 0 }, false).unwrap();
             }
             worked |= news;
-            while let Some(tag) = guest.admission.take(&guest.vring, self.core.ring(), || true) {
+            while let Some(tag) = guest.admission.poll(&*guest.vring, self.core.ring(), || true) {
                 worked = true;
                 match guest.slots.get(usize::from(tag)) {
                     Some(slot) => self.tasks.poll(*slot),
@@ -209,7 +209,7 @@ fn what_waits_stays_in_the_ring() {
     let Guest { driver, vring, admission, .. } = &worker.guests[guest];
     // Two were below the size of the bucket.
     assert_eq!((vring.in_flight(), vring.next_avail(), driver.in_flight()), (0, 2, 28));
-    assert!(vring.is_held() && admission.waits() && !vring.expects_more() && !vring.falls_asleep());
+    assert!(vring.is_held() && admission.waits() && !vring.expects_more() && !vring.try_idle());
     assert_eq!(worker.guests[guest].slots.len(), 1, "those that wait have none");
 }
 
@@ -367,13 +367,31 @@ fn what_is_let_in_is_what_was_looked_at() {
     }
 }
 
+/// A source as a ublk queue is one, of which only that is asked where its requests wait.
+#[derive(Default)]
+struct Delivered(QuiesceFlag);
+
+impl Source<Double> for Delivered {
+    type State = ();
+
+    async fn next<'a>(&'a self, _: &Io<Double>, _: u16, (): &'a mut ()) -> Option<Request<'a>> {
+        None
+    }
+
+    fn complete(&self, _: u16, (): &mut (), _: Result<(), Errno>) {}
+
+    fn limit_wait(&self) -> Option<LimitWait> {
+        Some(self.0.limit_wait())
+    }
+}
+
 /// Slots as those of a ublk queue: each has a request from the start.
 struct Tags {
     core: Rc<Core<Double>>,
     tasks: Tasks<Double, Slot>,
     timer: ThrottleTimer,
     admission: Rc<Admission>,
-    quiesce_flag: Rc<QuiesceFlag>,
+    source: Rc<Delivered>,
     gone: Rc<RefCell<Vec<usize>>>,
     slots: Vec<u32>,
 }
@@ -383,23 +401,22 @@ impl Tags {
         let core = Core::new(Double::new(1, Faults::default()));
         core.ring().advance(SECOND);
         let timer = ThrottleTimer::new();
-        let (admission, quiesce_flag, gone) =
-            (Rc::new(timer.admission(limits)), Rc::new(QuiesceFlag::default()), Rc::default());
-        let mut tags = Tags {
-            tasks: Tasks::new(core.clone()),
-            core,
-            timer,
-            admission,
-            quiesce_flag,
-            gone,
-            slots: vec![],
-        };
+        let (admission, source, gone) =
+            (Rc::new(timer.admission(limits)), Rc::<Delivered>::default(), Rc::default());
+        let mut tags =
+            Tags { tasks: Tasks::new(core.clone()), core, timer, admission, source, gone, slots: vec![] };
         for tag in 0..count {
-            let (admission, quiesce_flag, gone) =
-                (tags.admission.clone(), tags.quiesce_flag.clone(), tags.gone.clone());
+            let (admission, source, gone) = (tags.admission.clone(), tags.source.clone(), tags.gone.clone());
             let slot = tags.tasks.add(|io| {
                 Box::pin(async move {
-                    admission.pass(&io, Op::Write, 4096, &quiesce_flag).await;
+                    let request = Request {
+                        op: Op::Write,
+                        flags: Flags::default(),
+                        sector: 0,
+                        sectors: 8,
+                        data: Data::None,
+                    };
+                    admission.pass(&io, &*source, &request).await;
                     gone.borrow_mut().push(tag);
                     pending().await
                 }) as Slot
@@ -447,7 +464,7 @@ fn slots_of_a_device_that_goes_do_not_wait() {
     let mut tags = Tags::new(&of, 128);
     tags.run(SECOND);
     assert_eq!(tags.gone.borrow().len(), 1);
-    tags.quiesce_flag.lift_limits();
+    tags.source.0.lift_limits();
     tags.admission.look_again(&tags.core);
     tags.run(SECOND);
     assert_eq!(*tags.gone.borrow(), (0..128).collect::<Vec<_>>());
@@ -460,7 +477,7 @@ fn slots_of_a_device_that_is_handed_over_never_go() {
     let mut tags = Tags::new(&of, 128);
     tags.run(SECOND);
     let gone = tags.gone.borrow().len();
-    tags.quiesce_flag.set();
+    tags.source.0.set();
     tags.run(100 * SECOND);
     change(&of, r#"{"iops-write": 0}"#);
     tags.admission.look_again(&tags.core);

@@ -50,14 +50,9 @@ impl Held {
 }
 
 impl Vring {
-    /// As [`poll`](Self::poll), of requests that have to be let in: `admit` is told what the next one asks for, and for how many
-    /// bytes. One that it refuses is not taken, nor are those behind it, and it is asked for again at the next call.
-    ///
-    /// What was taken before and is carried out again has been let in. The slot of the tag is to be polled before the next call.
-    pub fn poll_admitted(&self, admit: impl FnOnce(Op, u64) -> bool) -> Option<u16> {
-        if self.has_again() {
-            return self.poll();
-        }
+    /// The tag whose slot is to be polled for the next request, if `admit` lets it in: it is told what that asks for, and for how
+    /// many bytes. What is refused is asked for again at the next call.
+    pub(super) fn poll_held(&self, admit: impl FnOnce(Op, u64) -> bool) -> Option<u16> {
         if !self.takes_new() || !self.has_pass_left() {
             return None;
         }
@@ -78,16 +73,6 @@ impl Vring {
         }
         self.hold.set(Hold::LetIn);
         self.give_turn()
-    }
-
-    /// Whether a request waits to be let in.
-    pub fn is_held(&self) -> bool {
-        self.hold.get() == Hold::Waits
-    }
-
-    /// Nothing has to be let in any more: the next request is read anew when it is taken.
-    pub fn forget_held(&self) {
-        self.hold.set(Hold::Nothing);
     }
 
     /// The chain that was let in. It moves into the memory of its tag.

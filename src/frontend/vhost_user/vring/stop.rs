@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use super::Vring;
+use crate::frontend::Queue;
 
 /// Why a vring stops, and so what becomes of the requests that wait for their store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,11 +30,6 @@ pub struct Stopped {
 }
 
 impl Vring {
-    /// Takes nothing more, for good.
-    pub fn stop(&self) {
-        self.stopped.set(true);
-    }
-
     /// Requests of a vring that has stopped are not to wait for their store any more. The worker sees to those that do
     /// ([`Core::interrupt`](crate::ring::Core::interrupt)).
     pub fn interrupt(&self, mode: StopMode) {

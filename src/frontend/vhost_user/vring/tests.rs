@@ -6,7 +6,7 @@ mod notified;
 mod stopped;
 mod unusable;
 
-use super::notifications::IDLE_PASSES;
+use super::queue::IDLE_PASSES;
 use super::*;
 use crate::ring::Kind;
 use crate::ring::double::Faults;
@@ -163,7 +163,7 @@ fn breaks(size: u16, how: impl Fn(&mut Driver)) {
     driver.offer(1 % size);
     worker.settle();
     assert_eq!((worker.vring.next_avail(), worker.vring.in_flight()), (before, 0));
-    assert!(worker.vring.ask_for_kick(), "nothing to stay awake for");
+    assert!(worker.vring.arm_kick(), "nothing to stay awake for");
 }
 
 #[test]
@@ -287,7 +287,7 @@ fn a_call_waits_until_half_is_done_or_nothing_comes() {
     };
     let told = |driver: &Driver| {
         let news = worker.vring.publish();
-        worker.vring.tell(news);
+        worker.vring.maybe_signal(news);
         driver.call.take()
     };
     done(1);
@@ -306,22 +306,22 @@ fn a_vring_without_requests_asks_for_a_kick_after_a_while() {
     let (mut driver, worker) = pair(16, true);
     let idle = || {
         for _ in 0..IDLE_PASSES {
-            assert!(!worker.vring.falls_asleep());
+            assert!(!worker.vring.try_idle());
             worker.vring.publish();
             assert_eq!(worker.vring.poll(), None);
         }
     };
     idle();
-    assert!(worker.vring.falls_asleep());
-    assert!(!worker.vring.falls_asleep(), "once");
+    assert!(worker.vring.try_idle());
+    assert!(!worker.vring.try_idle(), "once");
     idle();
     flushes(&mut driver, 1);
-    assert!(!worker.vring.falls_asleep(), "there is a request");
+    assert!(!worker.vring.try_idle(), "there is a request");
     worker.vring.publish();
     assert!(take(&worker.vring, &mut TagState::default()).is_some());
     for _ in 0..2 * IDLE_PASSES {
         worker.vring.publish();
-        assert!(!worker.vring.falls_asleep(), "one is in flight");
+        assert!(!worker.vring.try_idle(), "one is in flight");
     }
 }
 
@@ -331,15 +331,15 @@ fn kicks_are_asked_for_only_before_sleep() {
         for start in [0, u16::MAX - 1] {
             let mut driver = Driver::new(16, event_idx, start);
             let mut worker = Worker::new(driver.setup(device(), FEATURES), 1, Faults::default());
-            assert!(worker.vring.ask_for_kick());
+            assert!(worker.vring.arm_kick());
             driver.add(FLUSH, 0, &[], 0, false);
             assert!(driver.must_kick(start), "it sleeps");
-            assert!(!worker.vring.ask_for_kick(), "there is a request");
+            assert!(!worker.vring.arm_kick(), "there is a request");
             worker.settle();
             driver.add(FLUSH, 0, &[], 0, false);
             assert!(!driver.must_kick(driver.avail.wrapping_sub(1)), "it is awake: {event_idx} {start}");
             worker.settle();
-            assert!(worker.vring.ask_for_kick());
+            assert!(worker.vring.arm_kick());
             flushes(&mut driver, 3);
             assert!(driver.must_kick(driver.avail.wrapping_sub(3)));
             assert_eq!(driver.used_flags(), 0, "with EVENT_IDX it is never anything else");
@@ -352,13 +352,13 @@ fn a_kick_is_a_completion_until_it_is_disarmed() {
     let (driver, worker) = pair(16, false);
     let (ring, mut seen) = (worker.core.ring(), Vec::new());
     let data = UserData::new(Kind::Kick, 3, 0);
-    worker.vring.arm_kick(&worker.core, data);
+    worker.vring.start(&worker.core, data);
     ring.enter(false).unwrap();
     ring.signal(worker.vring.setup.kick.as_raw_fd());
     ring.reap(&mut seen);
     assert!(seen.len() == 1 && seen[0].more && worker.vring.kicked(&worker.core, seen[0].user_data, true));
     assert!(!worker.vring.kicked(&worker.core, UserData::new(Kind::Kick, 2, 0), false));
-    worker.vring.disarm_kick(&worker.core);
+    worker.vring.close(&worker.core);
     ring.enter(true).unwrap();
     ring.reap(&mut seen);
     assert!(seen.iter().any(|cqe| cqe.user_data == data && cqe.result == -libc::ECANCELED && !cqe.more));
@@ -468,7 +468,7 @@ proptest! {
             prop_assert!(!lost, "both sleep, with {} requests in flight", driver.in_flight());
             if driver_sleeps || !worker_sleeps && random.percent(50) {
                 if !worker.pass() {
-                    worker_sleeps = worker.vring.ask_for_kick();
+                    worker_sleeps = worker.vring.arm_kick();
                 }
                 continue;
             }

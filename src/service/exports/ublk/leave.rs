@@ -6,7 +6,7 @@ use super::super::Abandoned;
 use super::UblkExport;
 use crate::frontend::ublk::config::Recovery;
 use crate::frontend::ublk::{self, Answer};
-use crate::worker::Link;
+use crate::worker::WorkerHandle;
 use std::fmt::Display;
 use std::io;
 use std::sync::mpsc::RecvTimeoutError;
@@ -238,7 +238,7 @@ impl UblkExport {
     /// limits with it.
     fn lift_limits(&self) {
         self.device.quiesce_flag().lift_limits();
-        self.links.iter().for_each(Link::limits_changed);
+        self.handles.iter().for_each(WorkerHandle::limits_changed);
     }
 
     /// Lets the kernel keep new requests, and sees every queue to its end. Whether that is done by `deadline`.
@@ -260,7 +260,8 @@ impl UblkExport {
     fn hold(&mut self, deadline: Instant) -> bool {
         self.device.quiesce_flag().set();
         let left = || deadline.saturating_duration_since(Instant::now());
-        let answers: Vec<_> = self.links.iter().map(|link| link.drain(self.volume.clone(), left())).collect();
+        let answers: Vec<_> =
+            self.handles.iter().map(|handle| handle.drain(self.volume.clone(), left())).collect();
         // A worker that has ended has no requests. Those that wait for a store to come back are not drained.
         answers.into_iter().all(|answer| answer.recv().unwrap_or(true))
             && self.volume.policy_state().waiting == 0

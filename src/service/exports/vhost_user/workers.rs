@@ -5,7 +5,8 @@
 use crate::block::Errno;
 use crate::engine::Volume;
 use crate::frontend::vhost_user::{CallFd, Host, Running, StopMode, Stopped, VringSetup};
-use crate::worker::{Lent, Link, VringId};
+use crate::service::served_vring::ServedVring;
+use crate::worker::{ExportVolume, WorkerHandle};
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -33,32 +34,32 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// The workers as a session sees them: each queue has its own.
 pub(super) struct Workers {
-    links: Vec<Link>,
-    lent: Lent,
+    handles: Vec<WorkerHandle>,
+    export: ExportVolume,
     /// When a queue was last stopped whose requests waited too long.
     too_long: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Workers {
-    /// Queues are on `links` in turn.
-    pub fn new(links: Vec<Link>, lent: Lent) -> Workers {
-        Workers { links, lent, too_long: Arc::default() }
+    /// Queues are on `handles` in turn.
+    pub fn new(handles: Vec<WorkerHandle>, export: ExportVolume) -> Workers {
+        Workers { handles, export, too_long: Arc::default() }
     }
 }
 
 impl Host for Workers {
     fn start(&self, setup: VringSetup) -> io::Result<Box<dyn Running>> {
-        let link = self.links[setup.index % self.links.len()].clone();
+        let handle = &self.handles[setup.index % self.handles.len()];
         let name = format!("{}: vring {}", setup.device.name(), setup.index);
-        let id = link.start_vring(setup, self.lent.clone())?;
-        let (volume, too_long) = (self.lent.volume.clone(), self.too_long.clone());
-        Ok(Box::new(OnWorker { link, id, name, volume, too_long }))
+        let vring = ServedVring::start(handle, setup, self.export.clone())?;
+        let (volume, too_long) = (self.export.volume.clone(), self.too_long.clone());
+        Ok(Box::new(OnWorker { vring, name, volume, too_long }))
     }
 
     fn flush(&self) -> io::Result<()> {
-        let flushers = Arc::new(self.lent.flushers.on_behalf());
-        let answer = self.links[0]
-            .flush(Lent { flushers, ..self.lent.clone() }, FLUSH_LIMIT)
+        let flushers = Arc::new(self.export.flushers.on_behalf());
+        let answer = self.handles[0]
+            .flush(ExportVolume { flushers, ..self.export.clone() }, FLUSH_LIMIT)
             .recv_timeout(ANSWER_LIMIT);
         // A flush without an answer is a flush that failed.
         answer.unwrap_or(Err(Errno::ETIMEDOUT)).map_err(io::Error::from)
@@ -67,8 +68,7 @@ impl Host for Workers {
 
 /// A vring on its worker.
 struct OnWorker {
-    link: Link,
-    id: VringId,
+    vring: ServedVring,
     name: String,
     volume: Arc<Volume>,
     too_long: Arc<Mutex<Option<Instant>>>,
@@ -91,13 +91,13 @@ impl OnWorker {
 
 impl Running for OnWorker {
     fn stop(self: Box<Self>, mode: StopMode) -> Stopped {
-        let answer = self.link.stop_vring(self.id);
+        let answer = self.vring.stop();
         if mode == StopMode::Quiesce
             && let Some(stopped) = self.quiesce(&answer)
         {
             return stopped;
         }
-        self.link.interrupt_vring(self.id, mode);
+        self.vring.interrupt(mode);
         let mut slow = 0;
         loop {
             match answer.recv_timeout(SLOW) {
@@ -108,7 +108,7 @@ impl Running for OnWorker {
                     log::warn!("{}: still waiting for its requests in flight{why}", self.name);
                     slow += 1;
                     if slow == HANG_UP_AFTER {
-                        self.link.interrupt_vring(self.id, mode);
+                        self.vring.interrupt(mode);
                     }
                 }
                 Ok(Some(stopped)) => return stopped,
@@ -119,13 +119,13 @@ impl Running for OnWorker {
     }
 
     fn enable(&self, enabled: bool) {
-        if let Err(error) = self.link.enable_vring(self.id, enabled) {
+        if let Err(error) = self.vring.enable(enabled) {
             log::error!("{}: {error}", self.name);
         }
     }
 
     fn set_call(&self, call: Option<CallFd>) {
-        if let Err(error) = self.link.call_vring(self.id, call) {
+        if let Err(error) = self.vring.set_call(call) {
             log::error!("{}: {error}", self.name);
         }
     }

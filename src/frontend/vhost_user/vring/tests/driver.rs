@@ -4,11 +4,11 @@
 #![forbid(unsafe_code)]
 
 use crate::block::{Data, Errno, Flags, Geometry, Op, Request};
-use crate::frontend::Source;
 use crate::frontend::vhost_user::device::Device;
 use crate::frontend::vhost_user::eventfd::CallFd;
 use crate::frontend::vhost_user::memory::Memory;
 use crate::frontend::vhost_user::vring::{Vring, VringSetup};
+use crate::frontend::{Queue, Source};
 use crate::ring::double::{Double, Faults, Random};
 use crate::ring::{Core, Cqe, Io, Ring, Sqe, Target, Tasks};
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC};
@@ -392,8 +392,7 @@ impl Worker {
         for cqe in &cqes {
             self.tasks.complete(cqe);
         }
-        let news = self.vring.publish();
-        self.vring.tell(news);
+        let news = self.vring.begin_pass();
         let mut worked = !cqes.is_empty() | news;
         while let Some(tag) = self.vring.poll() {
             worked = true;

@@ -52,7 +52,7 @@ impl ByHand {
     /// As a worker does it once in each pass.
     pub fn publish(&self) {
         let news = self.vring.publish();
-        self.vring.tell(news);
+        self.vring.maybe_signal(news);
     }
 }
 
@@ -122,7 +122,7 @@ fn a_kick_is_listened_for_again_when_the_poll_has_ended() {
     let ring = core.ring();
     let data = UserData::new(Kind::Kick, 3, 0);
     let fd = vring.vring.setup.kick.as_raw_fd();
-    vring.vring.arm_kick(&core, data);
+    vring.vring.start(&core, data);
     for more in [true, false, false, true, false] {
         ring.enter(false).unwrap();
         if more {
@@ -201,7 +201,7 @@ fn memory_is_accessed_in_the_order_that_the_standard_demands() {
         assert!(driver.call.take());
 
         // The same the other way around: we ask for a kick, and look once more.
-        let seen = accesses(&driver, || assert!(vring.vring.ask_for_kick()));
+        let seen = accesses(&driver, || assert!(vring.vring.arm_kick()));
         let wish = if event_idx { avail_event } else { used_flags };
         in_order(&seen, ('w', wish, Some(Relaxed)), FENCE);
         in_order(&seen, FENCE, ('r', avail_idx, Some(Acquire)));

@@ -3,7 +3,7 @@
 //! A guest that has just had an answer often has the next request ready within microseconds, and a wake-up
 //! through an eventfd costs tens of them on both sides. So after work a worker looks at its rings for a while
 //! first. The while tunes itself, as the kernel's halt polling does: it grows when a kick ends a short sleep, which
-//! looking would have saved, and shrinks to nothing when kicks take long. How long the store takes teaches nothing.
+//! looking would have saved, and shrinks to nothing when kicks take long. How long the store takes changes nothing.
 //! So a worker without requests, or with one now and then, does not look at all.
 
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 const LEAST: Duration = Duration::from_micros(4);
 
 /// The self-tuning budget of one worker.
-pub(super) struct Patience {
+pub(super) struct BusyPoll {
     most: Duration,
     budget: Duration,
     /// Since when there has been nothing to do.
@@ -21,10 +21,10 @@ pub(super) struct Patience {
     asleep_since: Option<Instant>,
 }
 
-impl Patience {
+impl BusyPoll {
     /// At most `most` at a time; zero never looks.
-    pub fn up_to(most: Duration) -> Patience {
-        Patience { most, budget: Duration::ZERO, idle_since: None, asleep_since: None }
+    pub fn up_to(most: Duration) -> BusyPoll {
+        BusyPoll { most, budget: Duration::ZERO, idle_since: None, asleep_since: None }
     }
 
     /// There was something to do.
@@ -51,12 +51,12 @@ impl Patience {
     /// A guest brought work to a worker that did not look.
     pub fn kicked(&mut self) {
         if let Some(since) = self.asleep_since.take() {
-            self.learn(since.elapsed());
+            self.adjust(since.elapsed());
         }
     }
 
     /// A guest brought work after so long.
-    fn learn(&mut self, time: Duration) {
+    fn adjust(&mut self, time: Duration) {
         self.budget = if time < self.most {
             (self.budget * 2).clamp(LEAST.min(self.most), self.most)
         } else if self.budget <= LEAST {
@@ -74,48 +74,48 @@ mod tests {
     const MOST: Duration = Duration::from_micros(50);
 
     #[test]
-    fn short_sleeps_teach_patience_and_long_ones_unteach_it() {
-        let mut patience = Patience::up_to(MOST);
-        assert!(!patience.look_again());
+    fn the_budget_grows_after_short_sleeps_and_ends_after_long_ones() {
+        let mut busy_poll = BusyPoll::up_to(MOST);
+        assert!(!busy_poll.look_again());
         for _ in 0..10 {
-            patience.learn(Duration::from_micros(20));
-            assert!(patience.budget <= MOST);
+            busy_poll.adjust(Duration::from_micros(20));
+            assert!(busy_poll.budget <= MOST);
         }
-        assert_eq!(patience.budget, MOST);
-        assert!(patience.look_again());
+        assert_eq!(busy_poll.budget, MOST);
+        assert!(busy_poll.look_again());
         for _ in 0..10 {
-            patience.learn(Duration::from_secs(1));
+            busy_poll.adjust(Duration::from_secs(1));
         }
-        assert!(!patience.look_again());
+        assert!(!busy_poll.look_again());
     }
 
     #[test]
-    fn only_a_guest_that_was_expected_teaches() {
-        let mut patience = Patience::up_to(Duration::from_secs(3600));
-        patience.sleeps(false);
-        patience.kicked();
-        assert!(!patience.look_again());
-        patience.sleeps(true);
-        patience.kicked();
-        assert!(patience.look_again());
-        let budget = patience.budget;
-        patience.kicked();
-        assert_eq!(patience.budget, budget, "one sleep, one lesson");
+    fn only_a_sleep_in_which_a_guest_was_expected_counts() {
+        let mut busy_poll = BusyPoll::up_to(Duration::from_secs(3600));
+        busy_poll.sleeps(false);
+        busy_poll.kicked();
+        assert!(!busy_poll.look_again());
+        busy_poll.sleeps(true);
+        busy_poll.kicked();
+        assert!(busy_poll.look_again());
+        let budget = busy_poll.budget;
+        busy_poll.kicked();
+        assert_eq!(busy_poll.budget, budget, "one sleep, one lesson");
     }
 
     #[test]
-    fn looking_ends() {
-        let mut patience = Patience::up_to(MOST);
-        patience.learn(Duration::ZERO);
-        assert!(patience.look_again());
+    fn polling_ends_with_the_budget() {
+        let mut busy_poll = BusyPoll::up_to(MOST);
+        busy_poll.adjust(Duration::ZERO);
+        assert!(busy_poll.look_again());
         std::thread::sleep(MOST);
-        assert!(!patience.look_again());
+        assert!(!busy_poll.look_again());
     }
 
     #[test]
-    fn none_is_none() {
-        let mut patience = Patience::up_to(Duration::ZERO);
-        patience.learn(Duration::ZERO);
-        assert!(!patience.look_again());
+    fn a_limit_of_zero_never_polls() {
+        let mut busy_poll = BusyPoll::up_to(Duration::ZERO);
+        busy_poll.adjust(Duration::ZERO);
+        assert!(!busy_poll.look_again());
     }
 }

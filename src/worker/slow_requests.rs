@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// The timer of one worker.
-pub(super) struct Watchdog {
+pub(super) struct SlowRequestLog {
     /// What is too long; zero for never.
     limit: Duration,
     armed: Cell<bool>,
@@ -22,7 +22,7 @@ pub(super) struct Watchdog {
 
 /// What a slot is at.
 #[derive(Default)]
-pub(super) struct Watch {
+pub(super) struct CurrentRequest {
     busy: Rc<Cell<usize>>,
     /// Requests begun.
     count: Cell<u64>,
@@ -41,47 +41,47 @@ struct Seen {
     tell_at: Duration,
 }
 
-pub(super) const WATCH: UserData = UserData::new(Kind::Watch, 0, 0);
+pub(super) const TIMER: UserData = UserData::new(Kind::Watch, 0, 0);
 
-impl Watchdog {
+impl SlowRequestLog {
     /// Looks for requests that take longer than `limit`; zero looks for none.
-    pub fn new(limit: Duration) -> Watchdog {
-        Watchdog { limit, armed: Cell::new(false), busy: Rc::default() }
+    pub fn new(limit: Duration) -> SlowRequestLog {
+        SlowRequestLog { limit, armed: Cell::new(false), busy: Rc::default() }
     }
 
     /// For a slot of this worker.
-    pub fn watch(&self) -> Rc<Watch> {
-        Rc::new(Watch { busy: self.busy.clone(), ..Watch::default() })
+    pub fn slot(&self) -> Rc<CurrentRequest> {
+        Rc::new(CurrentRequest { busy: self.busy.clone(), ..CurrentRequest::default() })
     }
 
     /// Requests under way.
-    pub fn busy(&self) -> usize {
+    pub fn in_flight(&self) -> usize {
         self.busy.get()
     }
 
-    /// Sets the timer if there is something to watch. Before each `enter`; costs a comparison when there is not.
+    /// Sets the timer if there is something to look at. Before each `enter`; costs a comparison when there is not.
     pub fn arm<R: Ring>(&self, core: &Core<R>) {
         if self.busy.get() == 0 || self.armed.get() || self.limit.is_zero() {
             return;
         }
         self.armed.set(true);
-        core.push(&Sqe::Timeout { after: self.limit / 2 }, WATCH);
+        core.push(&Sqe::Timeout { after: self.limit / 2 }, TIMER);
     }
 
-    /// The timer has expired: the requests among `watches` that are to be told of, and how old each is at least.
+    /// The timer has expired: the requests among `slots` that are to be told of, and how old each is at least.
     pub fn look<'a, T>(
         &'a self,
-        watches: impl Iterator<Item = (T, &'a Watch)>,
+        slots: impl Iterator<Item = (T, &'a CurrentRequest)>,
     ) -> impl Iterator<Item = (T, Outline, Duration)> {
         self.armed.set(false);
         let now = Instant::now();
-        watches.filter_map(move |(whose, watch)| {
-            watch.look(now, self.limit).map(|(doing, age)| (whose, doing, age))
+        slots.filter_map(move |(whose, current)| {
+            current.look(now, self.limit).map(|(doing, age)| (whose, doing, age))
         })
     }
 }
 
-impl Watch {
+impl CurrentRequest {
     /// A request begins.
     pub fn begin(&self, request: &Request<'_>) {
         self.busy.set(self.busy.get() + 1);
@@ -114,33 +114,33 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(10);
 
-    fn begin(watch: &Watch, sector: u64) {
+    fn begin(current: &CurrentRequest, sector: u64) {
         let (op, flags, data) = (Op::Write, Flags::default(), Data::None);
-        watch.begin(&Request { op, flags, sector, sectors: 8, data });
+        current.begin(&Request { op, flags, sector, sectors: 8, data });
     }
 
     #[test]
     fn a_slow_request_is_told_of_less_and_less_often() {
-        let watch = Watchdog::new(LIMIT).watch();
+        let current = SlowRequestLog::new(LIMIT).slot();
         let start = Instant::now();
-        begin(&watch, 7);
-        let told = (0..40).filter(|tick| watch.look(start + LIMIT / 2 * *tick, LIMIT).is_some());
+        begin(&current, 7);
+        let told = (0..40).filter(|tick| current.look(start + LIMIT / 2 * *tick, LIMIT).is_some());
         assert_eq!(told.collect::<Vec<_>>(), [2, 4, 8, 16, 32]);
     }
 
     #[test]
     fn requests_that_follow_each_other_are_not_one() {
-        let watch = Watchdog::new(LIMIT).watch();
+        let current = SlowRequestLog::new(LIMIT).slot();
         let start = Instant::now();
         for tick in 0..10 {
-            begin(&watch, 7);
-            assert_eq!(watch.look(start + LIMIT / 2 * tick, LIMIT), None);
-            watch.end();
-            assert_eq!(watch.look(start + LIMIT / 2 * tick, LIMIT), None, "nothing is under way");
+            begin(&current, 7);
+            assert_eq!(current.look(start + LIMIT / 2 * tick, LIMIT), None);
+            current.end();
+            assert_eq!(current.look(start + LIMIT / 2 * tick, LIMIT), None, "nothing is under way");
         }
-        begin(&watch, 9);
-        assert_eq!(watch.look(start + LIMIT * 10, LIMIT), None);
-        let (doing, age) = watch.look(start + LIMIT * 11, LIMIT).unwrap();
+        begin(&current, 9);
+        assert_eq!(current.look(start + LIMIT * 10, LIMIT), None);
+        let (doing, age) = current.look(start + LIMIT * 11, LIMIT).unwrap();
         assert_eq!((doing.to_string().as_str(), age), ("write of 8 sectors at sector 9", LIMIT));
     }
 
@@ -150,23 +150,23 @@ mod tests {
         let core = Core::new(Double::new(1, Faults::default()));
         let ring = core.ring();
         let timers = || ring.count(|sqe| matches!(sqe, Sqe::Timeout { .. }));
-        let watchdog = Watchdog::new(LIMIT);
-        let watch = watchdog.watch();
-        watchdog.arm(&core);
+        let log = SlowRequestLog::new(LIMIT);
+        let current = log.slot();
+        log.arm(&core);
         assert_eq!(timers(), 0);
-        begin(&watch, 7);
-        watchdog.arm(&core);
-        watchdog.arm(&core);
+        begin(&current, 7);
+        log.arm(&core);
+        log.arm(&core);
         assert_eq!(timers(), 1);
-        watch.end();
-        assert_eq!(watchdog.look([((), &*watch)].into_iter()).count(), 0);
-        watchdog.arm(&core);
+        current.end();
+        assert_eq!(log.look([((), &*current)].into_iter()).count(), 0);
+        log.arm(&core);
         assert_eq!(timers(), 1);
-        begin(&watch, 8);
-        watchdog.arm(&core);
+        begin(&current, 8);
+        log.arm(&core);
         assert_eq!(timers(), 2);
-        let never = Watchdog::new(Duration::ZERO);
-        begin(&never.watch(), 7);
+        let never = SlowRequestLog::new(Duration::ZERO);
+        begin(&never.slot(), 7);
         never.arm(&core);
         assert_eq!(timers(), 2);
     }

@@ -1,15 +1,14 @@
 //! Where requests wait for the limits of their volume.
 //!
-//! A vring's wait in its ring: one head is looked at, and while it is refused nothing is taken. A ublk queue's are with us from
-//! the moment that the kernel gives them, so they wait in their slots, the first first. Nobody else on the worker waits with
-//! them: a timer, one for all, says when to ask again.
+//! Those of a queue that is polled wait there: one is looked at, and while it is refused nothing is taken. Those that are
+//! delivered are with us from the moment that the kernel gives them, so they wait in their slots, the first first. Nobody else on
+//! the worker waits with them: a timer, one for all, says when to ask again.
 
 #![forbid(unsafe_code)]
 
-use crate::block::Op;
+use crate::block::Request;
 use crate::engine::limits::{Limits, Throttle};
-use crate::frontend::ublk::QuiesceFlag;
-use crate::frontend::vhost_user::Vring;
+use crate::frontend::{LimitWait, Queue, Source};
 use crate::ring::{Core, Io, Kind, Ring, Sqe, UserData};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -38,19 +37,24 @@ impl Admission {
         self.throttle.waits_until()
     }
 
-    /// Takes the next request of the queue's vring that may go. `has_slot`: it could be carried out. Costs a load where nothing
-    /// is limited.
-    pub fn take<R: Ring>(&self, vring: &Vring, ring: &R, has_slot: impl FnOnce() -> bool) -> Option<u16> {
+    /// The tag whose slot is to be polled for the queue's next request, if that may go. `has_slot`: it could be carried out.
+    /// Costs a load where nothing is limited.
+    pub fn poll<R: Ring>(
+        &self,
+        queue: &impl Queue,
+        ring: &R,
+        has_slot: impl FnOnce() -> bool,
+    ) -> Option<u16> {
         if self.throttle.concerns() {
-            return self.take_limited(vring, ring, has_slot());
+            return self.poll_limited(queue, ring, has_slot());
         }
-        if has_slot() { vring.poll() } else { None }
+        if has_slot() { queue.poll() } else { None }
     }
 
     #[cold]
-    fn take_limited<R: Ring>(&self, vring: &Vring, ring: &R, has_slot: bool) -> Option<u16> {
+    fn poll_limited<R: Ring>(&self, queue: &impl Queue, ring: &R, has_slot: bool) -> Option<u16> {
         let now = ring.now();
-        if vring.is_held() && self.due().is_some_and(|due| now < due) {
+        if queue.is_held() && self.due().is_some_and(|due| now < due) {
             return None;
         }
         let mut asked = false;
@@ -58,41 +62,42 @@ impl Admission {
             asked = true;
             self.throttle.admit(now, op, bytes)
         };
-        let taken = if has_slot { vring.poll_admitted(admit) } else { None };
-        match (taken, asked) {
+        let tag = if has_slot { queue.poll_admitted(admit) } else { None };
+        match (tag, asked) {
             (None, true) => self.any.set(true),
             // There is nothing to be let in: nobody is to wait for its turn.
             (None, false) => {
-                vring.forget_held();
+                queue.forget_held();
                 self.throttle.leave(now);
             }
             (Some(_), _) => {}
         }
-        taken
+        tag
     }
 
-    /// Waits in the slot until a request may go. One whose device goes does not wait; one whose device stays for another
-    /// server is that server's, and waits for ever.
-    pub async fn pass<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, quiesce_flag: &QuiesceFlag) {
-        if self.throttle.concerns() || !self.slots.borrow().is_empty() {
+    /// Lets a request go on that has left its queue: it waits in its slot, if that is where those of its `source` wait.
+    pub async fn pass<R: Ring, S: Source<R>>(&self, io: &Io<R>, source: &S, request: &Request<'_>) {
+        // Known when this is compiled, where requests wait in their queue.
+        if source.limit_wait().is_some() && (self.throttle.concerns() || !self.slots.borrow().is_empty()) {
             // Boxed, as all that is rare: a slot's future has no room for it.
-            Box::pin(self.wait(io, op, bytes, quiesce_flag)).await;
+            Box::pin(self.wait(io, source, request)).await;
         }
     }
 
-    async fn wait<R: Ring>(&self, io: &Io<R>, op: Op, bytes: u64, quiesce_flag: &QuiesceFlag) {
+    async fn wait<R: Ring, S: Source<R>>(&self, io: &Io<R>, source: &S, request: &Request<'_>) {
         let place = Waiting { admission: self, slot: io.slot() };
         self.slots.borrow_mut().push_back(io.slot());
         loop {
-            if quiesce_flag.is_unlimited() {
-                break;
-            }
-            if quiesce_flag.is_set() {
-                self.throttle.leave(io.now());
-                return pending().await;
+            match source.limit_wait() {
+                Some(LimitWait::UntilAdmitted) => {}
+                Some(LimitWait::ForEver) => {
+                    self.throttle.leave(io.now());
+                    return pending().await;
+                }
+                Some(LimitWait::Lifted) | None => break,
             }
             let first = self.slots.borrow().front() == Some(&io.slot());
-            if first && self.throttle.admit(io.now(), op, bytes) {
+            if first && self.throttle.admit(io.now(), request.op, request.len()) {
                 break;
             }
             self.any.set(true);
