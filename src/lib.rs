@@ -1,4 +1,4 @@
-//! ringblk: one storage engine behind two front doors, a ublk disk and vhost-user-blk, on one io_uring a worker.
+//! ringblk: one storage engine behind two frontends, ublk disks and vhost-user-blk, on one io_uring a worker.
 //!
 //! The map of the crate. A module may use those above it and none below; `engine` and `frontend` do not know
 //! each other and meet in `worker` alone. `tests/architecture.rs` holds us to it, and to where `unsafe` may be.
@@ -19,7 +19,7 @@ pub mod block;
 pub mod ring;
 // Volumes: file, memory, null, nbd.
 pub mod engine;
-// The two doors: protocols turned into requests.
+// The two frontends: protocols turned into requests.
 pub mod frontend;
 // One thread, one ring, any mix of queues.
 pub mod worker;

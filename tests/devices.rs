@@ -113,7 +113,7 @@ fn growing_device(path: &Path) {
     };
     for options in ["", ",direct=on"] {
         becomes(64);
-        let setup = Setup::new().volume("disk", &format!("file:{name}{options}")).door("disk", "a", "");
+        let setup = Setup::new().volume("disk", &format!("file:{name}{options}")).vhost_user("disk", "a", "");
         let service = setup.start();
         let control = Control::new(service.control());
         let (mut vmm, mut queue) = everyday(&service.path("a"));
@@ -142,7 +142,7 @@ fn on_a_block_device(path: &Path) {
     let bytes = 512 * fs::read_to_string(sysfs.join("size")).unwrap().trim().parse::<u64>().unwrap();
     for options in ["", ",direct=on"] {
         let setup = Setup::new().volume("disk", &format!("file:{}{options}", path.display()));
-        let service = setup.door("disk", "a", "queues=2").start();
+        let service = setup.vhost_user("disk", "a", "queues=2").start();
         let client = Client::connect(&service.path("a"), true);
         let config = client.config();
         assert_eq!(u64::from(config.capacity) * 512, bytes);
@@ -231,7 +231,7 @@ fn direct_alignment(image: &Path) {
     assert!(memory > 1, "direct I/O into any address was never seen");
     drop(volume);
     let setup = Setup::new().volume("direct", &format!("file:{},direct=on", image.display()));
-    let service = setup.door("direct", "a", "").start();
+    let service = setup.vhost_user("direct", "a", "").start();
     // The data of these begins 1 byte into a page, and at a page.
     for layout in [Layout::Pieces, Layout::Plain] {
         let mut vmm = Vmm::connect(&service.path("a"));
@@ -253,7 +253,7 @@ fn image_service() -> (Service, PathBuf) {
     let setup = Setup::new();
     let image = setup.image(8 * MIB);
     let setup = setup.volume("root", &format!("file:{}", image.display()));
-    (setup.door("root", "a", "").door("root", "b", "").start(), image)
+    (setup.vhost_user("root", "a", "").vhost_user("root", "b", "").start(), image)
 }
 
 /// A driver that has no cache, or turned it off, has every write on disk when it completes.
@@ -375,10 +375,10 @@ fn locked_images() {
     let mut greeting = [0; 1];
     std::io::Read::read_exact(writer.stdout.as_mut().unwrap(), &mut greeting).unwrap();
     let volume = format!("root=file:{}", image.display());
-    let door = format!("root={}", image.with_extension("sock").display());
+    let export = format!("root={}", image.with_extension("sock").display());
     let control = image.with_extension("control");
     let mut ours = Command::new(env!("CARGO_BIN_EXE_ringblk"));
-    ours.args(["serve", "--volume", &volume, "--vhost-user", &door, "--control"]).arg(control);
+    ours.args(["serve", "--volume", &volume, "--vhost-user", &export, "--control"]).arg(control);
     let refused = ours.stdin(Stdio::null()).output().unwrap();
     drop(writer.stdin.take());
     writer.wait().unwrap();

@@ -50,20 +50,21 @@ impl World {
         let setup = Setup::new();
         let server = nbd::Server::start(filters);
         let volume = format!("nbd:{},reconnect=30", server.uri());
-        let service = setup.volume("root", &volume).door("root", "a", "queues=2").start().may_complain();
+        let service =
+            setup.volume("root", &volume).vhost_user("root", "a", "queues=2").start().may_complain();
         World { service, server, writes: Cell::new(0) }
     }
 
-    fn door(&self) -> PathBuf {
+    fn vhost_user(&self) -> PathBuf {
         self.service.path("a")
     }
 
     fn guest(&self, profile: &'static Profile) -> Played {
-        Played::new(profile, &self.door(), 2.min(profile.queues))
+        Played::new(profile, &self.vhost_user(), 2.min(profile.queues))
     }
 
     fn back(&self, guest: &mut Played) {
-        guest.vmm.reconnect(&self.door(), common::PATIENCE).unwrap();
+        guest.vmm.reconnect(&self.vhost_user(), common::PATIENCE).unwrap();
     }
 
     /// Whether a write of this guest is on stable storage when it is acknowledged.
@@ -189,8 +190,8 @@ fn a_stop_flushes() {
 fn both_crash() {
     for profile in [&QEMU, &CLOUD_HYPERVISOR, &QEMU_OLD] {
         let World { mut server, mut service, .. } = World::new(&[]);
-        let door = service.path("a");
-        let mut guest = Played::new(profile, &door, 2);
+        let export = service.path("a");
+        let mut guest = Played::new(profile, &export, 2);
         for queue in [0, 1] {
             write(&mut guest, queue, 64 * queue as u64);
             assert_eq!(flush(&mut guest, queue), OK);
@@ -200,7 +201,7 @@ fn both_crash() {
         service.signal(Signal::SIGKILL);
         server.start_again();
         service.restart(Signal::SIGKILL);
-        guest.vmm.reconnect(&door, common::PATIENCE).unwrap();
+        guest.vmm.reconnect(&export, common::PATIENCE).unwrap();
         for queue in [0, 1] {
             assert_eq!(flush(&mut guest, queue), IOERR, "{}: queue {queue} vouches", profile.name);
             assert_eq!(flush(&mut guest, queue), OK, "{}: queue {queue} was told", profile.name);
@@ -220,14 +221,14 @@ fn the_server_stays() {
 
 fn planned_restart() {
     let World { mut server, mut service, .. } = World::new(&[]);
-    let door = service.path("a");
-    let mut guest = Played::new(&QEMU, &door, 2);
+    let export = service.path("a");
+    let mut guest = Played::new(&QEMU, &export, 2);
     write(&mut guest, 0, 0);
     service.restart(Signal::SIGTERM);
     // Another server, which has what was flushed: nobody can tell it from one that crashed.
     server.crash();
     server.start_again();
-    guest.vmm.reconnect(&door, common::PATIENCE).unwrap();
+    guest.vmm.reconnect(&export, common::PATIENCE).unwrap();
     for queue in [0, 1] {
         assert_eq!(flush(&mut guest, queue), OK, "it was flushed when the service ended");
     }

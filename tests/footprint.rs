@@ -48,7 +48,7 @@ fn one_export_is_small_before_and_after() {
         let setup = Setup::new();
         let image = setup.image(64 * MIB);
         let file = format!("file:{},direct={direct}", image.display());
-        let service = setup.volume("a", &file).door("a", "a", "").start();
+        let service = setup.volume("a", &file).vhost_user("a", "a", "").start();
         let fresh = resident_kib(&service);
         assert!(fresh <= MOST_RESIDENT, "{fresh} KiB fresh");
         for connection in 0..100 {
@@ -76,7 +76,7 @@ fn misaligned_requests_are_little_memory() {
     let image = setup.image(64 * MIB);
     fs::write(&image, vec![7; 64 << 20]).unwrap();
     let file = format!("file:{},direct=on", image.display());
-    let service = setup.volume("a", &file).door("a", "a", "").start();
+    let service = setup.volume("a", &file).vhost_user("a", "a", "").start();
     let each = 4096;
     let memory = GuestMemory::new(BASE, Ring::bytes(DEPTH) + u64::from(DEPTH) * each + 2 * MIB);
     let mut vmm = Vmm::connect_with(&service.path("a"), u64::MAX, memory);
@@ -112,7 +112,7 @@ fn requests_beyond_the_slots_wait_in_the_ring() {
     let setup = Setup::new().args(["--workers", "1", "--slow-after", "0"]);
     let image = setup.image(8 * MIB);
     let file = format!("file:{},on-error=stop", image.display());
-    let service = setup.volume("a", &file).door("a", "a", "queue-size=16384").start().may_complain();
+    let service = setup.volume("a", &file).vhost_user("a", "a", "queue-size=16384").start().may_complain();
     let memory = GuestMemory::new(BASE, Ring::bytes(DEPTH) + REQUESTS as u64 * 4096 + MIB);
     let mut vmm = Vmm::connect_with(&service.path("a"), u64::MAX, memory);
     let mut ring = vmm.ring(DEPTH);
@@ -156,7 +156,7 @@ fn many(count: usize) -> (Service, Vec<Load>) {
     let mut setup = Setup::new().args(["--workers", "1"]);
     for number in 0..count {
         let name = format!("v{number}");
-        setup = setup.volume(&name, "null:1G").door(&name, &name, "");
+        setup = setup.volume(&name, "null:1G").vhost_user(&name, &name, "");
     }
     let service = setup.start();
     let loads = (0..count).map(|number| {

@@ -22,9 +22,9 @@ const OK: u8 = 0;
 
 fn main() -> ExitCode {
     let trials = vec![
-        trial("a_frozen_store_on_a_shared_worker", can_freeze(), |()| held_up("", "1")),
-        trial("a_frozen_store_on_a_worker_of_its_own", can_freeze(), |()| held_up("workers=1", "1")),
-        trial("a_frozen_store_beside_one_that_is_new", can_freeze(), |()| held_up("queues=1", "2")),
+        trial("a_frozen_store_on_a_shared_worker", can_freeze(), |()| pending_reason("", "1")),
+        trial("a_frozen_store_on_a_worker_of_its_own", can_freeze(), |()| pending_reason("workers=1", "1")),
+        trial("a_frozen_store_beside_one_that_is_new", can_freeze(), |()| pending_reason("queues=1", "2")),
     ];
     run_trials(trials)
 }
@@ -89,8 +89,8 @@ fn served(disk: &Disk, options: &str, workers: &str) -> Service {
     File::create(&image).unwrap().set_len(8 * MIB).unwrap();
     let setup = Setup::new().args(["--workers", workers]);
     let setup =
-        setup.volume("frozen", &format!("file:{}", image.display())).door("frozen", "frozen", options);
-    setup.volume("good", "memory:8M").door("good", "good", "").start()
+        setup.volume("frozen", &format!("file:{}", image.display())).vhost_user("frozen", "frozen", options);
+    setup.volume("good", "memory:8M").vhost_user("good", "good", "").start()
 }
 
 fn write(queue: &mut RawQueue, slot: usize) {
@@ -99,7 +99,7 @@ fn write(queue: &mut RawQueue, slot: usize) {
 }
 
 /// A write hangs in its store. Meanwhile another export serves, takes a new VMM, and changes its size.
-fn held_up(options: &str, workers: &str) {
+fn pending_reason(options: &str, workers: &str) {
     let disk = Disk::new().unwrap();
     let service = served(&disk, options, workers);
     let (_one, mut frozen) = everyday(&service.path("frozen"));

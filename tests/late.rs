@@ -37,10 +37,11 @@ fn cause(service: &Service) -> String {
 /// The second of three cannot be started, and its neighbours can; it is told of until it is there.
 #[test]
 fn an_export_that_does_not_start_is_told_of_and_tried_again() {
-    let setup = Setup::new().volume("here", "memory:1M").door("here", "h", "");
+    let setup = Setup::new().volume("here", "memory:1M").vhost_user("here", "h", "");
     let image = setup.path("late.img");
     let setup = setup.volume("late", &format!("file:{},required=no", image.display()));
-    let service = setup.door("late", "a", "").door("late", "b", "").door("late", "c", "").start();
+    let service =
+        setup.vhost_user("late", "a", "").vhost_user("late", "b", "").vhost_user("late", "c", "").start();
     let named = |names: &[(&str, bool)]| names.iter().map(|(n, w)| (n.to_string(), *w)).collect::<Vec<_>>();
     assert_eq!(waits(&service), named(&[("a", true), ("b", true), ("c", true), ("h", false)]));
     let (b, away) = (service.path("b"), service.path("away"));
@@ -74,9 +75,9 @@ fn a_stop_does_not_wait_for_what_is_being_opened() {
         let server = setup.path("server");
         let listener = UnixListener::bind(&server).unwrap();
         setup = setup.volume("far", &format!("nbd:nbd+unix:///?socket={}{options}", server.display()));
-        setup = setup.door("far", "f", "");
+        setup = setup.vhost_user("far", "f", "");
         if others {
-            setup = setup.volume("here", "memory:1M").door("here", "h", "");
+            setup = setup.volume("here", "memory:1M").vhost_user("here", "h", "");
         }
         let mut command = setup.command();
         let service = command.stderr(Stdio::piped()).spawn().unwrap();

@@ -19,7 +19,7 @@ fn a_disk_misbehaves_on_demand() {
     let service = setup
         .volume("good", &format!("file:{},format=raw", image.display()))
         .volume("bad", "fault:good,errors=100%,operations=read+flush,from=1M,enabled=off")
-        .door("bad", "a", "")
+        .vhost_user("bad", "a", "")
         .start()
         .may_complain();
     let client = Client::new(service.control());
@@ -62,7 +62,7 @@ fn what_a_base_lacks_is_told_of_what_stands_on_it() {
             .volume("good", &format!("file:{},format=raw", image.display()))
             .volume("middle", "fault:good")
             .volume("bad", &format!("fault:middle{options}"));
-        (setup.door("bad", "a", ""), image)
+        (setup.vhost_user("bad", "a", ""), image)
     };
     let (status, said) = setup("").0.refused();
     let hint = "(required=no on volume bad has the service begin without it, and try it again)";
@@ -74,8 +74,8 @@ fn what_a_base_lacks_is_told_of_what_stands_on_it() {
         .volume("far", "nbd:nbd+unix:///?socket=/no/such/socket")
         .volume("bad", "fault:far")
         .volume("near", "memory:1M")
-        .door("bad", "a", "")
-        .door("near", "b", "");
+        .vhost_user("bad", "a", "")
+        .vhost_user("near", "b", "");
     let service = server.start();
     let unavailable = |name: &str| {
         let found = service.status().volumes.into_iter().find(|volume| volume.name == name);
@@ -108,7 +108,7 @@ fn a_tower_of_layers_is_a_disk_as_any_other() {
         setup =
             setup.volume(&format!("v{number}"), &format!("fault:v{below},delays=1%,delay=1,seed={number}"));
     }
-    let service = setup.door("v31", "a", "").start();
+    let service = setup.vhost_user("v31", "a", "").start();
     let client = Client::new(service.control());
     let (_vmm, mut queue) = everyday(&service.path("a"));
     let mut model = Model::new(5, 0, 8 * MIB / 512);
@@ -134,9 +134,9 @@ fn a_disk_that_stopped_for_a_fault_goes_on_without_it() {
         .volume("low", "fault:golden")
         .volume("bad", "fault:low,errors=100%,error=no-space,on-error=stop")
         .volume("other", "fault:low")
-        .door("bad", "a", "")
-        .door("other", "b", "")
-        .door("golden", "c", "")
+        .vhost_user("bad", "a", "")
+        .vhost_user("other", "b", "")
+        .vhost_user("golden", "c", "")
         .start()
         .may_complain();
     let client = Client::new(service.control());

@@ -36,7 +36,7 @@ fn throttled_ms(service: &Service, volume: &str) -> u64 {
 
 #[test]
 fn a_disk_is_held_to_its_limits() {
-    let service = Setup::new().volume("a", "memory:8M,iops-total=100").door("a", "a", "").start();
+    let service = Setup::new().volume("a", "memory:8M,iops-total=100").vhost_user("a", "a", "").start();
     let client = Client::new(service.control());
     let (_vmm, mut queue) = everyday(&service.path("a"));
     let begun = Instant::now();
@@ -64,8 +64,8 @@ fn nobody_waits_with_it() {
         .args(["--workers", "1"])
         .volume("a", "memory:8M,bps-total=1")
         .volume("b", "memory:8M")
-        .door("a", "a", "")
-        .door("b", "b", "")
+        .vhost_user("a", "a", "")
+        .vhost_user("b", "b", "")
         .start();
     let client = Client::new(service.control());
     let ((mut vmm, mut slow), (_other, mut fast)) =
@@ -104,8 +104,8 @@ fn volumes_of_a_group_have_one_set() {
         .args(["--workers", "2"])
         .volume("a", "memory:8M,group=g")
         .volume("b", "memory:8M,group=g,iops-read=100")
-        .door("a", "a", "")
-        .door("b", "b", "")
+        .vhost_user("a", "a", "")
+        .vhost_user("b", "b", "")
         .start();
     let client = Client::new(service.control());
     for volume in ["a", "b"] {
@@ -134,7 +134,7 @@ fn volumes_of_a_group_have_one_set() {
 
 #[test]
 fn the_command_shows_and_changes() {
-    let service = Setup::new().volume("a", "memory:8M").door("a", "a", "").start();
+    let service = Setup::new().volume("a", "memory:8M").vhost_user("a", "a", "").start();
     let limit = |arguments: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ringblk"));
         command.arg("limit").args(arguments).arg("--control").arg(service.control());
@@ -167,7 +167,7 @@ fn what_cannot_be_is_refused() {
     ] {
         let setup = Setup::new();
         let setup = volumes.into_iter().fold(setup, |setup, (name, what)| setup.volume(name, what));
-        let (status, log) = setup.door("a", "a", "").refused();
+        let (status, log) = setup.vhost_user("a", "a", "").refused();
         assert!(status == 2 && log.contains(words), "{log}");
     }
 }

@@ -61,7 +61,7 @@ fn counts_rings() -> Result<(), String> {
 
 /// A plain service, and what is in its directory otherwise.
 fn plain() -> Setup {
-    Setup::new().volume("v", "memory:1M").door("v", "v", "")
+    Setup::new().volume("v", "memory:1M").vhost_user("v", "v", "")
 }
 
 fn nothing_is_left(setup: &Setup) {
@@ -152,7 +152,7 @@ fn lockable() {
 fn open_files() {
     let mut setup = Setup::new().volume("v", "null:1M").args(["--workers", "1"]);
     for number in 0..64 {
-        setup = setup.door("v", &number.to_string(), "");
+        setup = setup.vhost_user("v", &number.to_string(), "");
     }
     let mut command = setup.command();
     limit(&mut command, Resource::Nofile, 64, 4096);
@@ -256,7 +256,7 @@ fn hangup() {
 /// A service whose store holds a write for as long as anybody waits, and a server that has to be kept.
 fn slow() -> (Service, Server) {
     let server = Server::start(&["--filter=delay", "wdelay=600"]);
-    let service = Setup::new().volume("v", &format!("nbd:{}", server.uri())).door("v", "v", "").start();
+    let service = Setup::new().volume("v", &format!("nbd:{}", server.uri())).vhost_user("v", "v", "").start();
     (service.ends_with(1).may_complain(), server)
 }
 
@@ -301,7 +301,7 @@ fn second_signal() {
 
 fn last_flush() {
     let server = Server::start(&[]);
-    let service = Setup::new().volume("v", &format!("nbd:{}", server.uri())).door("v", "v", "").start();
+    let service = Setup::new().volume("v", &format!("nbd:{}", server.uri())).vhost_user("v", "v", "").start();
     let (_vmm, mut queue) = everyday(&service.path("v"));
     assert_eq!(queue.write(0, &[7; 512]), OK);
     assert!(server.find(" Flush ").is_none(), "nobody has flushed yet");
@@ -312,7 +312,7 @@ fn last_flush() {
 /// Every operation of a store that fails leaves a line, and a thousand leave few.
 fn store_errors() {
     let mut server = Server::start(&["--filter=error", "error=ENOSPC", "error-rate=100%"]);
-    let service = Setup::new().volume("v", &format!("nbd:{}", server.uri())).door("v", "v", "").start();
+    let service = Setup::new().volume("v", &format!("nbd:{}", server.uri())).vhost_user("v", "v", "").start();
     let (_vmm, mut queue) = everyday(&service.path("v"));
     let at = |words: &str| format!("volume v: {words}: No space left on device (os error 28)");
     for (op, words) in [
@@ -388,7 +388,7 @@ fn left_out() {
         (format!("nbd:nbd+unix:///?socket={},required=yes", path("none")), "cannot connect"),
         (format!("nbd:nbds://127.0.0.1:1/,tls-ca={}", path("none")), "TLS: tls-ca "),
     ] {
-        let setup = || plain().volume("w", &volume).door("w", "w", "");
+        let setup = || plain().volume("w", &volume).vhost_user("w", "w", "");
         let (status, said) = setup().refused();
         let hint = "(required=no on this volume has the service begin without it, and try it again)";
         assert!(status == 1 && said.contains(words) && said.contains(hint), "{volume}: {said}");
@@ -396,7 +396,7 @@ fn left_out() {
         let said = String::from_utf8(check.stderr).unwrap();
         assert_eq!(check.status.code(), Some(1), "{volume}: {said}");
         let spared = volume.replace(",required=yes", "") + ",required=no";
-        let service = plain().volume("w", &spared).door("w", "w", "").start();
+        let service = plain().volume("w", &spared).vhost_user("w", "w", "").start();
         let waits =
             |name: &str| service.status().volumes.iter().any(|v| v.name == name && v.unavailable.is_some());
         assert!(waits("w") && !waits("v"), "{volume}");

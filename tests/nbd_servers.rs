@@ -41,7 +41,11 @@ fn main() -> ExitCode {
 }
 
 fn serve(uri: &str, options: &str) -> Service {
-    Setup::new().volume("far", &format!("nbd:{uri}{options}")).door("far", "a", "").start().may_complain()
+    Setup::new()
+        .volume("far", &format!("nbd:{uri}{options}"))
+        .vhost_user("far", "a", "")
+        .start()
+        .may_complain()
 }
 
 /// Works with a server, and compares with the file behind it, where there is one.
@@ -88,8 +92,9 @@ fn qemu_nbd() {
     let server = Running::start("qemu-nbd", &[&common[..], &unix[..]].concat(), on_unix(&socket));
     let uri = format!("nbd+unix:///a%20disk?socket={}", socket.display());
     exercise(&uri, Some(&image));
-    let wrong =
-        Setup::new().volume("far", &format!("nbd:{}", uri.replace("disk", "dusk"))).door("far", "a", "");
+    let wrong = Setup::new()
+        .volume("far", &format!("nbd:{}", uri.replace("disk", "dusk")))
+        .vhost_user("far", "a", "");
     let (status, said) = wrong.refused();
     assert!(status == 1 && said.contains("refuses the export"), "{said}");
     drop(server);
@@ -134,7 +139,7 @@ fn names() {
 
 fn nobody_there() {
     let refused = |uri: &str| {
-        let setup = Setup::new().volume("far", &format!("nbd:{uri}")).door("far", "a", "");
+        let setup = Setup::new().volume("far", &format!("nbd:{uri}")).vhost_user("far", "a", "");
         let (status, said) = setup.refused();
         assert_eq!(status, 1, "{said}");
         let hint = " (required=no on this volume has the service begin without it, and try it again)";
@@ -225,13 +230,13 @@ fn down() {
     let uri = format!("nbd:nbd+unix:///?socket={}", socket.display());
     let setup = Setup::new()
         .volume("near", "memory:4M")
-        .door("near", "near", "")
+        .vhost_user("near", "near", "")
         .volume("far", &format!("{uri},reconnect=60,on-error=stop"))
-        .door("far", "far", "queues=2")
-        .door("far", "far2", "mode=0660")
+        .vhost_user("far", "far", "queues=2")
+        .vhost_user("far", "far2", "mode=0660")
         // Without a policy of its own, next to one that can be served.
         .volume("other", &uri)
-        .door("other", "other", "");
+        .vhost_user("other", "other", "");
     let mut service = setup.start();
     for signal in [None, Some(Signal::SIGKILL), Some(Signal::SIGTERM)] {
         if let Some(signal) = signal {
@@ -274,10 +279,10 @@ fn down() {
 fn silent() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("nbd://{}", listener.local_addr().unwrap());
-    let mut setup = Setup::new().volume("near", "memory:4M").door("near", "near", "");
+    let mut setup = Setup::new().volume("near", "memory:4M").vhost_user("near", "near", "");
     for number in 0..16 {
         let name = format!("far{number}");
-        setup = setup.volume(&name, &format!("nbd:{uri}")).door(&name, &name, "");
+        setup = setup.volume(&name, &format!("nbd:{uri}")).vhost_user(&name, &name, "");
     }
     let begun = Instant::now();
     let service = setup.start();
@@ -292,23 +297,24 @@ fn required() {
     let dir = tempfile::tempdir().unwrap();
     let (image, deep) = (dir.path().join("later.img"), dir.path().join("not/yet/there.img"));
     let file = |path: &Path, options: &str| format!("file:{}{options}", path.display());
-    let near = || Setup::new().volume("near", "memory:4M").door("near", "near", "");
+    let near = || Setup::new().volume("near", "memory:4M").vhost_user("near", "near", "");
     // A file that is not there is a mistake, unless somebody says that it is not.
     for options in ["", ",required=yes"] {
-        let (status, said) = near().volume("far", &file(&image, options)).door("far", "far", "").refused();
+        let (status, said) =
+            near().volume("far", &file(&image, options)).vhost_user("far", "far", "").refused();
         assert!(status == 1 && said.contains("later.img"), "{said}");
     }
     let lost = "nbd:nbd+unix:///?socket=/no/such/socket,reconnect=60";
-    let refused = near().volume("far", &format!("{lost},required=yes")).door("far", "far", "");
+    let refused = near().volume("far", &format!("{lost},required=yes")).vhost_user("far", "far", "");
     assert_eq!(refused.refused().0, 1);
     // On its own, if it is to be waited for; and a file that anybody may write by then.
     let service = Setup::new()
         .volume("a", &file(&image, ",required=no"))
-        .door("a", "a", "")
+        .vhost_user("a", "a", "")
         .volume("b", &file(&deep, ",required=no,direct=on"))
-        .door("b", "b", "")
+        .vhost_user("b", "b", "")
         .volume("c", lost)
-        .door("c", "c", "")
+        .vhost_user("c", "c", "")
         .start();
     assert_eq!(waits(&service), [true; 3]);
     fs::create_dir_all(deep.parent().unwrap()).unwrap();
@@ -320,7 +326,7 @@ fn required() {
     works(&service, "b");
     assert_eq!(fs::read(&image).unwrap()[4096..8192], [3; 4096]);
     let (status, said) =
-        Setup::new().volume("far", &file(&image, ",read-only=off")).door("far", "far", "").refused();
+        Setup::new().volume("far", &file(&image, ",read-only=off")).vhost_user("far", "far", "").refused();
     assert!(status == 1 && said.contains("in use"), "it is locked: {said}");
 }
 

@@ -83,7 +83,7 @@ fn options(dir: &Path) -> String {
 }
 
 fn setup(uri: &str, options: &str) -> Setup {
-    Setup::new().volume("far", &format!("nbd:{uri}{options}")).door("far", "a", "")
+    Setup::new().volume("far", &format!("nbd:{uri}{options}")).vhost_user("far", "a", "")
 }
 
 fn agrees(uri: &str, options: &str) {
@@ -206,8 +206,8 @@ fn late() {
     let there = place.path().join("not/yet");
     let uri = format!("nbd:nbds://localhost:{port}/disk{}", options(&there));
     let with = |options: &str| {
-        let near = Setup::new().volume("near", "memory:4M").door("near", "near", "");
-        near.volume("far", &format!("{uri}{options}")).door("far", "a", "")
+        let near = Setup::new().volume("near", "memory:4M").vhost_user("near", "near", "");
+        near.volume("far", &format!("{uri}{options}")).vhost_user("far", "a", "")
     };
     for options in ["", ",required=yes"] {
         let (status, said) = with(options).refused();

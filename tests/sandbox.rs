@@ -52,7 +52,7 @@ fn kernel_says(service: &Service, key: &str) -> String {
 const CAP_IPC_LOCK: u32 = 14;
 
 fn serve(mode: Option<&str>) -> Service {
-    let setup = Setup::new().volume("a", "memory:1M").door("a", "a.sock", "");
+    let setup = Setup::new().volume("a", "memory:1M").vhost_user("a", "a.sock", "");
     match mode {
         Some(mode) => setup.args(["--sandbox", mode]),
         None => setup,
@@ -117,7 +117,7 @@ fn an_nbd_server_is_found_again() {
     eventually("the server listens", || TcpStream::connect(format!("127.0.0.1:{port}")).is_ok());
     let setup = Setup::new().args(["--workers", "1"]);
     let volume = format!("nbd:nbd://localhost:{port}/,reconnect=60");
-    let service = setup.volume("a", &volume).door("a", "a", "").start();
+    let service = setup.volume("a", &volume).vhost_user("a", "a", "").start();
     let (_vmm, mut queue) = everyday(&service.path("a"));
     assert_eq!(queue.read(8, 1), (0, vec![0; 512]));
     server.kill().unwrap();

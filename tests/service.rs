@@ -35,8 +35,12 @@ fn mode(path: &Path) -> u32 {
 
 #[test]
 fn sockets_are_private_unless_asked_otherwise() {
-    let setup = Setup::new().volume("root", "memory:1M").door("root", "a", "").door("root", "b", "mode=0666");
-    let service = setup.door("root", "c", "owner=65534:65533,mode=0660").start();
+    let setup = Setup::new().volume("root", "memory:1M").vhost_user("root", "a", "").vhost_user(
+        "root",
+        "b",
+        "mode=0666",
+    );
+    let service = setup.vhost_user("root", "c", "owner=65534:65533,mode=0660").start();
     assert_eq!(mode(&service.path("a")), 0o600);
     assert_eq!(mode(&service.control()), 0o600);
     assert_eq!(mode(&service.path("b")), 0o666);
@@ -46,7 +50,7 @@ fn sockets_are_private_unless_asked_otherwise() {
 
 #[test]
 fn a_dead_socket_is_replaced_and_a_living_one_is_not() {
-    let setup = Setup::new().volume("root", "memory:1M").door("root", "a", "");
+    let setup = Setup::new().volume("root", "memory:1M").vhost_user("root", "a", "");
     drop(UnixListener::bind(setup.path("a")).unwrap());
     drop(UnixListener::bind(setup.path("control.sock")).unwrap());
     let service = setup.start();
@@ -54,9 +58,9 @@ fn a_dead_socket_is_replaced_and_a_living_one_is_not() {
     // A second service at the same place, by either socket.
     let a = format!("root={}", service.path("a").display());
     let control = service.control().display().to_string();
-    for (door, control) in [(&a, &format!("{control}.2")), (&format!("{a}.2"), &control)] {
+    for (export, control) in [(&a, &format!("{control}.2")), (&format!("{a}.2"), &control)] {
         let output =
-            ringblk(["serve", "--volume", "root=memory:1M", "--vhost-user", door, "--control", control]);
+            ringblk(["serve", "--volume", "root=memory:1M", "--vhost-user", export, "--control", control]);
         let error = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{error}");
         assert!(error.contains("another service is listening"), "{error}");
@@ -68,7 +72,7 @@ fn a_dead_socket_is_replaced_and_a_living_one_is_not() {
 #[test]
 fn what_is_not_a_socket_is_never_removed() {
     for place in ["a", "control.sock"] {
-        let setup = Setup::new().volume("root", "memory:1M").door("root", "a", "");
+        let setup = Setup::new().volume("root", "memory:1M").vhost_user("root", "a", "");
         fs::write(setup.path(place), "precious").unwrap();
         let (code, error) = setup.refused();
         assert_eq!(code, 1, "{error}");
@@ -78,7 +82,7 @@ fn what_is_not_a_socket_is_never_removed() {
         assert_eq!(fs::read_dir(setup.path("")).unwrap().count(), 1);
     }
     // A socket that somebody put in the place of ours is theirs.
-    let service = Setup::new().volume("root", "memory:1M").door("root", "a", "").start();
+    let service = Setup::new().volume("root", "memory:1M").vhost_user("root", "a", "").start();
     let path = service.path("a");
     fs::remove_file(&path).unwrap();
     fs::write(&path, "theirs").unwrap();
@@ -92,20 +96,20 @@ fn what_is_not_a_socket_is_never_removed() {
 #[test]
 fn a_bad_configuration_is_refused_whole() {
     let good = "[volume.root]\ndriver = \"memory\"\nsize = \"1M\"\n";
-    let door = "[[vhost-user]]\nvolume = \"root\"\nsocket = \"SOCKET\"\n";
+    let export = "[[vhost-user]]\nvolume = \"root\"\nsocket = \"SOCKET\"\n";
     let cases = [
-        ("an unknown key", format!("{good}speed = 3\n{door}"), "speed"),
-        ("an unknown driver", format!("{}{door}", good.replace("memory", "tape")), "tape"),
-        ("no such volume", format!("{good}{}", door.replace("root", "roof")), "roof"),
-        ("a bad size", format!("{}{door}", good.replace("1M", "1.5M")), "1.5M"),
-        ("a bad queue size", format!("{good}{door}queue-size = 100\n"), "queue-size"),
-        ("a bad mode", format!("{good}{door}mode = \"0999\"\n"), "0999"),
+        ("an unknown key", format!("{good}speed = 3\n{export}"), "speed"),
+        ("an unknown driver", format!("{}{export}", good.replace("memory", "tape")), "tape"),
+        ("no such volume", format!("{good}{}", export.replace("root", "roof")), "roof"),
+        ("a bad size", format!("{}{export}", good.replace("1M", "1.5M")), "1.5M"),
+        ("a bad queue size", format!("{good}{export}queue-size = 100\n"), "queue-size"),
+        ("a bad mode", format!("{good}{export}mode = \"0999\"\n"), "0999"),
         (
             "an owner nobody knows",
-            format!("{good}{door}owner = \"no-such-user-here\"\n"),
+            format!("{good}{export}owner = \"no-such-user-here\"\n"),
             "no-such-user-here",
         ),
-        ("the same socket twice", format!("{good}{door}{door}"), "SOCKET"),
+        ("the same socket twice", format!("{good}{export}{export}"), "SOCKET"),
         ("no TOML", "workers = = 2\n".to_owned(), "ringblk.toml:1"),
         ("nothing to serve", good.to_owned(), ""),
     ];
@@ -124,7 +128,7 @@ fn a_bad_configuration_is_refused_whole() {
     }
     // Found only when it is opened: nothing is made either.
     let setup = Setup::new().volume("root", "memory:1M").volume("b", "file:/no/such/image");
-    let setup = setup.door("root", "a", "").door("b", "b", "");
+    let setup = setup.vhost_user("root", "a", "").vhost_user("b", "b", "");
     let (code, error) = setup.refused();
     assert!(code == 1 && error.contains("/no/such/image"), "{code}: {error}");
     assert_eq!(fs::read_dir(setup.path("")).unwrap().count(), 0);
@@ -142,7 +146,7 @@ fn flags_and_file_say_the_same() {
     fs::write(&file, text).unwrap();
     let setup = setup.args(["--config", file.to_str().unwrap()]);
     let service =
-        setup.volume("two", "null:1G").door("two", "b", "queues=3,queue-size=64,read-only=on").start();
+        setup.volume("two", "null:1G").vhost_user("two", "b", "queues=3,queue-size=64,read-only=on").start();
     let status = service.status();
     let names: Vec<_> = status.volumes.iter().map(|volume| (&*volume.name, volume.size_bytes)).collect();
     assert_eq!(names, [("one", MIB), ("two", 1 << 30)]);
@@ -160,7 +164,7 @@ fn flags_and_file_say_the_same() {
 
 #[test]
 fn list_and_stop() {
-    let service = Setup::new().volume("root", "memory:1M").door("root", "a", "").start();
+    let service = Setup::new().volume("root", "memory:1M").vhost_user("root", "a", "").start();
     let control = service.control().display().to_string();
     let list = |args: [&str; 1]| {
         let output = ringblk(["list", args[0], "--control", &control]);
@@ -203,17 +207,17 @@ fn an_image_has_one_writer() {
     let setup = Setup::new();
     let image = setup.image(MIB);
     let volume = format!("file:{}", image.display());
-    let service = setup.volume("root", &volume).door("root", "a", "").start();
+    let service = setup.volume("root", &volume).vhost_user("root", "a", "").start();
     let other = service.path("other").display().to_string();
     let serve = |options: &str| {
         let volume = format!("root={volume}{options}");
-        let door = format!("root={other}");
+        let export = format!("root={other}");
         ringblk([
             "serve",
             "--volume",
             &volume,
             "--vhost-user",
-            &door,
+            &export,
             "--control",
             &format!("{other}.control"),
         ])
@@ -224,12 +228,13 @@ fn an_image_has_one_writer() {
         assert_eq!(refused.status.code(), Some(1), "{error}");
         assert!(error.contains(&format!("{}: is in use by another process", image.display())), "{error}");
     }
-    let unlocked = Setup::new().volume("root", &format!("{volume},lock=off")).door("root", "a", "").start();
+    let unlocked =
+        Setup::new().volume("root", &format!("{volume},lock=off")).vhost_user("root", "a", "").start();
     drop(unlocked);
     // Which takes the image with it.
     drop(service);
     fs::write(&image, [0; 4096]).unwrap();
-    Setup::new().volume("root", &volume).door("root", "a", "").start();
+    Setup::new().volume("root", &volume).vhost_user("root", "a", "").start();
     fs::remove_file(&image).unwrap();
 }
 
@@ -259,7 +264,7 @@ fn a_volume_grows_and_shrinks_while_it_is_served() {
     let image = setup.image(8 * MIB);
     let length = || fs::metadata(&image).unwrap().len();
     let setup = setup.volume("root", &format!("file:{}", image.display()));
-    let service = setup.door("root", "a", "").door("root", "b", "read-only=on").start();
+    let service = setup.vhost_user("root", "a", "").vhost_user("root", "b", "read-only=on").start();
     let control = service.control().display().to_string();
     let (mut vmm, mut queue) = everyday(&service.path("a"));
     let (mut other, _idle) = everyday(&service.path("b"));
@@ -320,7 +325,7 @@ fn a_volume_grows_and_shrinks_while_it_is_served() {
 
     // A volume that is not to be written to is not to be made longer either; what others made of it is shown.
     let read_only = format!("file:{},read-only=on,lock=off", image.display());
-    let second = Setup::new().volume("root", &read_only).door("root", "a", "").start();
+    let second = Setup::new().volume("root", &read_only).vhost_user("root", "a", "").start();
     let control = second.control().display().to_string();
     assert!(fails(1, ["resize", "root", "16M", "--control", &control]).contains("read-only"));
     file.set_len(13 * MIB).unwrap();
@@ -334,7 +339,7 @@ fn a_volume_changes_its_size_under_load() {
         let image = setup.image(16 * MIB);
         let setup =
             setup.volume("root", &format!("file:{}{options}", image.display())).args(["--workers", "2"]);
-        let service = setup.door("root", "a", "queues=2").start();
+        let service = setup.vhost_user("root", "a", "queues=2").start();
         let mut vmm = Vmm::connect(&service.path("a"));
         let queues = [vmm.queue(0, 64, Layout::Plain, 16), vmm.queue(1, 64, Layout::Plain, 16)];
         let stop = Arc::new(AtomicBool::new(false));
@@ -390,7 +395,7 @@ fn a_volume_that_waits_is_resumed() {
     let file = fs::OpenOptions::new().write(true).open(&image).unwrap();
     let setup = setup.volume("root", &format!("file:{},on-error=stop", image.display()));
     // That requests wait is told as an error.
-    let mut service = setup.door("root", "a", "").start().may_complain();
+    let mut service = setup.vhost_user("root", "a", "").start().may_complain();
     let control = service.control().display().to_string();
     let (_vmm, mut queue) = everyday(&service.path("a"));
     let waits = |waiting: usize| {
@@ -442,7 +447,7 @@ fn a_volume_that_waits_is_resumed() {
 
 #[test]
 fn a_hand_over_of_sockets_is_a_stop() {
-    let mut service = Setup::new().volume("root", "memory:1M").door("root", "a", "").start();
+    let mut service = Setup::new().volume("root", "memory:1M").vhost_user("root", "a", "").start();
     let control = service.control().display().to_string();
     let (_vmm, mut queue) = everyday(&service.path("a"));
     assert_eq!(queue.one(Op::Flush, &[]).0, OK);
@@ -456,7 +461,7 @@ fn a_signal_under_load_drains_and_flushes() {
         let setup = Setup::new();
         let image = setup.image(8 * MIB);
         let setup = setup.volume("root", &format!("file:{}", image.display())).args(["--workers", "2"]);
-        let mut service = setup.door("root", "a", "queues=2").door("root", "b", "").start();
+        let mut service = setup.vhost_user("root", "a", "queues=2").vhost_user("root", "b", "").start();
         let mut vmm = Vmm::connect(&service.path("a"));
         let mut queues = [vmm.queue(0, 64, Layout::Plain, 16), vmm.queue(1, 64, Layout::Plain, 16)];
         let (_other, _idle) = everyday(&service.path("b"));
@@ -487,9 +492,9 @@ fn a_signal_under_load_drains_and_flushes() {
 fn a_socket_of_systemd_takes_nobody_before_its_volume_is_there() {
     let setup = Setup::new()
         .volume("root", "memory:1M")
-        .door("root", "b", "")
+        .vhost_user("root", "b", "")
         .volume("far", "nbd:nbd+unix:///?socket=/no/such/socket")
-        .door("far", "a", "");
+        .vhost_user("far", "a", "");
     let listener = UnixListener::bind(setup.path("a")).unwrap();
     let mut command = Command::new("/bin/sh");
     let exec = "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$@\"";
@@ -507,7 +512,8 @@ fn a_socket_of_systemd_takes_nobody_before_its_volume_is_there() {
 
 #[test]
 fn systemd_may_make_the_sockets() {
-    let setup = Setup::new().volume("root", "memory:1M").door("root", "a", "").door("root", "b", "");
+    let setup =
+        Setup::new().volume("root", "memory:1M").vhost_user("root", "a", "").vhost_user("root", "b", "");
     let listener = UnixListener::bind(setup.path("a")).unwrap();
     fs::set_permissions(setup.path("a"), fs::Permissions::from_mode(0o640)).unwrap();
     // The process id that the variables must name is known only to the process itself. Descriptor 3 is where the
@@ -537,9 +543,9 @@ fn a_guest_that_makes_its_disk_look_like_another_format_is_alone_with_that() {
     let image = setup.image(MIB);
     let mut service = setup
         .volume("odd", &format!("file:{}", image.display()))
-        .door("odd", "odd", "")
+        .vhost_user("odd", "odd", "")
         .volume("other", "memory:1M")
-        .door("other", "other", "")
+        .vhost_user("other", "other", "")
         .start();
     let mut sector = [0; 512];
     sector[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
@@ -553,9 +559,9 @@ fn a_guest_that_makes_its_disk_look_like_another_format_is_alone_with_that() {
     // On its own, or where somebody says that it has to be there, it is refused at once.
     for (required, others) in [("", false), (",required=yes", true)] {
         let setup = Setup::new().volume("odd", &format!("file:{}{required}", image.display()));
-        let setup = setup.door("odd", "odd", "");
+        let setup = setup.vhost_user("odd", "odd", "");
         let setup =
-            if others { setup.volume("other", "memory:1M").door("other", "other", "") } else { setup };
+            if others { setup.volume("other", "memory:1M").vhost_user("other", "other", "") } else { setup };
         let (status, said) = setup.refused();
         assert!(status == 1 && said.contains("format=raw"), "{said}");
     }

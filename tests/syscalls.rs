@@ -129,7 +129,7 @@ struct Work {
 /// How often the worker of a service with one volume made which call for it: enters of its own ring, those by which it
 /// calls the driver, and the others.
 fn made(setup: Setup, work: &Work) -> (usize, usize, BTreeMap<String, usize>) {
-    let service = setup.args(["--workers", "1"]).volume("a", &work.volume).door("a", "a", "").start();
+    let service = setup.args(["--workers", "1"]).volume("a", &work.volume).vhost_user("a", "a", "").start();
     let mut load = Load::skewed(&service.path("a"), work.write, 4096, DEPTH, work.polls, work.skew);
     load.run(work.requests / 10);
     let log = service.path("strace");

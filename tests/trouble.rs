@@ -29,7 +29,7 @@ fn served(options: &str) -> (Service, File) {
     let image = setup.image(8 * MIB);
     let file = OpenOptions::new().write(true).open(&image).unwrap();
     let volume = format!("file:{},{options}", image.display());
-    (setup.volume("root", &volume).door("root", "a", "queues=2").start().may_complain(), file)
+    (setup.volume("root", &volume).vhost_user("root", "a", "queues=2").start().may_complain(), file)
 }
 
 fn begin(queue: &mut RawQueue, slot: usize, op: Op) {
@@ -196,7 +196,7 @@ fn what_waits_outlives_a_stop_in_the_notes() {
     assert_eq!(queue.ring.used_idx(), 0, "it did not fail");
 
     File::create(&image).unwrap().set_len(8 * MIB).unwrap();
-    let setup = Setup::new().volume("root", &format!("file:{}", image.display())).door("root", "a", "");
+    let setup = Setup::new().volume("root", &format!("file:{}", image.display())).vhost_user("root", "a", "");
     let service = setup.start();
     let memory = vmm.memory.clone();
     let mut vmm = Vmm::connect_sharing(&service.path("a"), memory);

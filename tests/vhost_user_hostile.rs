@@ -24,7 +24,7 @@ const MIB: u64 = 1 << 20;
 const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
 
-/// Two doors to a volume: `a` for the culprit, `b` for a witness who must not notice.
+/// Two exports to a volume: `a` for the culprit, `b` for a witness who must not notice.
 struct Scene {
     service: Service,
     _vmm: Vmm,
@@ -37,8 +37,11 @@ impl Scene {
         // Past the page cache, so that a request is in flight for a while.
         let image = setup.image(8 * MIB);
         let setup = setup.volume("root", &format!("file:{},direct=on", image.display()));
-        let service =
-            setup.door("root", "a", "queues=2,queue-size=256").door("root", "b", "").start().may_complain();
+        let service = setup
+            .vhost_user("root", "a", "queues=2,queue-size=256")
+            .vhost_user("root", "b", "")
+            .start()
+            .may_complain();
         let (vmm, witness) = everyday(&service.path("b"));
         Scene { service, _vmm: vmm, witness }
     }
@@ -47,7 +50,7 @@ impl Scene {
         self.service.path("a")
     }
 
-    /// The witness is served, and the culprit's door opens for the next one.
+    /// The witness is served, and the culprit's socket opens for the next one.
     fn unharmed(&mut self, after: &str) {
         assert_eq!(self.witness.write(8, &[8; 512]), OK, "{after}");
         assert_eq!(self.witness.read(8, 1), (OK, vec![8; 512]), "{after}");

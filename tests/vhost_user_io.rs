@@ -50,13 +50,13 @@ fn exercise_queues(
 }
 
 fn memory_service(options: &str) -> Service {
-    Setup::new().volume("root", "memory:8M").door("root", "a", options).start()
+    Setup::new().volume("root", "memory:8M").vhost_user("root", "a", options).start()
 }
 
 #[test]
 fn every_number_of_queues_at_every_depth() {
     let setup = Setup::new().args(["--workers", "3"]).volume("root", "memory:8M");
-    let service = setup.door("root", "a", "queues=4,queue-size=1024").start();
+    let service = setup.vhost_user("root", "a", "queues=4,queue-size=1024").start();
     for (queues, depth) in [(1, 1usize), (2, 2), (3, 8), (4, 32), (1, 256), (2, 128)] {
         for event_idx in [false, true] {
             let client = Client::connect(&service.path("a"), event_idx);
@@ -110,7 +110,7 @@ fn images_hold_what_was_flushed() {
         let setup = Setup::new();
         let image = setup.image(8 * MIB);
         let setup = setup.volume("root", &format!("file:{}{options}", image.display()));
-        let service = setup.args(["--workers", "2"]).door("root", "a", "queues=2").start();
+        let service = setup.args(["--workers", "2"]).vhost_user("root", "a", "queues=2").start();
         let client = Client::connect(&service.path("a"), true);
         let block = u64::from(u32::from(client.config().blk_size));
         assert_eq!(block, if options.contains("4096") { 4096 } else { 512 });
@@ -128,8 +128,10 @@ fn images_hold_what_was_flushed() {
 fn direct_io_takes_buffers_of_any_alignment() {
     let setup = Setup::new();
     let image = setup.image(8 * MIB);
-    let service =
-        setup.volume("root", &format!("file:{},direct=on", image.display())).door("root", "a", "").start();
+    let service = setup
+        .volume("root", &format!("file:{},direct=on", image.display()))
+        .vhost_user("root", "a", "")
+        .start();
     let mut vmm = Vmm::connect(&service.path("a"));
     // Data in pieces of odd lengths: nothing is aligned to anything.
     let mut queue = vmm.queue(0, 256, Layout::Pieces, 16);
@@ -142,7 +144,7 @@ fn direct_io_takes_buffers_of_any_alignment() {
 
 #[test]
 fn a_null_volume_agrees_to_everything() {
-    let service = Setup::new().volume("none", "null:1G").door("none", "a", "queues=2").start();
+    let service = Setup::new().volume("none", "null:1G").vhost_user("none", "a", "queues=2").start();
     let client = Client::connect(&service.path("a"), true);
     assert_eq!(u64::from(client.config().capacity), (1 << 30) / 512);
     let offers_discard = client.features() & 1 << VIRTIO_BLK_F_DISCARD != 0;
@@ -175,7 +177,11 @@ fn one_volume_behind_two_doors() {
     let setup = Setup::new();
     let image = setup.image(8 * MIB);
     let setup = setup.volume("root", &format!("file:{}", image.display())).args(["--workers", "2"]);
-    let service = setup.door("root", "a", "").door("root", "b", "").door("root", "c", "read-only=on").start();
+    let service = setup
+        .vhost_user("root", "a", "")
+        .vhost_user("root", "b", "")
+        .vhost_user("root", "c", "read-only=on")
+        .start();
     let (_a, mut first) = everyday(&service.path("a"));
     let (_b, mut second) = everyday(&service.path("b"));
     let (_c, mut third) = everyday(&service.path("c"));
@@ -200,7 +206,7 @@ fn many_volumes_and_exports_on_few_workers() {
     let mut setup = Setup::new().args(["--workers", "2"]);
     let names: Vec<String> = (0..6).map(|number| format!("v{number}")).collect();
     for name in &names {
-        setup = setup.volume(name, "memory:2M").door(name, name, "queues=2");
+        setup = setup.volume(name, "memory:2M").vhost_user(name, name, "queues=2");
     }
     let service = setup.start();
     let clients: Vec<_> = names
@@ -243,7 +249,8 @@ fn requests_across_memory_regions() {
 fn discards_give_space_back_and_zeroes_read_as_zeroes() {
     let setup = Setup::new();
     let image = setup.image(8 * MIB);
-    let service = setup.volume("root", &format!("file:{}", image.display())).door("root", "a", "").start();
+    let service =
+        setup.volume("root", &format!("file:{}", image.display())).vhost_user("root", "a", "").start();
     let (_vmm, mut queue) = everyday(&service.path("a"));
     let fill = |queue: &mut RawQueue| {
         for sector in (0..2048).step_by(128) {
@@ -306,7 +313,7 @@ fn the_topology_can_be_left_out() {
         let setup = Setup::new();
         let image = setup.image(8 * MIB);
         let volume = format!("file:{}{options}", image.display());
-        let service = setup.volume("root", &volume).door("root", "a", "").start();
+        let service = setup.volume("root", &volume).vhost_user("root", "a", "").start();
         let topology = Vmm::connect(&service.path("a")).config(20, 12);
         (topology[..4].to_vec(), topology[4], topology[4..].iter().all(|byte| *byte == 0))
     };
@@ -314,8 +321,9 @@ fn the_topology_can_be_left_out() {
     assert_eq!(shown(",physical-block=512"), (block.clone(), 0, true));
     assert_eq!(shown(",physical-block=16384"), (block.clone(), 5, false));
     assert!(!shown("").2, "of a file system there is one to tell");
-    let setup =
-        Setup::new().volume("root", "memory:8M,block-size=4096,physical-block=512").door("root", "a", "");
+    let setup = Setup::new()
+        .volume("root", "memory:8M,block-size=4096,physical-block=512")
+        .vhost_user("root", "a", "");
     let (status, said) = setup.refused();
     assert!(
         status == 2 && said.contains("physical-block: must be a power of two from 4096"),
@@ -327,8 +335,11 @@ fn the_topology_can_be_left_out() {
 fn the_name_of_the_device() {
     let name = "a-name-of-more-than-twenty.bytes";
     let service = Setup::new().volume(name, "memory:1M").volume("b", "memory:1M");
-    let service =
-        service.door(name, "a", "").door("b", "b", "").door("b", "c", "serial=20-bytes-all-its-own");
+    let service = service.vhost_user(name, "a", "").vhost_user("b", "b", "").vhost_user(
+        "b",
+        "c",
+        "serial=20-bytes-all-its-own",
+    );
     let service = service.start();
     let serial = VhostUserConfig::new(name, "a").serial();
     assert_eq!((serial.len(), &serial[..10]), (20, "a-name-of-"), "a hash follows");
@@ -354,13 +365,13 @@ fn the_name_of_the_device() {
 
 #[test]
 fn read_only_means_it() {
-    // As the volume's setting, and as one door's.
-    for (volume, door) in [(",read-only=on", ""), ("", "read-only=on")] {
+    // As the volume's setting, and as one export's.
+    for (volume, export) in [(",read-only=on", ""), ("", "read-only=on")] {
         let setup = Setup::new();
         let image = setup.image(MIB);
         fs::write(&image, vec![0x5a; MIB as usize]).unwrap();
         let setup = setup.volume("root", &format!("file:{}{volume}", image.display()));
-        let service = setup.door("root", "a", door).start();
+        let service = setup.vhost_user("root", "a", export).start();
         let (vmm, mut queue) = everyday(&service.path("a"));
         assert_ne!(vmm.offered & 1 << VIRTIO_BLK_F_RO, 0);
         assert_eq!(vmm.offered & (1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES), 0);
@@ -381,7 +392,8 @@ fn read_only_means_it() {
 fn bad_ranges_change_nothing_and_give_nothing_away() {
     let setup = Setup::new();
     let image = setup.image(MIB);
-    let service = setup.volume("root", &format!("file:{}", image.display())).door("root", "a", "").start();
+    let service =
+        setup.volume("root", &format!("file:{}", image.display())).vhost_user("root", "a", "").start();
     let (_vmm, mut queue) = everyday(&service.path("a"));
     assert_eq!(queue.write(0, &[0x77; 65536]), OK);
     let end = MIB / 512;
@@ -414,7 +426,8 @@ fn bad_ranges_change_nothing_and_give_nothing_away() {
 fn a_driver_without_flush_is_still_served() {
     let setup = Setup::new();
     let image = setup.image(MIB);
-    let service = setup.volume("root", &format!("file:{}", image.display())).door("root", "a", "").start();
+    let service =
+        setup.volume("root", &format!("file:{}", image.display())).vhost_user("root", "a", "").start();
     let memory = GuestMemory::new(BASE, 2 * MIB);
     let mut vmm = Vmm::connect_with(&service.path("a"), 1 << 32, memory);
     assert_eq!(vmm.features & 1 << VIRTIO_BLK_F_FLUSH, 0);

@@ -76,7 +76,7 @@ fn no_huge_page() -> Result<u64, String> {
     Err("there are free huge pages of every size".into())
 }
 
-/// Two doors to a volume: `a` for the culprit, `b` for a witness who must not notice.
+/// Two exports to a volume: `a` for the culprit, `b` for a witness who must not notice.
 struct Scene {
     service: Service,
     _vmm: Vmm,
@@ -86,7 +86,8 @@ struct Scene {
 impl Scene {
     fn set() -> Scene {
         let setup = Setup::new().args(["--workers", "1"]).volume("root", "memory:32M");
-        let service = setup.door("root", "a", "queues=2").door("root", "b", "").start().may_complain();
+        let service =
+            setup.vhost_user("root", "a", "queues=2").vhost_user("root", "b", "").start().may_complain();
         let (vmm, witness) = everyday(&service.path("b"));
         Scene { service, _vmm: vmm, witness }
     }
@@ -96,7 +97,7 @@ impl Scene {
         assert_eq!(self.witness.read(8, 1), (OK, vec![8; 512]), "{after}");
     }
 
-    /// Waits until door `a` has no VMM, and asserts that nothing is left of the last one.
+    /// Waits until export `a` has no VMM, and asserts that nothing is left of the last one.
     fn nothing_left(&self, after: &str, descriptors: usize) {
         self.service.await_free("a");
         let maps = || fs::read_to_string(format!("/proc/{}/maps", self.service.pid())).unwrap();
@@ -295,7 +296,7 @@ fn slots_for_all() {
     const VMMS: usize = 9;
     let mut setup = Setup::new().args(["--workers", "1"]).volume("root", "memory:32M");
     for index in 0..VMMS {
-        setup = setup.door("root", &format!("v{index}"), "");
+        setup = setup.vhost_user("root", &format!("v{index}"), "");
     }
     let service = setup.start();
     let file = small(MIB);

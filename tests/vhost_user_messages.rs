@@ -26,7 +26,7 @@ const OK: u8 = 0;
 fn service() -> Service {
     let setup = Setup::new().args(["--workers", "1"]).volume("root", "memory:32M");
     let options = "queues=2,queue-size=256";
-    setup.door("root", "a", options).door("root", "b", options).start().may_complain()
+    setup.vhost_user("root", "a", options).vhost_user("root", "b", options).start().may_complain()
 }
 
 /// Its log says why each VMM was dropped, up to this many at once.
@@ -186,7 +186,8 @@ fn the_configuration_space_from_any_place_on() {
     // With a cache, so that there is something to write.
     let setup = Setup::new();
     let image = setup.image(32 * MIB);
-    let service = setup.volume("root", &format!("file:{}", image.display())).door("root", "a", "").start();
+    let service =
+        setup.volume("root", &format!("file:{}", image.display())).vhost_user("root", "a", "").start();
     let service = service.may_complain();
     let mut vmm = Vmm::connect(&service.path("a"));
     let whole = vmm.config(0, 256);
@@ -288,7 +289,7 @@ fn no_message_fills_the_log() {
         // Of two kinds: one connects, one is dropped.
         assert!(told <= 2 * most, "{told} lines from VMMs that talk nonsense");
     }
-    // The other door's lines are not left out for it.
+    // The other export's lines are not left out for it.
     let (vmm, _queue) = everyday(&service.path("b"));
     eventually("the witness is told of", || {
         service.log().contains(&format!("{}: a VMM connects", service.path("b").display()))

@@ -30,13 +30,13 @@ const OK: u8 = 0;
 const A_WHILE: Duration = Duration::from_millis(100);
 
 /// A file on a disk past the page cache: requests take their time, so that many are in flight.
-fn slow_service(doors: &[&str]) -> Service {
+fn slow_service(exports: &[&str]) -> Service {
     let setup = Setup::new();
     let image = setup.image(16 * MIB);
     fs::write(&image, vec![0x11; 16 * MIB as usize]).unwrap();
     let mut setup = setup.volume("root", &format!("file:{},direct=on", image.display()));
-    for door in doors {
-        setup = setup.door("root", door, "queues=2");
+    for export in exports {
+        setup = setup.vhost_user("root", export, "queues=2");
     }
     setup.args(["--workers", "2"]).start()
 }
@@ -439,7 +439,7 @@ fn each_vmm_that_comes_back_is_served_on() {
         let setup = Setup::new();
         let image = setup.image(SECTORS * 512);
         let setup = setup.volume("root", &format!("file:{}", image.display()));
-        let mut service = setup.door("root", "a", "queues=2").start();
+        let mut service = setup.vhost_user("root", "a", "queues=2").start();
         let mut guest = played(profile, &service);
         guest.work(1);
         // The connection alone, then the service, first as planned and then not. The ring has wrapped by then.
@@ -457,7 +457,7 @@ fn each_vmm_that_comes_back_is_served_on() {
 #[test]
 fn the_configuration_space() {
     let service =
-        Setup::new().volume("root", "memory:8M").door("root", "a", "queues=3,queue-size=128").start();
+        Setup::new().volume("root", "memory:8M").vhost_user("root", "a", "queues=3,queue-size=128").start();
     let mut vmm = Vmm::connect(&service.path("a"));
     let whole = vmm.config(0, 256);
     let word = |at: usize| u32::from_le_bytes(whole[at..at + 4].try_into().unwrap());

@@ -26,10 +26,10 @@ const OK: u8 = 0;
 const INFLIGHT: u64 = 1 << 12;
 const BACKEND_REQ: u64 = 1 << 5;
 
-/// Doors `a` and `b` to a volume in memory, on one worker.
+/// Exports `a` and `b` to a volume in memory, on one worker.
 fn setup() -> Setup {
     let setup = Setup::new().args(["--workers", "1"]).volume("root", "memory:32M");
-    setup.door("root", "a", "queues=2,queue-size=256").door("root", "b", "queues=2")
+    setup.vhost_user("root", "a", "queues=2,queue-size=256").vhost_user("root", "b", "queues=2")
 }
 
 fn memfd(len: u64) -> File {

@@ -4,7 +4,7 @@ use super::echo::Echo;
 use super::prepared::{Prepared, READ_4K, Shape};
 use ringblk::block::{Data, Errno, Flags, Op, Request, Size};
 use ringblk::engine::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
-use ringblk::engine::{Flushers, Volume, execute};
+use ringblk::engine::{Flushers, Volume, submit};
 use ringblk::frontend::ublk::{Asked, Descriptor, command};
 use ringblk::frontend::vhost_user::Vring;
 use ringblk::frontend::{Queue, Source};
@@ -132,18 +132,18 @@ fn engine(config: VolumeConfig, op: Op) -> Box<dyn Run> {
     let image = if let VolumeConfig::File(file) = &config { Some(&file.path) } else { None };
     let submits = image.is_some();
     image.map(std::fs::remove_file).transpose().unwrap();
-    let attached = Rc::new(volume.attach(&core, false));
+    let channel = Rc::new(volume.attach(&core, false));
     let memory = Rc::new(Mapping::anonymous(4096).unwrap());
     let flushers = Rc::new(Flushers::new(&volume, 1));
     let mut tasks = Tasks::new(core.clone());
     for slot in 0..u64::from(REQUESTS) {
-        let (attached, memory, flushers) = (attached.clone(), memory.clone(), flushers.clone());
+        let (channel, memory, flushers) = (channel.clone(), memory.clone(), flushers.clone());
         tasks.add(|io| async move {
             let iovecs = [memory.iovec(0, 4096)];
             loop {
                 let data = Data::of(&iovecs);
                 let request = Request { op, flags: Flags::default(), sector: slot * 8, sectors: 8, data };
-                execute(&attached, &io, flushers.queue(0), black_box(&request)).await.unwrap();
+                submit(&channel, &io, flushers.queue(0), black_box(&request)).await.unwrap();
                 if !submits {
                     io.submit(&Sqe::Fdatasync { file: Target::Fixed(0) }).await;
                 }

@@ -31,7 +31,7 @@ impl Ring for Echo {
     }
 
     /// No case has a store that is asked this way.
-    fn carry_out(&self, _: &Sqe<'_>) -> i32 {
+    fn submit_sync(&self, _: &Sqe<'_>) -> i32 {
         -libc::EINVAL
     }
 

@@ -23,7 +23,7 @@ pub use geometry::{DiscardLimits, Geometry, GeometryError};
 pub use instance::Instance;
 pub use iovec::Iovec;
 pub use limit::limit_behind;
-pub use request::{Flags, Op, Outline, Request};
+pub use request::{Flags, Op, Request, RequestSummary};
 pub use size::{ParseSizeError, Size};
 
 /// Bytes in a sector: 512 always, whatever the logical block size (virtio 1.3 section 5.2.4, `linux/blk_types.h`).

@@ -42,20 +42,20 @@ impl fmt::Display for Op {
 
 /// What a request does and where, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Outline {
+pub struct RequestSummary {
     op: Op,
     sector: u64,
     sectors: u32,
 }
 
-impl Outline {
+impl RequestSummary {
     /// What it does, in a word.
     pub const fn name(&self) -> &'static str {
         self.op.name()
     }
 }
 
-impl fmt::Display for Outline {
+impl fmt::Display for RequestSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.op.fmt(f)?;
         if self.op == Op::Flush {
@@ -103,8 +103,8 @@ impl<'a> Request<'a> {
     }
 
     /// For messages.
-    pub fn outline(&self) -> Outline {
-        Outline { op: self.op, sector: self.sector, sectors: self.sectors }
+    pub fn summary(&self) -> RequestSummary {
+        RequestSummary { op: self.op, sector: self.sector, sectors: self.sectors }
     }
 
     /// True for a request over no sectors (a flush).

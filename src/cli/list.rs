@@ -10,7 +10,7 @@ use crate::block::Size;
 use crate::engine::limits::LimitsChange;
 use crate::service::client::{Client, ClientError};
 use crate::service::config::DEFAULT_CONTROL;
-use crate::service::leftovers::{self, Fate, Leftover};
+use crate::service::orphans::{self, DeviceState, OrphanDevice};
 use crate::service::status::{ExportStatus, Status, VolumeStatus};
 
 /// List the volumes and exports of a running service.
@@ -36,7 +36,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         Ok(status) if args.json => output::print_json(&status),
         Ok(status) => output::print(&render(&status)),
         Err(error @ ClientError::NotRunning(_)) => {
-            let left = leftovers::devices().map_err(Failure::failed)?;
+            let left = orphans::devices().map_err(Failure::failed)?;
             match args.json {
                 true => output::print_json(&LeftBehind { left_behind: &left })?,
                 false => output::print(&render_leftovers(&left))?,
@@ -50,7 +50,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
 /// What is printed as JSON where no service runs.
 #[derive(serde::Serialize)]
 struct LeftBehind<'a> {
-    left_behind: &'a [Leftover],
+    left_behind: &'a [OrphanDevice],
 }
 
 fn render(status: &Status) -> String {
@@ -166,20 +166,20 @@ fn mode(read_only: bool) -> String {
     if read_only { "ro" } else { "rw" }.to_owned()
 }
 
-fn render_leftovers(left: &[Leftover]) -> String {
+fn render_leftovers(left: &[OrphanDevice]) -> String {
     if left.is_empty() {
         return String::new();
     }
     let mut rows = vec![["LEFT BEHIND", "DEVICE", "STATE", "NEEDS"].map(String::from)];
     for disk in left {
         let state = match (disk.state, disk.server) {
-            (Fate::Served, Some(pid)) => format!("served by process {pid}"),
-            (Fate::Served, None) => "served".into(),
-            (Fate::Parting, _) => "its service is ending".into(),
-            (Fate::Waiting, _) => "waiting for its service".into(),
-            (Fate::Remains, _) => "without a disk".into(),
-            (Fate::Unknown, _) => "there, may be served by another process".into(),
-            (Fate::Gone, _) => "gone".into(),
+            (DeviceState::Served, Some(pid)) => format!("served by process {pid}"),
+            (DeviceState::Served, None) => "served".into(),
+            (DeviceState::Exiting, _) => "its service is ending".into(),
+            (DeviceState::Waiting, _) => "waiting for its service".into(),
+            (DeviceState::Stale, _) => "without a disk".into(),
+            (DeviceState::Unknown, _) => "there, may be served by another process".into(),
+            (DeviceState::Gone, _) => "gone".into(),
         };
         rows.push([
             disk.link.as_ref().map_or("-".into(), |link| link.display().to_string()),
@@ -272,7 +272,7 @@ root    small  61.2 s     iops-total=500 bps-read=3M
     #[test]
     fn leftovers_are_listed() {
         assert_eq!(render_leftovers(&[]), "");
-        let left = |state, link: Option<&str>| Leftover {
+        let left = |state, link: Option<&str>| OrphanDevice {
             link: link.map(Into::into),
             device: "/dev/ublkb3".into(),
             volume: None,
@@ -280,14 +280,18 @@ root    small  61.2 s     iops-total=500 bps-read=3M
             state,
             server: Some(7),
         };
-        let text = render_leftovers(&[left(Fate::Served, Some("/dev/ringblk/a")), left(Fate::Waiting, None)]);
+        let text = render_leftovers(&[
+            left(DeviceState::Served, Some("/dev/ringblk/a")),
+            left(DeviceState::Waiting, None),
+        ]);
         let expected = "\
 LEFT BEHIND     DEVICE       STATE                    NEEDS
 /dev/ringblk/a  /dev/ublkb3  served by process 7      nothing
 -               /dev/ublkb3  waiting for its service  start its service, or `ringblk remove`
 ";
         assert_eq!(text, expected);
-        let json = serde_json::to_value(LeftBehind { left_behind: &[left(Fate::Waiting, None)] }).unwrap();
+        let json =
+            serde_json::to_value(LeftBehind { left_behind: &[left(DeviceState::Waiting, None)] }).unwrap();
         assert_eq!(json["left_behind"][0]["state"], "waiting");
         assert_eq!(json["left_behind"][0]["device"], "/dev/ublkb3");
     }

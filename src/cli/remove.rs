@@ -5,7 +5,7 @@
 use super::Failure;
 use super::output;
 use crate::block::Causes;
-use crate::service::leftovers::{self, Which};
+use crate::service::orphans::{self, RemoveTarget};
 
 /// Remove disks whose service is dead.
 ///
@@ -33,13 +33,13 @@ pub(super) struct Args {
 }
 
 impl Args {
-    fn which(&self) -> Vec<Which> {
+    fn which(&self) -> Vec<RemoveTarget> {
         if self.all_dead {
-            return vec![Which::AllDead];
+            return vec![RemoveTarget::AllDead];
         }
         let which = |disk: &String| match disk.contains('/') {
-            true => Which::Device(disk.into()),
-            false => Which::Volume(disk.clone()),
+            true => RemoveTarget::Device(disk.into()),
+            false => RemoveTarget::Volume(disk.clone()),
         };
         self.disks.iter().map(which).collect()
     }
@@ -54,7 +54,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     }
     let mut refused = Vec::new();
     for which in args.which() {
-        match leftovers::remove(&which, args.force) {
+        match orphans::remove(&which, args.force) {
             Ok(removal) => {
                 for gone in removal.gone {
                     output::print(&format!("removed {}\n", gone.display()))?;
@@ -90,9 +90,9 @@ mod tests {
         let which = |words: &[&str]| {
             Line::try_parse_from([&["remove"], words].concat()).map(|line| line.args.which()).ok()
         };
-        let both = vec![Which::Volume("root".into()), Which::Device("/dev/ublkb0".into())];
+        let both = vec![RemoveTarget::Volume("root".into()), RemoveTarget::Device("/dev/ublkb0".into())];
         assert_eq!(which(&["root", "/dev/ublkb0"]), Some(both));
-        assert_eq!(which(&["--all-dead"]), Some(vec![Which::AllDead]));
+        assert_eq!(which(&["--all-dead"]), Some(vec![RemoveTarget::AllDead]));
         assert_eq!(which(&["--all-dead", "root"]), None);
         assert_eq!(which(&[]), None);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::{Failure, output};
 use crate::service::client::Client;
 use crate::service::config::DEFAULT_CONTROL;
-use crate::service::leftovers::{self, Fate};
+use crate::service::orphans::{self, DeviceState};
 use crate::service::status::{ExportStatus, Stop};
 
 /// Stop a running service cleanly, and wait until it is gone.
@@ -70,7 +70,7 @@ fn disks(client: &Client) -> Vec<(String, PathBuf)> {
 /// Those of the disks that somebody uses, and who.
 fn used(disks: &[(String, PathBuf)]) -> impl Iterator<Item = (String, PathBuf, String)> {
     let devices: Vec<PathBuf> = disks.iter().map(|(_, device)| device.clone()).collect();
-    let users = leftovers::users_of(&devices).into_iter();
+    let users = orphans::users_of(&devices).into_iter();
     let used = disks.iter().cloned().zip(users).filter(|(_, users)| !users.is_empty());
     used.map(|((volume, device), users)| (volume, device, users.join(", ")))
 }
@@ -80,11 +80,11 @@ fn tell_kept(disks: &[(String, PathBuf)]) -> Result<(), Failure> {
     if disks.is_empty() {
         return Ok(());
     }
-    let left = leftovers::devices().unwrap_or_default();
+    let left = orphans::devices().unwrap_or_default();
     let waits = |device: &PathBuf| {
         let state = left.iter().find(|left| left.device == *device).map(|left| left.state);
         // Its service may not be quite gone yet, or the next one be there already.
-        state.is_some_and(|state| !matches!(state, Fate::Remains | Fate::Gone))
+        state.is_some_and(|state| !matches!(state, DeviceState::Stale | DeviceState::Gone))
     };
     let kept: Vec<_> = disks.iter().filter(|(_, device)| waits(device)).cloned().collect();
     for (volume, device, users) in used(&kept) {

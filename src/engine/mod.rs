@@ -1,20 +1,20 @@
 //! Volumes: what is stored, and where.
 //!
 //! A [`Volume`] is opened once and shared by all workers; each worker [attaches](Volume::attach) to it and serves requests
-//! through its own ring with [`execute()`]. Below it is a tree: a leaf that keeps bytes, and layers that stand on others;
+//! through its own ring with [`submit()`]. Below it is a tree: a leaf that keeps bytes, and layers that stand on others;
 //! every [edge](node::Edge) of it is a checkpoint. Volumes know nothing of the frontends.
 //!
 //! A new kind of volume is a folder (or a file) here and one word in the list of [`driver`].
 
 #![forbid(unsafe_code)]
 
-mod attached;
+mod channel;
 pub mod config;
 mod driver;
-mod execute;
+mod submit;
 pub mod fault;
 pub mod file;
-mod grace;
+mod drain_epochs;
 pub mod graph;
 mod identity;
 mod layer;
@@ -31,11 +31,11 @@ mod tests;
 mod transfer;
 mod volume;
 
-pub use attached::Attached;
+pub use channel::VolumeChannel;
 pub use driver::Capabilities;
-pub use execute::execute;
 pub use identity::Identity;
 pub use losses::{Flusher, Flushers, QueueStart};
 pub use policy::PolicyState;
 pub use resize::{Exports, ResizeError, Resized};
+pub use submit::submit;
 pub use volume::{OpenError, Opener, Volume};

@@ -15,11 +15,11 @@ pub(super) enum Direction {
 
 /// Who carries it out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum By {
+pub(super) enum Via {
     /// The kernel, asked through the ring.
     Ring,
-    /// This thread ([`Ring::carry_out`]).
-    Us,
+    /// This thread ([`Ring::submit_sync`]).
+    Inline,
 }
 
 /// In a row, without a byte moved. The kernel says `EAGAIN` when it is short of memory for a moment; a file
@@ -33,7 +33,7 @@ const MAX_RETRIES: u32 = 1000;
 /// whatever the kernel says.
 pub(super) async fn exactly<R: Ring>(
     io: &Io<R>,
-    by: By,
+    by: Via,
     file: Target,
     direction: Direction,
     data: Data<'_>,
@@ -51,8 +51,8 @@ pub(super) async fn exactly<R: Ring>(
             Data::Iovecs(window) => vector(file, direction, window, offset + done),
         };
         let result = match by {
-            By::Ring => io.submit(&sqe).await,
-            By::Us => io.carry_out(&sqe),
+            Via::Ring => io.submit(&sqe).await,
+            Via::Inline => io.submit_sync(&sqe),
         };
         match Errno::split(result) {
             Ok(0) => return Err(if direction == Direction::Read { Errno::EIO } else { Errno::ENOSPC }),

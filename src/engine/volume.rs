@@ -1,6 +1,6 @@
 //! Opening volumes, and lending them to workers.
 
-use super::attached::Attached;
+use super::channel::VolumeChannel;
 use super::config::{OnError, PolicyConfig, TopologyConfig, VolumeConfig};
 use super::driver::{AnyStore, Capabilities, Open, Opened, Store};
 use super::file;
@@ -294,8 +294,8 @@ impl Volume {
     }
 
     /// Why a drain may take long, where requests wait because the store failed.
-    pub fn held_up(&self) -> Option<String> {
-        self.policy.held_up()
+    pub fn pending_reason(&self) -> Option<String> {
+        self.policy.pending_reason()
     }
 
     /// As configured.
@@ -336,9 +336,9 @@ impl Volume {
     }
 
     /// Lends it to the worker `core` belongs to, for an export that is `read_only` or not.
-    pub fn attach<R: Ring>(&self, core: &Rc<Core<R>>, read_only: bool) -> Attached<R> {
+    pub fn attach<R: Ring>(&self, core: &Rc<Core<R>>, read_only: bool) -> VolumeChannel<R> {
         let mut geometry = self.geometry.clone();
         geometry.read_only |= read_only;
-        Attached::new(Edge::new(geometry, self.store.attach(core)), self.policy.clone())
+        VolumeChannel::new(Edge::new(geometry, self.store.attach(core)), self.policy.clone())
     }
 }

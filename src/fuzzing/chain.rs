@@ -6,7 +6,7 @@
 
 use super::Input;
 use crate::engine::config::{MemoryConfig, NullConfig, VolumeConfig};
-use crate::engine::{Attached, Flusher, Volume, execute};
+use crate::engine::{Flusher, Volume, VolumeChannel, submit};
 use crate::frontend::vhost_user::{Device, Inflight, Memory, Vring, VringSetup};
 use crate::frontend::{Queue, Source};
 use crate::ring::{Core, Io, Setup, Tasks, Uring};
@@ -74,7 +74,7 @@ struct Taken {
 
 struct Machine {
     guest: Arc<GuestMemoryMmap<()>>,
-    volume: Rc<Attached<Uring>>,
+    volume: Rc<VolumeChannel<Uring>>,
     vring: Rc<Vring>,
     tasks: Tasks<Uring, Slot>,
     core: Rc<Core<Uring>>,
@@ -486,7 +486,7 @@ impl Drop for Machine {
 async fn serve(
     io: Io<Uring>,
     vring: Rc<Vring>,
-    volume: Rc<Attached<Uring>>,
+    volume: Rc<VolumeChannel<Uring>>,
     tag: u16,
     parked: Rc<RefCell<VecDeque<u16>>>,
     delay: Rc<Cell<bool>>,
@@ -497,7 +497,7 @@ async fn serve(
             parked.borrow_mut().push_back(tag);
             io.park().await;
         }
-        let result = execute(&volume, &io, &Flusher::default(), &request).await;
+        let result = submit(&volume, &io, &Flusher::default(), &request).await;
         Source::<Uring>::complete(&*vring, tag, &mut state, result);
     }
 }

@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::ImageError;
 use crate::block::{Data, Errno, Flags, Format, Op, Request, SECTOR};
 use crate::engine::config::VolumeConfig;
-use crate::engine::{Attached, Flushers, OpenError, Volume, execute, nbd};
+use crate::engine::{Flushers, OpenError, Volume, VolumeChannel, nbd, submit};
 use crate::ring::{Core, Io, Kind, Mapping, Ring, Setup, Sqe, Target, Tasks, Uring};
 
 /// The most bytes of one order.
@@ -34,7 +34,7 @@ pub(super) const CHUNK: usize = 1 << 20;
 const AT_ONCE: usize = 16;
 
 /// How long a connection may take to end in good order.
-const GOODBYE: Duration = Duration::from_secs(2);
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
 /// Whether it names an export, and not a file.
 pub(super) fn is_uri(path: &Path) -> bool {
@@ -200,7 +200,7 @@ impl Drop for Export {
         self.orders = None;
         let _ = self.wakeup.write(1);
         // A server that does not answer is left to the end of the process.
-        let _ = self.ended.recv_timeout(GOODBYE);
+        let _ = self.ended.recv_timeout(SHUTDOWN_GRACE);
     }
 }
 
@@ -221,7 +221,7 @@ struct Desk {
 fn serve(volume: &Volume, inbox: Receiver<Order>, wakeup: Arc<EventFd>) -> io::Result<()> {
     let core = Core::new(Uring::new(Setup { entries: 128, completions: 1024, ..Setup::default() })?);
     let mut tasks: Tasks<Uring, Ready<()>> = Tasks::new(core.clone());
-    let attached = Rc::new(volume.attach(&core, false));
+    let channel = Rc::new(volume.attach(&core, false));
     let flushers = Rc::new(Flushers::new(volume, 1));
     let desk = Rc::new(Desk {
         inbox,
@@ -236,14 +236,14 @@ fn serve(volume: &Volume, inbox: Receiver<Order>, wakeup: Arc<EventFd>) -> io::R
     core.spawn(|io| listen(io, of_listener, listener));
     for _ in 0..AT_ONCE {
         let memory = Mapping::anonymous(CHUNK)?;
-        let (attached, flushers, desk) = (attached.clone(), flushers.clone(), desk.clone());
-        core.spawn(|io| work(io, memory, attached, flushers, desk));
+        let (channel, flushers, desk) = (channel.clone(), flushers.clone(), desk.clone());
+        core.spawn(|io| work(io, memory, channel, flushers, desk));
     }
     while desk.working.get() > 0 {
         pass(&core, &mut tasks)?;
     }
-    drop((attached, desk));
-    let limit = Instant::now() + GOODBYE / 2;
+    drop((channel, desk));
+    let limit = Instant::now() + SHUTDOWN_GRACE / 2;
     tasks.run_ready();
     while core.in_flight() > 0 && Instant::now() < limit {
         core.ring().enter(false)?;
@@ -300,7 +300,7 @@ async fn listen(io: Io<Uring>, core: Rc<Core<Uring>>, desk: Rc<Desk>) {
 async fn work(
     io: Io<Uring>,
     memory: Mapping,
-    volume: Rc<Attached<Uring>>,
+    volume: Rc<VolumeChannel<Uring>>,
     flushers: Rc<Flushers>,
     desk: Rc<Desk>,
 ) {
@@ -308,7 +308,7 @@ async fn work(
         let next = desk.orders.borrow_mut().pop_front();
         match next {
             Some(mut order) => {
-                let result = carry_out(&io, &memory, &volume, &flushers, &mut order).await;
+                let result = perform(&io, &memory, &volume, &flushers, &mut order).await;
                 // Whoever asked may have been interrupted.
                 let _ = order.reply.send((result, order.buffer));
             }
@@ -322,10 +322,10 @@ async fn work(
     desk.working.set(desk.working.get() - 1);
 }
 
-async fn carry_out(
+async fn perform(
     io: &Io<Uring>,
     memory: &Mapping,
-    volume: &Attached<Uring>,
+    volume: &VolumeChannel<Uring>,
     flushers: &Flushers,
     order: &mut Order,
 ) -> Result<(), Errno> {
@@ -346,7 +346,7 @@ async fn carry_out(
     let (sector, sectors) = (order.offset / SECTOR, (order.length / SECTOR) as u32);
     let flags = Flags { unmap: true, ..Flags::default() };
     let request = Request { op: order.op, flags, sector, sectors, data };
-    execute(volume, io, flushers.queue(0), &request).await?;
+    submit(volume, io, flushers.queue(0), &request).await?;
     if order.op == Op::Read {
         memory.copy_out(0, bytes);
     }

@@ -301,9 +301,9 @@ impl<R: Ring> Io<R> {
         self.core.wake(slot);
     }
 
-    /// See [`Ring::carry_out`].
-    pub fn carry_out(&self, sqe: &Sqe<'_>) -> i32 {
-        self.core.ring.carry_out(sqe)
+    /// See [`Ring::submit_sync`].
+    pub fn submit_sync(&self, sqe: &Sqe<'_>) -> i32 {
+        self.core.ring.submit_sync(sqe)
     }
 
     /// Whether nothing here is to wait for more than the kernel's work: see [`Core::interrupt`].

@@ -4,7 +4,7 @@
 //! submits an operation and is polled again when its completion comes, found by the slot number in
 //! `user_data`. [`Tasks`] keeps the futures. Everything here belongs to one thread; nothing is locked.
 //!
-//! Two rings exist: [`Uring`], the kernel's, and (in tests) `Double`, an in-memory one with seeded faults.
+//! Two rings exist: [`Uring`], the kernel's, and (in tests) `SimRing`, an in-memory one with seeded faults.
 //! Which one is used is a type parameter, so the choice costs nothing.
 //!
 //! Contracts:
@@ -19,7 +19,7 @@ mod clock;
 mod command;
 mod core;
 #[cfg(test)]
-pub mod double;
+pub mod sim;
 mod fair;
 mod file_size;
 mod flusher;
@@ -76,7 +76,7 @@ pub trait Ring: 'static {
     /// blocking; such a hand-over costs more than most of the operations.
     ///
     /// The result is a count or a negated errno: `EINVAL` for anything but a read or a write of a plain descriptor.
-    fn carry_out(&self, sqe: &Sqe<'_>) -> i32;
+    fn submit_sync(&self, sqe: &Sqe<'_>) -> i32;
 
     /// Nanoseconds on the clock that [`Sqe::Timeout`] goes by, the same for the rings of all threads.
     fn now(&self) -> u64 {

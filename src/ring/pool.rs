@@ -137,19 +137,19 @@ impl<R: Ring> Drop for Buffer<'_, R> {
 mod tests {
     use super::*;
     use crate::ring::Tasks;
-    use crate::ring::double::{Double, Faults, get, put};
+    use crate::ring::sim::{Faults, SimRing, get, put};
     use std::cell::RefCell;
 
     type Holders = Rc<RefCell<Vec<u32>>>;
 
-    fn pool() -> (Rc<Core<Double>>, Rc<Pool<Double>>) {
-        let core = Core::new(Double::new(1, Faults::default()));
+    fn pool() -> (Rc<Core<SimRing>>, Rc<Pool<SimRing>>) {
+        let core = Core::new(SimRing::new(1, Faults::default()));
         let pool = Rc::new(Pool::new(&core));
         (core, pool)
     }
 
     /// A slot of `group` that takes a buffer, says so, and keeps it until it is woken.
-    async fn hold(io: Io<Double>, pool: Rc<Pool<Double>>, group: usize, number: u32, holders: Holders) {
+    async fn hold(io: Io<SimRing>, pool: Rc<Pool<SimRing>>, group: usize, number: u32, holders: Holders) {
         io.set_group(group);
         let buffer = pool.take(&io).await.unwrap();
         holders.borrow_mut().push(number);
@@ -162,7 +162,7 @@ mod tests {
         let (core, pool) = pool();
         assert!(pool.memory.get().is_none(), "none is made before it is needed");
         let (mut tasks, holders) = (Tasks::new(core.clone()), Holders::default());
-        let count = Pool::<Double>::COUNT;
+        let count = Pool::<SimRing>::COUNT;
         let slots: Vec<u32> = (0..3 * count)
             .map(|number| tasks.add(|io| hold(io, pool.clone(), 0, number, holders.clone())))
             .collect();
@@ -187,7 +187,7 @@ mod tests {
     fn exports_wait_in_rotation() {
         let (core, pool) = pool();
         let (mut tasks, holders) = (Tasks::new(core.clone()), Holders::default());
-        let count = Pool::<Double>::COUNT;
+        let count = Pool::<SimRing>::COUNT;
         let mut add = |group, number| tasks.add(|io| hold(io, pool.clone(), group, number, holders.clone()));
         let slots: Vec<u32> = (0..100).map(|number| add(1, number)).collect();
         add(2, 1000);
@@ -206,7 +206,7 @@ mod tests {
     fn a_wake_is_no_grant_and_who_ends_leaves_the_queue() {
         let (core, pool) = pool();
         let (mut tasks, holders) = (Tasks::new(core.clone()), Holders::default());
-        let count = Pool::<Double>::COUNT;
+        let count = Pool::<SimRing>::COUNT;
         let slots: Vec<u32> = (0..count + 3)
             .map(|number| tasks.add(|io| hold(io, pool.clone(), 0, number, holders.clone())))
             .collect();
@@ -225,9 +225,9 @@ mod tests {
     fn buffers_are_apart_and_aligned() {
         let (core, pool) = pool();
         let mut tasks = Tasks::new(core.clone());
-        let bytes = Mapping::anonymous(Pool::<Double>::BYTES).unwrap();
+        let bytes = Mapping::anonymous(Pool::<SimRing>::BYTES).unwrap();
         tasks.add(|io| {
-            let (pool, len) = (pool.clone(), Pool::<Double>::BYTES);
+            let (pool, len) = (pool.clone(), Pool::<SimRing>::BYTES);
             async move {
                 let (a, b) = (pool.take(&io).await.unwrap(), pool.take(&io).await.unwrap());
                 assert!(a.iovec(len).base().addr() % 4096 == 0 && b.iovec(len).base().addr() % 4096 == 0);
@@ -241,6 +241,6 @@ mod tests {
             }
         });
         tasks.run_ready();
-        assert_eq!(pool.free.get().count_ones(), Pool::<Double>::COUNT);
+        assert_eq!(pool.free.get().count_ones(), Pool::<SimRing>::COUNT);
     }
 }

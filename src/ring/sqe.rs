@@ -98,7 +98,7 @@ pub enum Kind {
     /// Nobody waits for it (a cancel).
     Nobody = 4,
     /// A worker's timer: time to look for slow requests.
-    Watch = 5,
+    SlowRequests = 5,
     /// A worker's timer: time to let requests go that waited for limits.
     Throttle = 6,
 }
@@ -125,7 +125,7 @@ impl UserData {
             2 => Some(Kind::Kick),
             3 => Some(Kind::Mailbox),
             4 => Some(Kind::Nobody),
-            5 => Some(Kind::Watch),
+            5 => Some(Kind::SlowRequests),
             6 => Some(Kind::Throttle),
             _ => None,
         }
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn user_data_round_trips() {
-        for kind in [Kind::Slot, Kind::Kick, Kind::Mailbox, Kind::Nobody, Kind::Watch] {
+        for kind in [Kind::Slot, Kind::Kick, Kind::Mailbox, Kind::Nobody, Kind::SlowRequests] {
             let data = UserData::new(kind, UserData::GENERATIONS - 1, u32::MAX);
             let back = UserData::from_raw(data.raw());
             assert_eq!(back.kind(), Some(kind));

@@ -113,7 +113,7 @@ impl<R: Ring, F> Drop for Tasks<R, F> {
 mod tests {
     use super::*;
     use crate::block::Iovec;
-    use crate::ring::double::{Double, Faults};
+    use crate::ring::sim::{Faults, SimRing};
     use crate::ring::{Kind, Setup, Sqe, Target, Uring, UserData};
     use std::cell::Cell;
 
@@ -197,8 +197,8 @@ mod tests {
 
     /// A slot that reads into memory of its own, and what says that its future was dropped.
     fn reading(
-        core: &Rc<Core<Double>>,
-    ) -> (Tasks<Double, impl Future<Output = ()> + use<>>, u32, Rc<Cell<bool>>, std::fs::File) {
+        core: &Rc<Core<SimRing>>,
+    ) -> (Tasks<SimRing, impl Future<Output = ()> + use<>>, u32, Rc<Cell<bool>>, std::fs::File) {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
         let target = core.ring().register(std::os::fd::AsRawFd::as_raw_fd(&file));
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn what_the_kernel_works_on_is_leaked_rather_than_freed() {
         for by_drop in [false, true] {
-            let core = Core::new(Double::new(1, Faults::default()));
+            let core = Core::new(SimRing::new(1, Faults::default()));
             let (mut tasks, slot, gone, _file) = reading(&core);
             if by_drop {
                 drop(tasks);
@@ -228,7 +228,7 @@ mod tests {
                 assert_ne!(other, slot, "its completion would be taken for another's");
             }
             assert!(!gone.get(), "by drop: {by_drop}");
-            // The double carries the read out now: into memory that is still there.
+            // The simulated ring carries the read out now: into memory that is still there.
             core.ring().enter(true).unwrap();
             assert!(!gone.get());
         }
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn what_waits_for_us_is_freed() {
-        let core = Core::new(Double::new(1, Faults::default()));
+        let core = Core::new(SimRing::new(1, Faults::default()));
         let (mut tasks, slot, gone, _file) = reading(&core);
         settle(&core, &mut tasks);
         assert!(tasks.is_alive(slot) && !gone.get(), "it parks");

@@ -273,7 +273,7 @@ impl Ring for Uring {
         }));
     }
 
-    fn carry_out(&self, sqe: &Sqe<'_>) -> i32 {
+    fn submit_sync(&self, sqe: &Sqe<'_>) -> i32 {
         let one;
         let (fd, ranges, offset, write) = match *sqe {
             Sqe::Read { file: Target::Fd(fd), range, offset } => {
@@ -365,16 +365,22 @@ mod tests {
         let plain = Target::Fd(file.as_raw_fd());
         let mut bytes = *b"here and now";
         let write = Sqe::Write { file: plain, range: Iovec::of(&mut bytes), offset: 5, rw_flags: 0 };
-        assert_eq!(ring.carry_out(&write), 12);
+        assert_eq!(ring.submit_sync(&write), 12);
         bytes.fill(0);
         let read = Sqe::Read { file: plain, range: Iovec::of(&mut bytes), offset: 10 };
-        assert_eq!(ring.carry_out(&read), 7, "short, at the end");
+        assert_eq!(ring.submit_sync(&read), 7, "short, at the end");
         assert_eq!(&bytes, b"and now\0\0\0\0\0");
-        assert_eq!(ring.carry_out(&Sqe::Fdatasync { file: plain }), -libc::EINVAL);
+        assert_eq!(ring.submit_sync(&Sqe::Fdatasync { file: plain }), -libc::EINVAL);
         let fixed = ring.register(file.as_raw_fd());
-        assert_eq!(ring.carry_out(&Sqe::Read { file: fixed, range: Iovec::EMPTY, offset: 0 }), -libc::EINVAL);
+        assert_eq!(
+            ring.submit_sync(&Sqe::Read { file: fixed, range: Iovec::EMPTY, offset: 0 }),
+            -libc::EINVAL
+        );
         let closed = Target::Fd(-1);
-        assert_eq!(ring.carry_out(&Sqe::Read { file: closed, range: Iovec::EMPTY, offset: 0 }), -libc::EBADF);
+        assert_eq!(
+            ring.submit_sync(&Sqe::Read { file: closed, range: Iovec::EMPTY, offset: 0 }),
+            -libc::EBADF
+        );
     }
 
     #[test]

@@ -20,9 +20,9 @@ pub struct Features {
     pub kernel: String,
     /// What the engine runs on.
     pub io_uring: Group,
-    /// The door to this host.
+    /// The frontend to this host.
     pub ublk: Group,
-    /// The door to guests.
+    /// The frontend to guests.
     pub vhost_user: Group,
 }
 

@@ -7,7 +7,7 @@ pub mod config;
 pub mod control;
 mod exports;
 pub mod features;
-pub mod leftovers;
+pub mod orphans;
 pub mod namespace;
 pub mod preflight;
 mod run;

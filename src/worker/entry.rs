@@ -2,7 +2,7 @@
 
 use super::slow_requests::CurrentRequest;
 use super::throttle::Admission;
-use crate::engine::{Attached, Flusher, Flushers};
+use crate::engine::{Flusher, Flushers, VolumeChannel};
 use crate::frontend::{AnyQueue, Queue};
 use crate::ring::Uring;
 use std::cell::Cell;
@@ -41,7 +41,7 @@ impl Client {
 /// See the module.
 pub(super) struct QueueEntry {
     pub queue: AnyQueue,
-    pub channel: Rc<Attached<Uring>>,
+    pub channel: Rc<VolumeChannel<Uring>>,
     pub client: Client,
     pub admission: Rc<Admission>,
     /// Slots of all the queues of its export here.

@@ -9,7 +9,7 @@ use super::slow_requests::SlowRequestLog;
 use super::throttle::ThrottleTimer;
 use super::{NewQueue, QueueId, WorkerConfig};
 use crate::block::Errno;
-use crate::engine::{Attached, Volume};
+use crate::engine::{Volume, VolumeChannel};
 use crate::frontend::{AnyQueue, Queue};
 use crate::ring::{
     Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Uring, UserData, set_io_flusher, use_stack,
@@ -56,7 +56,7 @@ pub(super) struct EventLoop<F, M> {
     throttle: ThrottleTimer,
     /// Volumes that are or were in use here: the queues of one share what it keeps for a worker. That lives as long as the
     /// volume, because a connection may have to vouch for writes when all queues are gone that brought them.
-    channels: Vec<(Weak<Volume>, Rc<Attached<Uring>>)>,
+    channels: Vec<(Weak<Volume>, Rc<VolumeChannel<Uring>>)>,
     /// Queues to look at in each pass: kicked, or with requests in flight. Idle ones cost nothing.
     active: Vec<u32>,
     /// Queues that drain.
@@ -103,7 +103,7 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> EventLoop<F, M> {
                     Some(Kind::Slot) => self.tasks.complete(&cqe),
                     Some(Kind::Kick) => self.kicked(&cqe),
                     Some(Kind::Mailbox) => self.read_mail(&cqe),
-                    Some(Kind::Watch) => self.log_slow(),
+                    Some(Kind::SlowRequests) => self.log_slow(),
                     Some(Kind::Throttle) => self.throttle_expired(&cqe),
                     Some(Kind::Nobody) | None => {}
                 }
@@ -332,7 +332,7 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> OnWorker for EventLoop<F, 
         &self.core
     }
 
-    fn channel(&mut self, volume: &Arc<Volume>, read_only: bool) -> Rc<Attached<Uring>> {
+    fn channel(&mut self, volume: &Arc<Volume>, read_only: bool) -> Rc<VolumeChannel<Uring>> {
         self.channels.retain(|(of, _)| of.strong_count() > 0);
         let same = self.channels.iter().find(|(of, channel)| {
             of.as_ptr() == Arc::as_ptr(volume)
@@ -346,7 +346,7 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> OnWorker for EventLoop<F, 
         channel
     }
 
-    fn channels(&self, of: Option<&Volume>) -> Vec<Rc<Attached<Uring>>> {
+    fn channels(&self, of: Option<&Volume>) -> Vec<Rc<VolumeChannel<Uring>>> {
         let wanted = |volume: &Weak<Volume>| of.is_none_or(|of| std::ptr::eq(volume.as_ptr(), of));
         self.channels
             .iter()
@@ -358,7 +358,7 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> OnWorker for EventLoop<F, 
     fn add(
         &mut self,
         queue: AnyQueue,
-        channel: Rc<Attached<Uring>>,
+        channel: Rc<VolumeChannel<Uring>>,
         new: NewQueue,
         ended: Sender<()>,
     ) -> QueueId {

@@ -169,7 +169,7 @@ impl WorkerHandle {
         self.post(|worker| worker.limits_changed());
     }
 
-    /// Fails what waits for somebody other than the kernel: see [`Attached::abandon`](crate::engine::Attached).
+    /// Fails what waits for somebody other than the kernel: see [`VolumeChannel::abandon`](crate::engine::VolumeChannel).
     pub fn abandon(&self) {
         self.post(|worker| worker.channels(None).iter().for_each(|channel| channel.abandon()));
     }

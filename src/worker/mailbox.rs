@@ -2,7 +2,7 @@
 
 use super::entry::Finish;
 use super::{NewQueue, QueueId};
-use crate::engine::{Attached, Volume};
+use crate::engine::{Volume, VolumeChannel};
 use crate::frontend::AnyQueue;
 use crate::ring::{Core, Uring};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -21,16 +21,16 @@ pub(super) trait OnWorker {
     fn core(&self) -> &Rc<Core<Uring>>;
 
     /// The volume as this worker uses it: one for all its queues here.
-    fn channel(&mut self, volume: &Arc<Volume>, read_only: bool) -> Rc<Attached<Uring>>;
+    fn channel(&mut self, volume: &Arc<Volume>, read_only: bool) -> Rc<VolumeChannel<Uring>>;
 
     /// What is open here: of one volume, or of all.
-    fn channels(&self, of: Option<&Volume>) -> Vec<Rc<Attached<Uring>>>;
+    fn channels(&self, of: Option<&Volume>) -> Vec<Rc<VolumeChannel<Uring>>>;
 
     /// Serves a queue from now on. `ended` hears when all its slots have ended.
     fn add(
         &mut self,
         queue: AnyQueue,
-        channel: Rc<Attached<Uring>>,
+        channel: Rc<VolumeChannel<Uring>>,
         new: NewQueue,
         ended: Sender<()>,
     ) -> QueueId;

@@ -3,7 +3,7 @@
 use super::entry::Client;
 use super::slow_requests::CurrentRequest;
 use super::throttle::Admission;
-use crate::engine::{Attached, execute};
+use crate::engine::{VolumeChannel, submit};
 use crate::frontend::{AnyQueue, Source, with_queue};
 use crate::ring::{Io, Uring};
 use std::cell::{Cell, RefCell};
@@ -13,7 +13,7 @@ use std::rc::Rc;
 pub(super) struct SlotContext {
     pub io: Io<Uring>,
     pub queue: AnyQueue,
-    pub channel: Rc<Attached<Uring>>,
+    pub channel: Rc<VolumeChannel<Uring>>,
     pub client: Client,
     pub admission: Rc<Admission>,
     pub tag: u16,
@@ -36,7 +36,7 @@ async fn serve<S: Source<Uring>>(slot: &SlotContext, source: &S) {
     while let Some(request) = source.next(io, tag, &mut state).await {
         admission.pass(io, source, &request).await;
         current.begin(&request);
-        let result = execute(channel, io, flusher, &request).await;
+        let result = submit(channel, io, flusher, &request).await;
         current.end();
         source.complete(tag, &mut state, result);
     }

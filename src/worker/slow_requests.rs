@@ -5,7 +5,7 @@
 //! when it is as old as the limit at least, and half as old again at most. Then at twice the age, and so on. A worker
 //! without requests has no timer.
 
-use crate::block::{Outline, Request};
+use crate::block::{Request, RequestSummary};
 use crate::ring::{Core, Kind, Ring, Sqe, UserData};
 use std::cell::Cell;
 use std::rc::Rc;
@@ -26,7 +26,7 @@ pub(super) struct CurrentRequest {
     busy: Rc<Cell<usize>>,
     /// Requests begun.
     count: Cell<u64>,
-    doing: Cell<Option<Outline>>,
+    doing: Cell<Option<RequestSummary>>,
     seen: Cell<Option<Seen>>,
 }
 
@@ -41,7 +41,7 @@ struct Seen {
     tell_at: Duration,
 }
 
-pub(super) const TIMER: UserData = UserData::new(Kind::Watch, 0, 0);
+pub(super) const TIMER: UserData = UserData::new(Kind::SlowRequests, 0, 0);
 
 impl SlowRequestLog {
     /// Looks for requests that take longer than `limit`; zero looks for none.
@@ -72,7 +72,7 @@ impl SlowRequestLog {
     pub fn look<'a, T>(
         &'a self,
         slots: impl Iterator<Item = (T, &'a CurrentRequest)>,
-    ) -> impl Iterator<Item = (T, Outline, Duration)> {
+    ) -> impl Iterator<Item = (T, RequestSummary, Duration)> {
         self.armed.set(false);
         let now = Instant::now();
         slots.filter_map(move |(whose, current)| {
@@ -86,7 +86,7 @@ impl CurrentRequest {
     pub fn begin(&self, request: &Request<'_>) {
         self.busy.set(self.busy.get() + 1);
         self.count.set(self.count.get() + 1);
-        self.doing.set(Some(request.outline()));
+        self.doing.set(Some(request.summary()));
     }
 
     /// It ends.
@@ -96,7 +96,7 @@ impl CurrentRequest {
     }
 
     /// The request under way, and its age at least, if that is due to be told.
-    fn look(&self, now: Instant, limit: Duration) -> Option<(Outline, Duration)> {
+    fn look(&self, now: Instant, limit: Duration) -> Option<(RequestSummary, Duration)> {
         let (doing, count) = (self.doing.get()?, self.count.get());
         let new = Seen { count, since: now, tell_at: limit };
         let seen = self.seen.get().filter(|seen| seen.count == count).unwrap_or(new);
@@ -146,8 +146,8 @@ mod tests {
 
     #[test]
     fn the_timer_runs_only_while_there_are_requests() {
-        use crate::ring::double::{Double, Faults};
-        let core = Core::new(Double::new(1, Faults::default()));
+        use crate::ring::sim::{Faults, SimRing};
+        let core = Core::new(SimRing::new(1, Faults::default()));
         let ring = core.ring();
         let timers = || ring.count(|sqe| matches!(sqe, Sqe::Timeout { .. }));
         let log = SlowRequestLog::new(LIMIT);

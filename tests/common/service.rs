@@ -72,7 +72,7 @@ impl Setup {
     }
 
     /// `--vhost-user volume=DIR/socket,options`
-    pub fn door(self, volume: &str, socket: &str, options: &str) -> Setup {
+    pub fn vhost_user(self, volume: &str, socket: &str, options: &str) -> Setup {
         let comma = if options.is_empty() { "" } else { "," };
         let path = self.path(socket);
         self.args(["--vhost-user", &format!("{volume}={}{comma}{options}", path.display())])

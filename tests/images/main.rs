@@ -119,7 +119,7 @@ fn served() {
     image(&source, &[1; 4096], MIB);
     let setup = Setup::new();
     let disk = setup.image(MIB);
-    let service = setup.volume("v", &format!("file:{}", disk.display())).door("v", "a", "").start();
+    let service = setup.volume("v", &format!("file:{}", disk.display())).vhost_user("v", "a", "").start();
     let (_vmm, mut queue) = everyday(&service.path("a"));
     assert_eq!(queue.write(0, &[7; 4096]), OK);
     let inode = fs::metadata(&disk).unwrap().ino();
@@ -140,7 +140,7 @@ fn served() {
     drop((_vmm, queue));
     // One that is served read-only may be read by others.
     let setup = Setup::new().volume("v", &format!("file:{},read-only=on", other.display()));
-    let _service = setup.door("v", "a", "").start();
+    let _service = setup.vhost_user("v", "a", "").start();
     assert_eq!(copy(&[], &other, &dir.path().join("third")).0, 0);
     assert_eq!(copy(&["--force"], &source, &other).0, 1);
 }
@@ -174,9 +174,9 @@ fn qemu() {
     let info = command(&["image", "info", "--json"]).arg(dir.path().join("q")).output().unwrap();
     assert!(String::from_utf8_lossy(&info.stdout).contains("\"format\": \"qcow2\""));
     let volume = |options: &str| format!("file:{}{options}", dir.path().join("q").display());
-    let (code, error) = Setup::new().volume("v", &volume("")).door("v", "a", "").refused();
+    let (code, error) = Setup::new().volume("v", &volume("")).vhost_user("v", "a", "").refused();
     assert!(code == 1 && error.contains("qcow2") && error.contains("format=raw"), "{code}: {error}");
-    drop(Setup::new().volume("v", &volume(",format=raw")).door("v", "a", "").start());
+    drop(Setup::new().volume("v", &volume(",format=raw")).vhost_user("v", "a", "").start());
 }
 
 fn without_links() {
@@ -233,7 +233,7 @@ fn limited() {
     // A service goes on, for whoever stays within the limit.
     let setup = Setup::new();
     let disk = setup.image(MIB);
-    let setup = setup.volume("v", &format!("file:{}", disk.display())).door("v", "a", "");
+    let setup = setup.volume("v", &format!("file:{}", disk.display())).vhost_user("v", "a", "");
     let command = limit(setup.command());
     let service = setup.start_as(command);
     let (_vmm, mut queue) = everyday(&service.path("a"));
@@ -329,7 +329,7 @@ fn in_use(mount: &Mount) {
     image(&source, &[1; 4096], MIB);
     let serve = |options: &str| {
         let setup = Setup::new().volume("v", &format!("file:{}{options}", mount.device.display()));
-        setup.door("v", "a", "")
+        setup.vhost_user("v", "a", "")
     };
     let (code, error) = serve("").refused();
     assert!(code == 1 && error.contains("lock=off"), "{code}: {error}");

@@ -287,7 +287,7 @@ impl Round {
         }
     }
 
-    /// Ends it: nothing in flight, all of the volume checked through the door and in the image.
+    /// Ends it: nothing in flight, all of the volume checked through the export and in the image.
     pub fn finish(mut self) -> Result<(), Over> {
         self.scan()?;
         self.rest();

@@ -145,7 +145,7 @@ fn damaged(damage: Damage) {
     image.write_all_at(&bad, (sector * SECTOR) as u64).unwrap();
     round.check_image();
     assert_eq!(report.count(Wrong::Loss), 1);
-    // And through the door, where nobody writes it again before the scan comes there.
+    // And through the export, where nobody writes it again before the scan comes there.
     round.only_read();
     round.go_on();
     assert!(round.scan().is_ok());

@@ -34,7 +34,7 @@ pub struct FaultConfig {
     /// Requests that are late.
     #[serde(default)]
     pub delays: Chance,
-    /// By how many milliseconds, 1 to [`FaultConfig::MAX_DELAY`].
+    /// Via how many milliseconds, 1 to [`FaultConfig::MAX_DELAY`].
     #[serde(default = "FaultConfig::default_delay")]
     pub delay: u64,
     /// Reads that fail with a part of their data read.

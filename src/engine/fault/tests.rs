@@ -4,8 +4,8 @@ use super::*;
 use crate::block::{Data, Flags, Size};
 use crate::engine::config::{MemoryConfig, PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::tests::settle;
-use crate::engine::{Attached, Flushers, Opener, Volume, execute};
-use crate::ring::double::{Double, Faults, get, put};
+use crate::engine::{Flushers, Opener, Volume, VolumeChannel, submit};
+use crate::ring::sim::{Faults, SimRing, get, put};
 use crate::ring::{Core, Mapping, Tasks};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -15,9 +15,9 @@ const SECTORS: u32 = 64;
 
 /// A memory volume with faults on it, and a client of it.
 struct World {
-    core: Rc<Core<Double>>,
+    core: Rc<Core<SimRing>>,
     volume: Volume,
-    attached: Rc<Attached<Double>>,
+    channel: Rc<VolumeChannel<SimRing>>,
     flushers: Rc<Flushers>,
 }
 
@@ -31,10 +31,10 @@ impl World {
         let volumes = BTreeMap::from([("below".into(), VolumeConfig::Memory(memory)), ("top".into(), fault)]);
         let opener = Opener::new("top", &volumes, PolicyConfig::default(), TopologyConfig::default());
         let volume = opener.unwrap().open(Duration::MAX).unwrap();
-        let core = Core::new(Double::new(1, Faults::default()));
-        let attached = Rc::new(volume.attach(&core, false));
+        let core = Core::new(SimRing::new(1, Faults::default()));
+        let channel = Rc::new(volume.attach(&core, false));
         let flushers = Rc::new(Flushers::new(&volume, 2));
-        World { core, volume, attached, flushers }
+        World { core, volume, channel, flushers }
     }
 
     fn request(&self, op: Op, sector: u64, sectors: u32, byte: u8) -> (Result<(), Errno>, Vec<u8>) {
@@ -46,7 +46,7 @@ impl World {
         let result = Rc::new(Cell::new(None));
         let found = Rc::new(RefCell::new(Vec::new()));
         let mut tasks = Tasks::new(self.core.clone());
-        let (attached, flushers) = (self.attached.clone(), self.flushers.clone());
+        let (channel, flushers) = (self.channel.clone(), self.flushers.clone());
         let (told, shown) = (result.clone(), found.clone());
         tasks.add(|io| async move {
             let len = request.len() as usize;
@@ -56,7 +56,7 @@ impl World {
             let moves = matches!(request.op, Op::Read | Op::Write);
             let data = if moves { Data::of(&iovecs) } else { Data::None };
             let request = Request { data, ..request };
-            told.set(Some(execute(&attached, &io, flushers.queue(queue), &request).await));
+            told.set(Some(submit(&channel, &io, flushers.queue(queue), &request).await));
             *shown.borrow_mut() = get(&memory, 0, len);
         });
         settle(&self.core, &mut tasks);
@@ -184,18 +184,18 @@ fn a_late_request_is_let_go() {
     type Free = fn(&World, u32);
     let frees: [(Free, Result<(), Errno>); 3] = [
         (|world, _| assert_eq!(switch(&world.volume, false), 1), Ok(())),
-        (|world, _| world.attached.abandon(), Err(Errno::EIO)),
+        (|world, _| world.channel.abandon(), Err(Errno::EIO)),
         (|world, slot| world.core.interrupt(slot), Err(Errno::EIO)),
     ];
     for (number, (free, expected)) in frees.into_iter().enumerate() {
         let world = World::new(r#"{"delays": "100%", "delay": 600000, "errors": "100%"}"#);
         let result = Rc::new(Cell::new(None));
         let mut tasks = Tasks::new(world.core.clone());
-        let (attached, flushers, told) = (world.attached.clone(), world.flushers.clone(), result.clone());
+        let (channel, flushers, told) = (world.channel.clone(), world.flushers.clone(), result.clone());
         let slot = tasks.add(|io| async move {
             let op = Op::Discard;
             let request = Request { op, flags: Flags::default(), sector: 0, sectors: 8, data: Data::None };
-            told.set(Some(execute(&attached, &io, flushers.queue(0), &request).await));
+            told.set(Some(submit(&channel, &io, flushers.queue(0), &request).await));
         });
         let mut cqes = Vec::new();
         let mut turn = || {

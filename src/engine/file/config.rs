@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Error, FileVolume, examine};
+use super::{Error, FileStore, examine};
 use crate::block::Causes;
 use crate::engine::config::{check_block_size, yes};
 use crate::engine::driver::{AnyStore, Driver, Need, Open, Opened, Summary};
@@ -51,7 +51,7 @@ impl Driver for FileConfig {
   An image that looks like another format (qcow2, vmdk, ...) is refused without
   format=raw. Say it always: a guest can make its disk look so.
 ";
-    type Store = FileVolume;
+    type Store = FileStore;
 
     fn target(&self) -> String {
         self.path.display().to_string()
@@ -99,7 +99,7 @@ impl FileConfig {
 }
 
 fn open(config: &FileConfig) -> Result<Opened, Error> {
-    let (volume, geometry) = FileVolume::open(config)?;
+    let (volume, geometry) = FileStore::open(config)?;
     let identity = volume.identity(FileConfig::NAME)?;
     Ok(Opened { geometry, identity, tail: volume.tail(), store: AnyStore::File(volume) })
 }

@@ -7,7 +7,7 @@
 //! fault, on a journal, when the kernel holds writers back because too much is dirty.
 //!
 //! So the worker does them itself as long as they are quick, and leaves them to the kernel for a hundred times as long
-//! as one of them took too long: what a store can make a worker wait is a hundredth of its time at the most.
+//! as one of them record too long: what a store can make a worker wait is a hundredth of its time at the most.
 
 use crate::block::Errno;
 use std::cell::Cell;
@@ -19,8 +19,8 @@ const MOST: u64 = 256 << 10;
 /// The longest that a transfer may take before it counts as blocked: this, and a microsecond for each KiB.
 const QUICK: Duration = Duration::from_micros(100);
 
-/// How many times as long as a blocked transfer took, none is carried out here.
-const PENANCE: u32 = 100;
+/// How many times as long as a blocked transfer record, none is carried out here.
+const BLOCKED_BACKOFF: u32 = 100;
 
 /// What one worker knows of one file.
 #[derive(Debug)]
@@ -66,10 +66,10 @@ impl Inline {
         Some(now)
     }
 
-    /// A transfer of so many bytes took so long.
-    pub fn took(&self, len: u64, time: Duration) {
+    /// A transfer of so many bytes record so long.
+    pub fn record(&self, len: u64, time: Duration) {
         if time > QUICK + Duration::from_micros(len >> 10) {
-            self.not_before.set(Some(Instant::now() + time * PENANCE));
+            self.not_before.set(Some(Instant::now() + time * BLOCKED_BACKOFF));
         }
     }
 }
@@ -96,11 +96,11 @@ mod tests {
     #[test]
     fn what_blocks_is_left_alone_for_a_while() {
         let inline = Inline::new(true, Some(true));
-        inline.took(64 << 10, QUICK + Duration::from_micros(64));
+        inline.record(64 << 10, QUICK + Duration::from_micros(64));
         assert!(inline.read(4096).is_some(), "the time for so much");
-        inline.took(4096, 2 * QUICK);
+        inline.record(4096, 2 * QUICK);
         assert!(inline.read(4096).is_none() && inline.write(4096, || 0).is_none());
-        std::thread::sleep(2 * QUICK * PENANCE);
+        std::thread::sleep(2 * QUICK * BLOCKED_BACKOFF);
         assert!(inline.read(4096).is_some());
     }
 }

@@ -44,7 +44,7 @@ impl Access {
 }
 
 /// How often a lock is looked at that is waited for.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Takes what an open image needs, for as long as the file is open. False when somebody has it open in a way that this
 /// one cannot be: any other writer, or for a writer any reader that wants the contents to stay. That is said only at
@@ -65,7 +65,7 @@ pub(super) fn take(file: &File, access: Access, limit: Instant, path: &Path) -> 
             let left = limit.saturating_duration_since(Instant::now()).as_secs_f32();
             log::info!("{}: is in use: waiting up to {left:.0} s for it", path.display());
         }
-        sleep(LOOK_EVERY);
+        sleep(POLL_INTERVAL);
     }
 }
 
@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(try_take(&shared, Access::ReadShared), Ok(true), "whoever writes");
         drop(shared);
         drop(writer);
-        assert!(is_free(), "locks end with who took them");
+        assert!(is_free(), "locks end with who record them");
     }
 
     /// Whoever waits keeps nobody else from it.

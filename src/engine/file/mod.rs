@@ -27,7 +27,7 @@ const DYING: Duration = Duration::from_secs(5);
 
 /// An opened store, shared by all workers.
 #[derive(Clone, Debug)]
-pub struct FileVolume {
+pub struct FileStore {
     file: Arc<File>,
     /// Write-backs that failed, which the kernel tells one user of the open file.
     losses: Arc<Losses>,
@@ -82,12 +82,12 @@ pub enum Error {
     Geometry(#[from] GeometryError),
 }
 
-impl FileVolume {
+impl FileStore {
     /// Opens the store and finds out its shape.
     ///
     /// # Errors
     /// When it is missing, of the wrong kind, not ours to open, empty, or cannot do what was asked.
-    pub fn open(options: &FileConfig) -> Result<(FileVolume, Geometry), Error> {
+    pub fn open(options: &FileConfig) -> Result<(FileStore, Geometry), Error> {
         let access = if options.read_only { Access::Read } else { Access::Write };
         let opening = Opening {
             path: &options.path,
@@ -110,7 +110,7 @@ impl FileVolume {
         geometry.discard = store.discard;
         geometry.max_write_zeroes = store.max_write_zeroes;
         geometry.dma_alignment = store.memory_alignment;
-        let volume = FileVolume {
+        let volume = FileStore {
             file: Arc::new(file),
             losses: Arc::default(),
             kind: store.kind,
@@ -127,7 +127,7 @@ impl FileVolume {
 /// nor claimed, so that nobody notices who has it.
 ///
 /// # Errors
-/// See [`FileVolume::open`].
+/// See [`FileStore::open`].
 fn examine(options: &FileConfig) -> Result<(), Error> {
     let (path, direct, raw) = (&options.path, options.direct, options.format.is_some());
     let opening =
@@ -148,7 +148,7 @@ fn shape(file: &File, options: &FileConfig) -> Result<(Store, Geometry), Error> 
     Ok((store, geometry))
 }
 
-impl FileVolume {
+impl FileStore {
     /// Bytes behind the last whole block when it was opened.
     pub fn tail(&self) -> u64 {
         self.tail
@@ -197,8 +197,8 @@ impl FileVolume {
     /// As if it had been opened for direct I/O, with sectors of 512 bytes, for tests of what that asks of us where the
     /// file system has none.
     #[cfg(test)]
-    pub(super) fn pretend_direct(self) -> FileVolume {
-        FileVolume { memory_alignment: 512, length_alignment: 512, ..self }
+    pub(super) fn pretend_direct(self) -> FileStore {
+        FileStore { memory_alignment: 512, length_alignment: 512, ..self }
     }
 
     /// Whether writes cannot be tried without waiting, where that is known. Direct ones can, and only a write can
@@ -232,13 +232,13 @@ mod tests {
         let fifo = dir.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         for path in [fifo.as_path(), Path::new("/dev/null")] {
-            assert!(matches!(FileVolume::open(&options(path)), Err(Error::Kind)), "{}", path.display());
+            assert!(matches!(FileStore::open(&options(path)), Err(Error::Kind)), "{}", path.display());
         }
         let mut directory = options(dir.path());
         directory.read_only = true;
-        assert!(matches!(FileVolume::open(&directory), Err(Error::Kind)));
+        assert!(matches!(FileStore::open(&directory), Err(Error::Kind)));
         assert!(matches!(
-            FileVolume::open(&options(&dir.path().join("absent"))),
+            FileStore::open(&options(&dir.path().join("absent"))),
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound
         ));
     }
@@ -248,12 +248,12 @@ mod tests {
     fn files_in_memory_are_read_by_the_worker() {
         let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         file.as_file().set_len(1 << 20).unwrap();
-        let (volume, _) = FileVolume::open(&options(file.path())).unwrap();
+        let (volume, _) = FileStore::open(&options(file.path())).unwrap();
         let tmpfs = rustix::fs::fstatfs(file.as_file()).unwrap().f_type == 0x0102_1994; // TMPFS_MAGIC of linux/magic.h
         assert_eq!(volume.reads_wait, tmpfs);
         let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         file.as_file().set_len(1 << 20).unwrap();
-        let (volume, _) = FileVolume::open(&options(file.path())).unwrap();
+        let (volume, _) = FileStore::open(&options(file.path())).unwrap();
         assert_eq!(volume.writes_wait(), volume.reads_wait.then_some(true), "only a write tells");
         assert!(!fcntl_getfl(&*volume.file).unwrap().contains(OFlags::NONBLOCK));
     }
@@ -266,7 +266,7 @@ mod tests {
         file.as_file().set_len(1 << 20).unwrap();
         for direct in [false, true] {
             let given = FileConfig { direct, ..options(file.path()) };
-            match FileVolume::open(&given) {
+            match FileStore::open(&given) {
                 Err(error @ Error::Format(Format::Qcow2)) => {
                     assert!(error.to_string().contains("qcow2") && error.to_string().contains("format=raw"));
                 }
@@ -274,13 +274,13 @@ mod tests {
                 other => panic!("{other:?}"),
             }
             let raw = FileConfig { format: Some(ImageFormat::Raw), ..given };
-            let (volume, _) = FileVolume::open(&raw).unwrap();
+            let (volume, _) = FileStore::open(&raw).unwrap();
             let flags = fcntl_getfl(&*volume.file).unwrap();
             assert_eq!(flags.contains(OFlags::DIRECT), direct);
         }
         std::fs::write(file.path(), b"# Disk DescriptorFile").unwrap();
         assert!(
-            matches!(FileVolume::open(&options(file.path())), Err(Error::Format(Format::Vmdk))),
+            matches!(FileStore::open(&options(file.path())), Err(Error::Format(Format::Vmdk))),
             "a short one"
         );
     }
@@ -300,7 +300,7 @@ mod tests {
             std::fs::rename(new, moving).unwrap();
             drop(holder);
         });
-        let (_, geometry) = FileVolume::open(&options(&path)).unwrap();
+        let (_, geometry) = FileStore::open(&options(&path)).unwrap();
         waits.join().unwrap();
         assert_eq!(geometry.bytes(), 1024);
     }
@@ -308,12 +308,12 @@ mod tests {
     #[test]
     fn the_size_is_whole_blocks() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(matches!(FileVolume::open(&options(file.path())), Err(Error::Geometry(_))));
+        assert!(matches!(FileStore::open(&options(file.path())), Err(Error::Geometry(_))));
         file.as_file().set_len(3 * 4096 + 512 + 17).unwrap();
-        let (_, geometry) = FileVolume::open(&options(file.path())).unwrap();
+        let (_, geometry) = FileStore::open(&options(file.path())).unwrap();
         assert_eq!((geometry.sectors(), geometry.logical_block), (25, 512));
         let coarse = FileConfig { block_size: Some(4096), ..options(file.path()) };
-        let (_, geometry) = FileVolume::open(&coarse).unwrap();
+        let (_, geometry) = FileStore::open(&coarse).unwrap();
         assert_eq!((geometry.sectors(), geometry.logical_block), (24, 4096));
     }
 }

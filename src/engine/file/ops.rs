@@ -1,12 +1,12 @@
 //! A file or block device, through one worker's ring.
 
-use super::FileVolume;
+use super::FileStore;
 use super::inline::Inline;
 use super::probe::Kind;
 use crate::block::{Data, Errno};
 use crate::engine::losses::Losses;
 use crate::engine::node::Leaf;
-use crate::engine::transfer::{self, By, Direction};
+use crate::engine::transfer::{self, Direction, Via};
 use crate::ring::{Core, Io, Pool, Ring, Sqe, Target};
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT};
 use std::os::fd::AsRawFd;
@@ -17,7 +17,7 @@ use std::time::Instant;
 /// allocation.
 pub struct FileOps<R: Ring> {
     core: Rc<Core<R>>,
-    volume: FileVolume,
+    volume: FileStore,
     /// The store in the ring's file table, for as long as this lives.
     target: Target,
     /// The same by its descriptor, for what is carried out here.
@@ -30,7 +30,7 @@ pub struct FileOps<R: Ring> {
 
 impl<R: Ring> FileOps<R> {
     /// Enters the store in the ring's file table.
-    pub fn new(core: &Rc<Core<R>>, volume: FileVolume) -> FileOps<R> {
+    pub fn new(core: &Rc<Core<R>>, volume: FileStore) -> FileOps<R> {
         let target = core.ring().register(volume.file.as_raw_fd());
         let plain = Target::Fd(volume.file.as_raw_fd());
         let inline = Inline::new(volume.reads_wait, volume.writes_wait());
@@ -70,20 +70,20 @@ impl<R: Ring> FileOps<R> {
         len: u64,
         offset: u64,
     ) -> Result<(), Errno> {
-        if let Some(begin) = self.here(io, direction, data, len, offset) {
-            let done = transfer::exactly(io, By::Us, self.plain, direction, data, len, offset).await;
-            self.inline.took(len, begin.elapsed());
+        if let Some(begin) = self.inline_start(io, direction, data, len, offset) {
+            let done = transfer::exactly(io, Via::Inline, self.plain, direction, data, len, offset).await;
+            self.inline.record(len, begin.elapsed());
             return done;
         }
         if self.fits(data) {
-            return transfer::exactly(io, By::Ring, self.target, direction, data, len, offset).await;
+            return transfer::exactly(io, Via::Ring, self.target, direction, data, len, offset).await;
         }
         self.bounce(io, direction, data, len, offset).await
     }
 
     /// When a transfer begins that is to be carried out here. One that must reach the disk waits for it and never is; and
     /// none is where it could hold up other volumes: a frozen file system, or a server that is gone, blocks for ever.
-    fn here(
+    fn inline_start(
         &self,
         io: &Io<R>,
         direction: Direction,
@@ -100,7 +100,7 @@ impl<R: Ring> FileOps<R> {
             Direction::Write { rw_flags: 0 } => self.inline.write(len, || {
                 // Should it succeed, the same bytes are written once more.
                 let attempt = Direction::Write { rw_flags: RWF_NOWAIT };
-                io.carry_out(&transfer::vector(self.plain, attempt, window, offset))
+                io.submit_sync(&transfer::vector(self.plain, attempt, window, offset))
             }),
             Direction::Write { .. } => None,
         }
@@ -129,7 +129,7 @@ impl<R: Ring> FileOps<R> {
             let whole = [buffer.iovec(step)];
             transfer::exactly(
                 io,
-                By::Ring,
+                Via::Ring,
                 self.target,
                 direction,
                 Data::of(&whole),
@@ -250,7 +250,7 @@ mod tests {
     use super::*;
     use crate::engine::tests::settle;
     use crate::ring::Tasks;
-    use crate::ring::double::{Double, Faults};
+    use crate::ring::sim::{Faults, SimRing};
     use std::cell::Cell;
     use std::os::unix::fs::FileExt;
     use std::pin::Pin;
@@ -265,11 +265,11 @@ mod tests {
 
     fn on_device(
         faults: Faults,
-        run: impl FnOnce(Rc<FileOps<Double>>, Io<Double>) -> Done,
+        run: impl FnOnce(Rc<FileOps<SimRing>>, Io<SimRing>) -> Done,
     ) -> (Result<(), Errno>, Vec<u8>, usize) {
         let file = tempfile::tempfile().unwrap();
         file.write_all_at(&[7; 3 * 4096], 0).unwrap();
-        let volume = FileVolume {
+        let volume = FileStore {
             file: Arc::new(file),
             losses: Arc::default(),
             kind: Kind::BlockDevice,
@@ -278,7 +278,7 @@ mod tests {
             reads_wait: false,
             tail: 0,
         };
-        let core = Core::new(Double::new(1, faults));
+        let core = Core::new(SimRing::new(1, faults));
         let ops = Rc::new(FileOps::new(&core, volume));
         let (mut tasks, result) = (Tasks::new(core.clone()), Rc::new(Cell::new(None)));
         tasks.add(|io| {
@@ -313,7 +313,7 @@ mod tests {
     fn zeroes_that_are_in_the_way_are_written() {
         for unmap in [false, true] {
             let faults = Faults { busy_fallocate: true, ..Faults::default() };
-            let zeroes = |ops: Rc<FileOps<Double>>, io: Io<Double>| -> Done {
+            let zeroes = |ops: Rc<FileOps<SimRing>>, io: Io<SimRing>| -> Done {
                 Box::pin(async move { ops.write_zeroes(&io, 4096, 4096, unmap).await })
             };
             assert_eq!(on_device(faults, zeroes).0, Err(Errno::EOPNOTSUPP));

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{FileOps, FileVolume};
+use super::{FileOps, FileStore};
 use crate::engine::driver::{Capabilities, Store};
 use crate::engine::losses::Losses;
 use crate::engine::resize::ResizeError;
@@ -10,7 +10,7 @@ use crate::ring::{Core, Ring};
 use std::rc::Rc;
 use std::sync::mpsc::Sender;
 
-impl Store for FileVolume {
+impl Store for FileStore {
     type Channel<R: Ring> = FileOps<R>;
 
     fn capabilities(&self) -> Capabilities {
@@ -29,7 +29,7 @@ impl Store for FileVolume {
     }
 
     fn size(&self, _: u64) -> Result<u64, ResizeError> {
-        FileVolume::size(self)
+        FileStore::size(self)
             .map_err(|source| ResizeError::Store { what: "its size cannot be found", source })
     }
 
@@ -50,7 +50,7 @@ impl Store for FileVolume {
 
     fn set_size(&self, _: u64, bytes: u64) -> Result<(), ResizeError> {
         let what = "its length cannot be changed";
-        FileVolume::set_size(self, bytes).map_err(|source| ResizeError::Store { what, source })
+        FileStore::set_size(self, bytes).map_err(|source| ResizeError::Store { what, source })
     }
 
     fn shows(&self, _: u64) {}

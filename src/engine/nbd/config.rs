@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::uri::Uri;
-use super::{Error, NbdVolume, Target};
+use super::{Error, NbdStore, Target};
 use crate::engine::config::yes;
 use crate::engine::driver::{AnyStore, Driver, Need, Open, Opened, Opens, Summary};
 use crate::engine::identity::Identity;
@@ -72,7 +72,7 @@ impl Driver for NbdConfig {
                timeout=SECONDS    how long it may be silent that has some (60; 0:
                                   for ever), until the connection counts as lost
 ";
-    type Store = NbdVolume;
+    type Store = NbdStore;
 
     fn target(&self) -> String {
         self.uri.clone()
@@ -139,7 +139,7 @@ impl NbdOpener {
 impl Opens for NbdOpener {
     fn open(&self, limit: Duration) -> Result<Opened, OpenError> {
         let NbdOpener { name, config, .. } = self;
-        let opened = self.target().and_then(|target| NbdVolume::open_at(config, target, limit));
+        let opened = self.target().and_then(|target| NbdStore::open_at(config, target, limit));
         let (volume, geometry) = opened.map_err(|source| OpenError::Nbd {
             name: name.clone(),
             uri: config.uri.clone(),

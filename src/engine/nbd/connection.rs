@@ -18,7 +18,7 @@ use super::Remote;
 use super::buffer::Buffer;
 use super::connect::Connected;
 use super::handshake::Negotiated;
-use super::inflight::Inflight;
+use super::pending::Inflight;
 use super::protocol::*;
 use super::watch::{TICKS, Watch};
 use crate::block::Errno;

@@ -4,7 +4,7 @@
 
 use super::buffer::window;
 use super::connection::Connection;
-use super::inflight::{Failure, Piece, Step};
+use super::pending::{Failure, Piece, Step};
 use super::protocol::Request;
 use crate::block::{Errno, Iovec};
 use crate::ring::{Io, MessageRanges, Ring, Sqe};

@@ -8,7 +8,7 @@ use super::handshake::{self, Blocks, Export, Negotiated};
 use super::protocol::*;
 use super::unflushed::UnflushedWrites;
 use super::uri::Address;
-use super::{NbdOps, NbdVolume, Remote, geometry};
+use super::{NbdOps, NbdStore, Remote, geometry};
 use crate::block::{Capacity, Data, Errno};
 use crate::engine::losses::Losses;
 use crate::engine::node::Leaf;
@@ -114,7 +114,7 @@ fn transmission(input: &mut Input) {
         instance: Default::default(),
         losses: Losses::default(),
     };
-    let volume = NbdVolume { remote: Arc::new(remote), tail: 0 };
+    let volume = NbdStore { remote: Arc::new(remote), tail: 0 };
     let mut client = Client::new(&volume);
     let mut server = Server { stream: server, heard: Vec::new(), requests: Vec::new(), honest: true };
     for _ in 0..1 + input.u8() % 6 {
@@ -142,7 +142,7 @@ struct Client {
 }
 
 impl Client {
-    fn new(volume: &NbdVolume) -> Client {
+    fn new(volume: &NbdStore) -> Client {
         let core = CORE.with(Rc::clone);
         let ops = Some(Rc::new(NbdOps::new(&core, volume)));
         Client { tasks: Tasks::new(core.clone()), core, ops, jobs: Vec::new() }

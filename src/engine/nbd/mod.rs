@@ -37,7 +37,7 @@ mod export;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 mod handshake;
-mod inflight;
+mod pending;
 mod unflushed;
 mod ops;
 mod pool;
@@ -164,7 +164,7 @@ const MAX_RANGE: u32 = 1 << 30;
 
 /// An export, as all workers share it.
 #[derive(Clone, Debug)]
-pub struct NbdVolume {
+pub struct NbdStore {
     remote: Arc<Remote>,
     /// See [`tail`](Self::tail).
     tail: u64,
@@ -219,13 +219,13 @@ impl Target {
     }
 }
 
-impl NbdVolume {
+impl NbdStore {
     /// Connects to the server and asks for the export. Nothing is changed there.
     ///
     /// # Errors
     /// When the server cannot be reached, refuses, makes no sense, or has something that is no disk.
-    pub fn open(config: &NbdConfig) -> Result<(NbdVolume, Geometry), Error> {
-        NbdVolume::open_at(config, &Target::of(config)?, CONNECT_TIME)
+    pub fn open(config: &NbdConfig) -> Result<(NbdStore, Geometry), Error> {
+        NbdStore::open_at(config, &Target::of(config)?, CONNECT_TIME)
     }
 
     /// The same, where all that could be done beforehand is done, within `limit` (and no longer than it may always take).
@@ -236,7 +236,7 @@ impl NbdVolume {
         config: &NbdConfig,
         target: &Target,
         limit: Duration,
-    ) -> Result<(NbdVolume, Geometry), Error> {
+    ) -> Result<(NbdStore, Geometry), Error> {
         let Target { uri: Uri { address, name, .. }, tls } = target.clone();
         let timeout = Duration::from_secs(config.timeout.min(NbdConfig::MAX_TIMEOUT));
         let most = limit.min(CONNECT_TIME);
@@ -276,7 +276,7 @@ impl NbdVolume {
             losses: Losses::default(),
             first: Mutex::new(Some(connected)),
         };
-        Ok((NbdVolume { remote: Arc::new(remote), tail }, geometry))
+        Ok((NbdStore { remote: Arc::new(remote), tail }, geometry))
     }
 
     /// Losses of acknowledged writes.

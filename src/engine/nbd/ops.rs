@@ -2,10 +2,10 @@
 
 #![forbid(unsafe_code)]
 
-use super::inflight::Failure;
+use super::pending::Failure;
 use super::pool::Pool;
 use super::protocol::*;
-use super::{MAX_PAYLOAD, MAX_RANGE, NbdVolume, Remote};
+use super::{MAX_PAYLOAD, MAX_RANGE, NbdStore, Remote};
 use crate::block::{Data, Errno, Iovec};
 use crate::engine::losses::Losses;
 use crate::engine::node::Leaf;
@@ -29,7 +29,7 @@ struct Done {
 
 impl<R: Ring> NbdOps<R> {
     /// Starts connecting; requests wait for the first attempt. Nothing blocks.
-    pub fn new(core: &Rc<Core<R>>, volume: &NbdVolume) -> NbdOps<R> {
+    pub fn new(core: &Rc<Core<R>>, volume: &NbdStore) -> NbdOps<R> {
         let remote = volume.remote.clone();
         let pool = Pool::join(core, &remote);
         NbdOps { remote, pool }

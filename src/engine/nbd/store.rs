@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{NbdOps, NbdVolume};
+use super::{NbdOps, NbdStore};
 use crate::block::Causes;
 use crate::engine::driver::{Capabilities, Store};
 use crate::engine::losses::Losses;
@@ -12,7 +12,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::mpsc::Sender;
 
-impl Store for NbdVolume {
+impl Store for NbdStore {
     type Channel<R: Ring> = NbdOps<R>;
 
     fn capabilities(&self) -> Capabilities {
@@ -29,7 +29,7 @@ impl Store for NbdVolume {
     }
 
     fn size(&self, _: u64) -> Result<u64, ResizeError> {
-        match (self.ask_size(), NbdVolume::offered(self)) {
+        match (self.ask_size(), NbdStore::offered(self)) {
             (Ok(asked), Some(offered)) if asked > offered => Err(ResizeError::Connections { asked, offered }),
             (Ok(size), _) => Ok(size),
             // One that takes no further connection has told those that it has.
@@ -42,11 +42,11 @@ impl Store for NbdVolume {
     }
 
     fn offered(&self) -> Option<u64> {
-        NbdVolume::offered(self)
+        NbdStore::offered(self)
     }
 
     fn tell_growth(&self, to: Sender<String>, volume: &str) {
-        NbdVolume::tell_growth(self, to, volume);
+        NbdStore::tell_growth(self, to, volume);
     }
 
     fn takes(&self, _: u64) -> Result<(), ResizeError> {

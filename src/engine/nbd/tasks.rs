@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::connection::Connection;
-use super::inflight::Event;
+use super::pending::Event;
 use super::protocol::{self, Body, Command, Decoded, Request};
 use crate::block::{Errno, Iovec};
 use crate::ring::{Io, MessageRanges, Ring, Sqe};

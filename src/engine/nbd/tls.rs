@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 const BUFFER: usize = 64 << 10;
 
 /// How long the last bytes to a server may take to leave.
-const GOODBYE: Duration = Duration::from_secs(5);
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(5);
 
 /// How long the end of a process waits for all of them.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -375,7 +375,7 @@ impl Relay {
 
     /// The worker has hung up: its last words go out, and then ours.
     fn say_goodbye(mut self, buffer: &mut [u8]) -> io::Result<()> {
-        let deadline = Instant::now() + GOODBYE;
+        let deadline = Instant::now() + SHUTDOWN_GRACE;
         while let Ok(count @ 1..) = self.local.read(buffer) {
             self.client.writer().write_all(&buffer[..count])?;
         }

@@ -13,20 +13,20 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Between two looks at a gate that has no eventfd.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 
 /// See the module.
 pub(super) struct Gate {
     /// Readable once it is open; `None` where there was no descriptor to be had.
     event: Option<EventFd>,
-    verdict: OnceLock<Verdict>,
+    action: OnceLock<ResumeAction>,
     /// Why it was shut.
     pub errno: Errno,
 }
 
-/// What is to become of those who wait.
+/// RequestLabel is to become of those who wait.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Verdict {
+pub(super) enum ResumeAction {
     GoOn,
     GiveUp,
     /// Of one slot alone, which is [interrupted](Io::is_interrupted).
@@ -39,12 +39,12 @@ impl Gate {
         let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         let event =
             event.inspect_err(|error| log::warn!("eventfd: {error}: looking every second instead")).ok();
-        Gate { event, verdict: OnceLock::new(), errno }
+        Gate { event, action: OnceLock::new(), errno }
     }
 
     /// Lets everybody through, or sends everybody back. The first word counts.
-    pub fn open(&self, verdict: Verdict) {
-        let _ = self.verdict.set(verdict);
+    pub fn open(&self, action: ResumeAction) {
+        let _ = self.action.set(action);
         if let Some(event) = &self.event {
             // It fails only when it is readable already.
             let _ = event.write(1);
@@ -52,13 +52,13 @@ impl Gate {
     }
 
     /// Waits for [`open`](Self::open), or until the slot is interrupted.
-    pub async fn pass<R: Ring>(&self, io: &Io<R>) -> Verdict {
+    pub async fn pass<R: Ring>(&self, io: &Io<R>) -> ResumeAction {
         loop {
-            if let Some(verdict) = self.verdict.get() {
-                return *verdict;
+            if let Some(action) = self.action.get() {
+                return *action;
             }
             if io.is_interrupted() {
-                return Verdict::Interrupted;
+                return ResumeAction::Interrupted;
             }
             let polled = match &self.event {
                 Some(event) => {
@@ -68,7 +68,7 @@ impl Gate {
                 None => -libc::EBADF,
             };
             if polled < 0 {
-                io.rest_for(LOOK_EVERY).await;
+                io.rest_for(POLL_INTERVAL).await;
             }
         }
     }
@@ -78,16 +78,16 @@ impl Gate {
 mod tests {
     use super::*;
     use crate::engine::tests::settle;
-    use crate::ring::double::{Double, Faults};
+    use crate::ring::sim::{Faults, SimRing};
     use crate::ring::{Core, Tasks};
     use std::cell::Cell;
     use std::rc::Rc;
 
     #[test]
     fn without_a_descriptor_a_gate_is_looked_at() {
-        for verdict in [Verdict::GoOn, Verdict::GiveUp] {
+        for action in [ResumeAction::GoOn, ResumeAction::GiveUp] {
             let gate = Rc::new(Gate { event: None, ..Gate::new(Errno::EIO) });
-            let core = Core::new(Double::new(1, Faults::default()));
+            let core = Core::new(SimRing::new(1, Faults::default()));
             let mut tasks = Tasks::new(core.clone());
             let ended = Rc::new(Cell::new(None));
             tasks.add(|io| {
@@ -101,10 +101,10 @@ mod tests {
                 cqes.drain(..).for_each(|cqe| tasks.complete(&cqe));
             }
             assert_eq!(ended.get(), None);
-            gate.open(verdict);
-            gate.open(Verdict::GoOn);
+            gate.open(action);
+            gate.open(ResumeAction::GoOn);
             settle(&core, &mut tasks);
-            assert_eq!(ended.get(), Some(verdict));
+            assert_eq!(ended.get(), Some(action));
         }
     }
 }

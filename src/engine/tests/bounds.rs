@@ -1,21 +1,21 @@
-//! What one guest may take of the worker's time and memory, and what one store may hold up.
+//! RequestLabel one guest may take of the worker's time and memory, and what one store may hold up.
 
 use super::model::{once, settle};
 use super::{DISK, image, is_write, mapping, open, request, small, transfer, uring};
 use crate::block::{Data, Errno, Flags, Op, Request, Size};
 use crate::engine::config::{MemoryConfig, VolumeConfig};
-use crate::engine::{Attached, Flusher, Volume, execute};
-use crate::ring::double::{Double, Faults, get};
+use crate::engine::{Flusher, Volume, VolumeChannel, submit};
+use crate::ring::sim::{Faults, SimRing, get};
 use crate::ring::{Core, Io, Mapping, PASS_WORK, Pool, Sqe, Tasks, Uring};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use tempfile::NamedTempFile;
 
-/// A memory volume of so many bytes over a double, and slots on it: each carries `request` out and says its number.
+/// A memory volume of so many bytes over a simulated ring, and slots on it: each carries `request` out and says its number.
 struct Memories {
-    core: Rc<Core<Double>>,
-    volume: Rc<Attached<Double>>,
+    core: Rc<Core<SimRing>>,
+    volume: Rc<VolumeChannel<SimRing>>,
     done: Rc<RefCell<Vec<u32>>>,
 }
 
@@ -23,18 +23,18 @@ impl Memories {
     fn new(len: u64) -> Memories {
         let config = MemoryConfig { size: Size(len), block_size: None };
         let volume = Volume::open("test", &VolumeConfig::Memory(config)).unwrap();
-        let core = Core::new(Double::new(1, Faults::default()));
+        let core = Core::new(SimRing::new(1, Faults::default()));
         Memories { volume: Rc::new(volume.attach(&core, false)), core, done: Rc::default() }
     }
 
     async fn slot(
-        io: Io<Double>,
-        (volume, done): (Rc<Attached<Double>>, Rc<RefCell<Vec<u32>>>),
+        io: Io<SimRing>,
+        (volume, done): (Rc<VolumeChannel<SimRing>>, Rc<RefCell<Vec<u32>>>),
         (export, number): (usize, u32),
         request: Request<'static>,
     ) {
         io.set_group(export);
-        execute(&volume, &io, &Flusher::default(), &request).await.unwrap();
+        submit(&volume, &io, &Flusher::default(), &request).await.unwrap();
         done.borrow_mut().push(number);
     }
 }
@@ -103,15 +103,15 @@ fn more_than_was_offered_is_refused() {
         [Volume::open("test", &VolumeConfig::Memory(memory)).unwrap(), open(file.path(), false, None)];
     for volume in volumes {
         let core = Core::new(uring());
-        let attached = Rc::new(volume.attach(&core, false));
+        let channel = Rc::new(volume.attach(&core, false));
         let discard = volume.geometry().discard.unwrap().max_sectors;
         let zeroes = volume.geometry().max_write_zeroes;
         for (op, most) in [(Op::Discard, discard), (Op::WriteZeroes, zeroes)] {
-            assert_eq!(once(&core, &attached, request(op, 0, most)), Ok(()), "{op:?}");
-            assert_eq!(once(&core, &attached, request(op, 0, most + 1)), Err(Errno::EINVAL), "{op:?}");
+            assert_eq!(once(&core, &channel, request(op, 0, most)), Ok(()), "{op:?}");
+            assert_eq!(once(&core, &channel, request(op, 0, most + 1)), Err(Errno::EINVAL), "{op:?}");
             let unmap = Flags { fua: true, unmap: true };
             let longer = Request { flags: unmap, ..request(op, 8, most + 8) };
-            assert_eq!(once(&core, &attached, longer), Err(Errno::EINVAL), "{op:?}");
+            assert_eq!(once(&core, &channel, longer), Err(Errno::EINVAL), "{op:?}");
         }
     }
 }
@@ -132,7 +132,7 @@ fn a_shared_worker_carries_out_nothing_itself() {
 }
 
 /// Addresses of our own that transfers were made with, so far.
-fn bounces(core: &Core<Double>, guest: &Mapping) -> BTreeSet<usize> {
+fn bounces(core: &Core<SimRing>, guest: &Mapping) -> BTreeSet<usize> {
     let ours = guest.as_ptr().addr()..guest.as_ptr().addr() + guest.len();
     let found = RefCell::new(BTreeSet::new());
     core.ring().count(|sqe| match sqe {
@@ -157,18 +157,18 @@ fn misaligned_requests_share_a_few_buffers() {
     let direct = Some((volume.geometry().dma_alignment as usize, 512));
     for seed in 0..10 {
         let faults = Faults { direct, short: 30, again: 20, delay: 50, reorder: true, ..Faults::default() };
-        let core = Core::new(Double::new(seed, faults));
-        let attached = Rc::new(volume.attach(&core, false));
+        let core = Core::new(SimRing::new(seed, faults));
+        let channel = Rc::new(volume.attach(&core, false));
         let memory = mapping(COUNT * (LEN + 1));
         let mut tasks = Tasks::new(core.clone());
         let done = Rc::new(RefCell::new(0));
         for number in 0..COUNT {
             let iovecs = vec![memory.iovec(number * (LEN + 1) + 1, LEN)].leak();
             let request = Request { data: Data::of(iovecs), ..request(Op::Read, 0, (LEN / 512) as u32) };
-            let (attached, done) = (attached.clone(), done.clone());
+            let (channel, done) = (channel.clone(), done.clone());
             tasks.add(|io| async move {
                 io.set_group(number % 3);
-                execute(&attached, &io, &Flusher::default(), &request).await.unwrap();
+                submit(&channel, &io, &Flusher::default(), &request).await.unwrap();
                 *done.borrow_mut() += 1;
             });
         }
@@ -176,9 +176,9 @@ fn misaligned_requests_share_a_few_buffers() {
         assert_eq!(*done.borrow(), COUNT);
         (0..COUNT).for_each(|number| assert!(get(memory, number * (LEN + 1) + 1, LEN) == bytes));
         // A short transfer goes on within its buffer.
-        let starts = |addr: &usize| addr / Pool::<Double>::BYTES;
+        let starts = |addr: &usize| addr / Pool::<SimRing>::BYTES;
         let used: BTreeSet<usize> = bounces(&core, memory).iter().map(starts).collect();
-        assert!(used.len() <= Pool::<Double>::COUNT as usize + 1, "{used:?}");
+        assert!(used.len() <= Pool::<SimRing>::COUNT as usize + 1, "{used:?}");
     }
 }
 
@@ -200,7 +200,7 @@ fn buffers_of_a_store_that_hangs_are_not_missed_elsewhere() {
     // Submitted, and not entered: as if the store did not answer.
     for volume in std::iter::repeat_n(&hung, 100).chain([&good]) {
         let (volume, request) = (volume.clone(), misaligned());
-        tasks.add(|io| async move { execute(&volume, &io, &Flusher::default(), &request).await.unwrap() });
+        tasks.add(|io| async move { submit(&volume, &io, &Flusher::default(), &request).await.unwrap() });
     }
     assert_eq!(core.in_flight(), Pool::<Uring>::COUNT as usize + 1);
     settle(&core, &mut tasks);

@@ -10,7 +10,7 @@
 
 use super::*;
 use crate::engine::config::{OnError, PolicyConfig};
-use crate::engine::execute;
+use crate::engine::submit;
 use crate::ring::{Io, Ring, Tasks};
 use std::cell::RefCell;
 use std::future::Future;
@@ -51,7 +51,7 @@ fn slots() -> impl Strategy<Value = Vec<Vec<Step>>> {
 /// One change of one sector.
 struct Change {
     request: u64,
-    /// What it makes of the sector; `None` for a discard, which may make anything of it.
+    /// RequestLabel it makes of the sector; `None` for a discard, which may make anything of it.
     bytes: Option<[u8; 512]>,
     begun: u64,
     /// When it was acknowledged.
@@ -59,7 +59,7 @@ struct Change {
     durable: bool,
 }
 
-/// What happened, sector by sector. Time counts beginnings and ends.
+/// RequestLabel happened, sector by sector. Time counts beginnings and ends.
 struct History {
     sectors: Vec<Vec<Change>>,
     now: u64,
@@ -79,7 +79,7 @@ impl History {
         self.now
     }
 
-    /// A request begins, and is called by the time of it. What it writes is its own.
+    /// A request begins, and is called by the time of it. RequestLabel it writes is its own.
     fn begin(&mut self, step: &Step) -> u64 {
         let request = self.tick();
         for number in step.range() {
@@ -136,9 +136,9 @@ fn pattern(request: u64, sector: u64) -> [u8; 512] {
 }
 
 async fn live(
-    io: Io<Double>,
-    core: Rc<Core<Double>>,
-    volume: Rc<Attached<Double>>,
+    io: Io<SimRing>,
+    core: Rc<Core<SimRing>>,
+    volume: Rc<VolumeChannel<SimRing>>,
     history: Rc<RefCell<History>>,
     steps: Vec<Step>,
 ) {
@@ -156,7 +156,7 @@ async fn live(
             put(memory, 0, &bytes);
         }
         let Step { op, flags, sector, sectors } = step;
-        let result = execute(&volume, &io, &flusher, &Request { op, flags, sector, sectors, data }).await;
+        let result = submit(&volume, &io, &flusher, &Request { op, flags, sector, sectors, data }).await;
         if result.is_ok() {
             assert!(op != Op::Flush || losses <= heard, "it vouches for what was lost, and never said so");
             history.borrow_mut().end(called, &step, told);
@@ -168,7 +168,11 @@ async fn live(
 }
 
 /// Runs everything up to so many completions.
-fn run_until_cut<F: Future<Output = ()>>(core: &Core<Double>, tasks: &mut Tasks<Double, F>, mut left: usize) {
+fn run_until_cut<F: Future<Output = ()>>(
+    core: &Core<SimRing>,
+    tasks: &mut Tasks<SimRing, F>,
+    mut left: usize,
+) {
     let mut cqes = Vec::new();
     while tasks.run_ready() || core.in_flight() > 0 {
         core.ring().enter(core.in_flight() > 0).unwrap();
@@ -202,12 +206,12 @@ proptest! {
         let volume = open(file.path(), false, None).with_policy(policy);
         // Whole sectors.
         let faults = Faults { direct: Some((1, 512)), lost, ..faults };
-        let core = Core::new(Double::new(seed, faults));
-        let attached = Rc::new(volume.attach(&core, false));
+        let core = Core::new(SimRing::new(seed, faults));
+        let channel = Rc::new(volume.attach(&core, false));
         let history = Rc::new(RefCell::new(History::new(&bytes)));
         let mut tasks = Tasks::new(core.clone());
         for steps in slots {
-            tasks.add(|io| live(io, core.clone(), attached.clone(), history.clone(), steps));
+            tasks.add(|io| live(io, core.clone(), channel.clone(), history.clone(), steps));
         }
         run_until_cut(&core, &mut tasks, cut_after);
         core.ring().power_cut(written_back);

@@ -74,7 +74,7 @@ impl Offset {
     }
 }
 
-// What a layer takes that changes nothing: begin
+// RequestLabel a layer takes that changes nothing: begin
 pub struct Pass;
 
 #[rustfmt::skip]
@@ -93,7 +93,7 @@ impl Layer for Pass {
 }
 // end
 
-// What one takes that shows its base from some sector on: begin
+// RequestLabel one takes that shows its base from some sector on: begin
 pub struct Offset {
     sectors: u64,
 }
@@ -187,16 +187,16 @@ proptest! {
     ) {
         let (front, len) = (shifted(&layers), plan.len() * SHARE * 512);
         let (image, bytes) = image("/tmp", front + len);
-        let core = Core::new(Double::new(seed, faults));
+        let core = Core::new(SimRing::new(seed, faults));
         if in_memory {
             let size = Size((front + len) as u64);
             let volume = tree(VolumeConfig::Memory(MemoryConfig { size, block_size: None }), &layers);
             let run = Run::new(volume.attach(&core, false), vec![0; len], Faults::default(), true);
-            run.carry_out(&core, &plan, |_| {});
+            run.run(&core, &plan, |_| {});
         } else {
             let volume = tree(file(image.path()), &layers);
             let run = Run::new(volume.attach(&core, false), bytes[front..].to_vec(), faults, true).after(front);
-            run.carry_out(&core, &plan, |ring| calm(ring, None));
+            run.run(&core, &plan, |ring| calm(ring, None));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::engine::losses::Losses;
-use crate::engine::{Flushers, QueueStart, execute};
+use crate::engine::{Flushers, QueueStart, submit};
 use crate::ring::{Io, Ring, Tasks};
 use std::cell::Cell;
 
@@ -27,11 +27,11 @@ const NONE: Faults = Faults {
     direct: None,
 };
 
-/// A file volume over a double, and so many exports of it with two queues each.
+/// A file volume over a simulated ring, and so many exports of it with two queues each.
 struct World {
-    core: Rc<Core<Double>>,
+    core: Rc<Core<SimRing>>,
     volume: Volume,
-    attached: Rc<Attached<Double>>,
+    channel: Rc<VolumeChannel<SimRing>>,
     exports: Vec<Rc<Flushers>>,
 }
 
@@ -41,10 +41,10 @@ impl World {
     fn new(seed: u64, exports: usize) -> World {
         let (file, _) = image("/tmp", 64 * 512);
         let volume = open(file.path(), false, None);
-        let core = Core::new(Double::new(seed, NONE));
-        let attached = Rc::new(volume.attach(&core, false));
+        let core = Core::new(SimRing::new(seed, NONE));
+        let channel = Rc::new(volume.attach(&core, false));
         let exports = (0..exports).map(|_| Rc::new(Flushers::new(&volume, 2))).collect();
-        World { core, volume, attached, exports }
+        World { core, volume, channel, exports }
     }
 
     fn losses(&self) -> &Losses {
@@ -52,21 +52,21 @@ impl World {
         file.losses()
     }
 
-    /// What becomes of requests that are made at the same time, each by a queue of an export.
+    /// RequestLabel becomes of requests that are made at the same time, each by a queue of an export.
     fn together(&self, requests: &[(usize, usize, Op, bool)]) -> Vec<Result<(), Errno>> {
         let mut tasks = Tasks::new(self.core.clone());
         let outcomes: Vec<Outcome> = requests.iter().map(|_| Outcome::default()).collect();
         for (&(export, queue, op, fua), outcome) in requests.iter().zip(&outcomes) {
-            let (attached, flushers, outcome) =
-                (self.attached.clone(), self.exports[export].clone(), outcome.clone());
-            tasks.add(|io: Io<Double>| async move {
+            let (channel, flushers, outcome) =
+                (self.channel.clone(), self.exports[export].clone(), outcome.clone());
+            tasks.add(|io: Io<SimRing>| async move {
                 let memory = mapping(512);
                 let iovecs = [memory.iovec(0, 512)];
                 let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
                 let flags = Flags { fua, unmap: false };
                 let sectors = if op == Op::Flush { 0 } else { 1 };
                 let request = Request { op, flags, sector: 7, sectors, data };
-                outcome.set(Some(execute(&attached, &io, flushers.queue(queue), &request).await));
+                outcome.set(Some(submit(&channel, &io, flushers.queue(queue), &request).await));
             });
         }
         settle(&self.core, &mut tasks);
@@ -225,7 +225,7 @@ fn an_idle_queue_that_starts_again_is_no_new_driver() {
     assert_eq!(world.flush_both(), [Ok(()); 2]);
 }
 
-/// A guest that reboots, or wakes up, has its driver begin anew. What it was not told of it still hears, and what one of
+/// A guest that reboots, or wakes up, has its driver begin anew. RequestLabel it was not told of it still hears, and what one of
 /// its queues was told of it does not hear again.
 #[test]
 fn a_driver_answers_for_the_one_before_it() {
@@ -287,14 +287,14 @@ fn a_flush_that_stops_does_not_wait_for_others() {
         let world = World::new(11, 1);
         let other = world.losses().begin();
         let (mut tasks, outcome) = (Tasks::new(world.core.clone()), Outcome::default());
-        let (attached, flushers, give) = (world.attached.clone(), world.exports[0].clone(), outcome.clone());
-        let slot = tasks.add(|io: Io<Double>| async move {
+        let (channel, flushers, give) = (world.channel.clone(), world.exports[0].clone(), outcome.clone());
+        let slot = tasks.add(|io: Io<SimRing>| async move {
             let memory = mapping(512);
             let iovecs = [memory.iovec(0, 512)];
             let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
             let (flags, sectors) = (Flags { fua: true, unmap: false }, u32::from(op == Op::Write));
             let request = Request { op, flags, sector: 7, sectors, data };
-            give.set(Some(execute(&attached, &io, flushers.queue(0), &request).await));
+            give.set(Some(submit(&channel, &io, flushers.queue(0), &request).await));
         });
         let mut pass = || {
             let mut cqes = Vec::new();
@@ -333,13 +333,13 @@ fn a_write_that_is_late_is_not_vouched_for() {
         if !late {
             lose();
         }
-        let (attached, flushers, give) = (world.attached.clone(), world.exports[0].clone(), outcome.clone());
-        tasks.add(|io: Io<Double>| async move {
+        let (channel, flushers, give) = (world.channel.clone(), world.exports[0].clone(), outcome.clone());
+        tasks.add(|io: Io<SimRing>| async move {
             let memory = mapping(512);
             let iovecs = [memory.iovec(0, 512)];
             let data = if op == Op::Write { Data::of(&iovecs) } else { Data::None };
             let request = Request { op, flags: Flags::default(), sector: 7, sectors: 1, data };
-            give.set(Some(execute(&attached, &io, flushers.queue(0), &request).await));
+            give.set(Some(submit(&channel, &io, flushers.queue(0), &request).await));
         });
         if late {
             assert!(outcome.get().is_none(), "{op}: the store has it");

@@ -5,8 +5,8 @@
 //! order; a flush concerns the shares of all.
 
 use crate::block::{Data, Errno, Flags, Iovec, Op, Request};
-use crate::engine::{Attached, Flusher, execute};
-use crate::ring::double::{Double, Faults, Random, get, put};
+use crate::engine::{Flusher, VolumeChannel, submit};
+use crate::ring::sim::{Faults, Random, SimRing, get, put};
 use crate::ring::{Core, Io, Kind, Mapping, Ring, Tasks, Uring};
 use proptest::prelude::*;
 use std::cell::{Cell, RefCell};
@@ -91,15 +91,15 @@ pub fn faults() -> impl Strategy<Value = Faults> {
     )
 }
 
-/// What a test wants to know of a ring besides.
+/// RequestLabel a test wants to know of a ring besides.
 pub trait Tested: Ring {
-    /// What a power cut would leave of the volume, where that can be known.
+    /// RequestLabel a power cut would leave of the volume, where that can be known.
     fn stable(&self) -> Option<Vec<u8>>;
 }
 
-impl Tested for Double {
+impl Tested for SimRing {
     fn stable(&self) -> Option<Vec<u8>> {
-        Double::stable(self)
+        SimRing::stable(self)
     }
 }
 
@@ -113,7 +113,7 @@ impl Tested for Uring {
 pub struct Model {
     bytes: Vec<u8>,
     sectors: Vec<Sector>,
-    /// Flushes that failed. What is written while one fails may be lost without another word.
+    /// Flushes that failed. RequestLabel is written while one fails may be lost without another word.
     failed_flushes: u32,
     /// Flushes that have not ended.
     flushing: u32,
@@ -133,7 +133,7 @@ struct Sector {
 
 /// Everything the slots of one run share.
 pub struct Run<R: Ring> {
-    pub volume: Attached<R>,
+    pub volume: VolumeChannel<R>,
     pub model: RefCell<Model>,
     /// All slots are of one queue.
     flusher: Flusher,
@@ -147,7 +147,7 @@ pub struct Run<R: Ring> {
 
 impl<R: Tested> Run<R> {
     /// A run on a volume that holds `bytes`.
-    pub fn new(volume: Attached<R>, bytes: Vec<u8>, faults: Faults, keeps: bool) -> Run<R> {
+    pub fn new(volume: VolumeChannel<R>, bytes: Vec<u8>, faults: Faults, keeps: bool) -> Run<R> {
         let sector = Sector { undefined: false, acknowledged: true, version: 0 };
         let sectors = vec![sector; bytes.len() / 512];
         let model = RefCell::new(Model { bytes, sectors, failed_flushes: 0, flushing: 0, writes: 0 });
@@ -160,14 +160,14 @@ impl<R: Tested> Run<R> {
         Run { front, ..self }
     }
 
-    /// What a power cut would leave of the volume, where that can be known.
+    /// RequestLabel a power cut would leave of the volume, where that can be known.
     fn stable(&self, io: &Io<R>) -> Option<Vec<u8>> {
         io.core().ring().stable().map(|mut store| store.split_off(self.front))
     }
 
     /// Carries `plan` out, checking every step, and then reads everything back, through a ring that makes no
     /// faults if the caller saw to it in `calm`.
-    pub fn carry_out(self, core: &Rc<Core<R>>, plan: &Plan, calm: impl Fn(&R)) {
+    pub fn run(self, core: &Rc<Core<R>>, plan: &Plan, calm: impl Fn(&R)) {
         let run = Rc::new(self);
         let mut tasks = Tasks::new(core.clone());
         let life = |io, run, slot, steps| async move { Run::live(&io, run, slot, steps).await };
@@ -228,8 +228,7 @@ impl<R: Tested> Run<R> {
         put(&memory, 0, &expected);
         let epoch = self.model.borrow().failed_flushes;
         let iovecs: Vec<Iovec<'_>> = places.iter().map(|(at, len)| memory.iovec(*at, *len)).collect();
-        let result =
-            execute(&self.volume, io, &self.flusher, &request(step, &range, Data::of(&iovecs))).await;
+        let result = submit(&self.volume, io, &self.flusher, &request(step, &range, Data::of(&iovecs))).await;
         self.check(step, range.len(), result);
 
         let mut found = get(&memory, 0, memory.len());
@@ -244,7 +243,7 @@ impl<R: Tested> Run<R> {
             self.model.borrow().check_read(range, &collect(&found, &places));
         }
         if step.op == Op::Read && self.keeps {
-            // What was read has been looked at, and a read that fails may leave anything there.
+            // RequestLabel was read has been looked at, and a read that fails may leave anything there.
             lay_out(&vec![0; places.iter().map(|place| place.1).sum()], &places, &mut found);
             lay_out(&vec![0; places.iter().map(|place| place.1).sum()], &places, &mut expected);
         }
@@ -257,7 +256,7 @@ impl<R: Tested> Run<R> {
         let epoch = self.model.borrow().failed_flushes;
         let flushes = step.op == Op::WriteZeroes && step.flags.fua;
         self.model.borrow_mut().flushing += u32::from(flushes);
-        let result = execute(&self.volume, io, &self.flusher, &request(step, &range, Data::None)).await;
+        let result = submit(&self.volume, io, &self.flusher, &request(step, &range, Data::None)).await;
         self.check(step, range.len(), result);
         let zeroes = vec![0; range.len()];
         let zeroed = step.op == Op::WriteZeroes && result.is_ok();
@@ -273,7 +272,7 @@ impl<R: Tested> Run<R> {
         let before = self.model.borrow().sectors.clone();
         let step = Step::plain(Op::Flush);
         self.model.borrow_mut().flushing += 1;
-        let result = execute(&self.volume, io, &self.flusher, &request(&step, &(0..0), Data::None)).await;
+        let result = submit(&self.volume, io, &self.flusher, &request(&step, &(0..0), Data::None)).await;
         self.check(&step, 0, result);
         let mut model = self.model.borrow_mut();
         if model.end_flush(result)
@@ -328,7 +327,7 @@ impl Model {
     }
 
     /// A flush ends. Whether it keeps its promise: when another flush is under way, the store's one error may
-    /// have been told to that one already. What a failed flush should have written is never promised again.
+    /// have been told to that one already. RequestLabel a failed flush should have written is never promised again.
     fn end_flush(&mut self, result: Result<(), Errno>) -> bool {
         self.flushing -= 1;
         if result.is_err() {
@@ -388,7 +387,7 @@ fn lay_out(bytes: &[u8], places: &[(usize, usize)], memory: &mut [u8]) {
     }
 }
 
-/// What is at the places.
+/// RequestLabel is at the places.
 fn collect(memory: &[u8], places: &[(usize, usize)]) -> Vec<u8> {
     places.iter().flat_map(|(at, len)| &memory[*at..][..*len]).copied().collect()
 }
@@ -415,14 +414,14 @@ pub fn settle<R: Ring, F: Future<Output = ()>>(core: &Rc<Core<R>>, tasks: &mut T
 /// Carries one request out alone.
 pub fn once<R: Ring>(
     core: &Rc<Core<R>>,
-    volume: &Rc<Attached<R>>,
+    volume: &Rc<VolumeChannel<R>>,
     request: Request<'static>,
 ) -> Result<(), Errno> {
     let result = Rc::new(Cell::new(None));
     let mut tasks = Tasks::new(core.clone());
     tasks.add(|io| {
         let (volume, result, request) = (volume.clone(), result.clone(), request);
-        async move { result.set(Some(execute(&volume, &io, &Flusher::default(), &request).await)) }
+        async move { result.set(Some(submit(&volume, &io, &Flusher::default(), &request).await)) }
     });
     settle(core, &mut tasks);
     result.get().unwrap()

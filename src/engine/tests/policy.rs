@@ -1,8 +1,8 @@
-//! What becomes of requests that the store fails.
+//! RequestLabel becomes of requests that the store fails.
 
 use super::*;
 use crate::engine::config::{OnError, PolicyConfig};
-use crate::engine::execute;
+use crate::engine::submit;
 use crate::ring::{Kind, Ring, Tasks};
 use std::cell::RefCell;
 use std::fs::File;
@@ -20,12 +20,12 @@ fn stop() -> PolicyConfig {
 }
 
 /// As [`small`](super::small), with a policy.
-fn with_policy(config: PolicyConfig, faults: Faults) -> (Rc<Core<Double>>, Rc<Attached<Double>>) {
+fn with_policy(config: PolicyConfig, faults: Faults) -> (Rc<Core<SimRing>>, Rc<VolumeChannel<SimRing>>) {
     let (file, _) = image("/tmp", 64 * 512);
     let volume = open(file.path(), false, None).with_policy(config);
-    let core = Core::new(Double::new(1, faults));
-    let attached = Rc::new(volume.attach(&core, false));
-    (core, attached)
+    let core = Core::new(SimRing::new(1, faults));
+    let channel = Rc::new(volume.attach(&core, false));
+    (core, channel)
 }
 
 const DAY: u64 = PolicyConfig::MAX_RETRY_FOR;
@@ -42,9 +42,9 @@ proptest! {
         let (file, bytes) = bytes_and(plan.len() * SHARE * 512);
         let volume = open(file.path(), false, None).with_policy(retry(DAY));
         let told = Faults { io_error: 0, no_space: 0, sync_error: 0, ..faults };
-        let core = Core::new(Double::new(seed, Faults { io_error, no_space, ..told }));
+        let core = Core::new(SimRing::new(seed, Faults { io_error, no_space, ..told }));
         // The run takes an error that its faults do not explain for a bug.
-        Run::new(volume.attach(&core, false), bytes, told, true).carry_out(&core, &plan, |ring| calm(ring, None));
+        Run::new(volume.attach(&core, false), bytes, told, true).run(&core, &plan, |ring| calm(ring, None));
         prop_assert_eq!((volume.policy_state().waiting, volume.policy_state().paused), (0, false));
     }
 }
@@ -117,7 +117,7 @@ fn a_failed_sync_is_never_tried_again() {
 
 type Any = Pin<Box<dyn Future<Output = ()>>>;
 
-/// What became of requests, by their sectors.
+/// RequestLabel became of requests, by their sectors.
 type Ended = Vec<(u64, Result<(), Errno>)>;
 
 /// A volume that stops, on a file whose end can be cut off, and what became of the requests.
@@ -126,7 +126,7 @@ struct World {
     memory: &'static Mapping,
     volume: Arc<Volume>,
     core: Rc<Core<Uring>>,
-    attached: Rc<Attached<Uring>>,
+    channel: Rc<VolumeChannel<Uring>>,
     tasks: Tasks<Uring, Any>,
     ended: Rc<RefCell<Ended>>,
 }
@@ -138,10 +138,10 @@ impl World {
         let (file, _) = image("/tmp", LEN as usize);
         let volume = Arc::new(open(file.path(), false, None).with_policy(stop()));
         let core = Core::new(uring());
-        let attached = Rc::new(volume.attach(&core, false));
+        let channel = Rc::new(volume.attach(&core, false));
         let (tasks, ended) = (Tasks::new(core.clone()), Rc::default());
         let memory = mapping(512);
-        World { file: file.into_file(), memory, volume, core, attached, tasks, ended }
+        World { file: file.into_file(), memory, volume, core, channel, tasks, ended }
     }
 
     fn begin(&mut self, op: Op, sector: u64) -> u32 {
@@ -149,16 +149,16 @@ impl World {
             Op::Flush => request(op, sector, 0),
             _ => transfer(op, sector, self.memory),
         };
-        let (attached, ended) = (self.attached.clone(), self.ended.clone());
+        let (channel, ended) = (self.channel.clone(), self.ended.clone());
         self.tasks.add(|io| {
             Box::pin(async move {
-                let result = execute(&attached, &io, &Flusher::default(), &request).await;
+                let result = submit(&channel, &io, &Flusher::default(), &request).await;
                 ended.borrow_mut().push((sector, result));
             })
         })
     }
 
-    /// Goes on until so many requests have ended, and so many wait. What ended since the last call.
+    /// Goes on until so many requests have ended, and so many wait. RequestLabel ended since the last call.
     fn until(&mut self, ended: usize, waiting: usize) -> Ended {
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut cqes = Vec::new();
@@ -192,7 +192,7 @@ fn requests_wait_until_the_store_is_well_again() {
     world.begin(Op::Read, 64);
     assert_eq!(world.until(1, 3), [(64, Err(Errno::EIO))]);
     assert_eq!(world.file.metadata().unwrap().len(), 0, "the write has not touched the store");
-    let why = world.volume.held_up().unwrap();
+    let why = world.volume.pending_reason().unwrap();
     assert!(why.contains("ringblk resume test") && why.contains("sector 40"), "{why}");
 
     // Not well yet: what can be done is done, and the other waits again.
@@ -200,12 +200,12 @@ fn requests_wait_until_the_store_is_well_again() {
     let resumed = std::thread::spawn(move || volume.resume(false));
     assert_eq!(world.until(2, 1), [(2, Ok(())), (3, Ok(()))]);
     assert_eq!(resumed.join().unwrap(), 3);
-    assert!(world.attached.waits_for(0).contains("resume"), "{}", world.attached.waits_for(0));
+    assert!(world.channel.waits_for(0).contains("resume"), "{}", world.channel.waits_for(0));
 
     world.file.set_len(LEN).unwrap();
     assert_eq!(world.volume.resume(false), 1);
     assert_eq!(world.until(1, 0), [(40, Ok(()))]);
-    assert_eq!((world.volume.resume(false), world.volume.held_up()), (0, None));
+    assert_eq!((world.volume.resume(false), world.volume.pending_reason()), (0, None));
 }
 
 #[test]
@@ -222,7 +222,7 @@ fn requests_that_are_given_up_fail_with_their_error() {
     world.begin(Op::Read, 1);
     world.until(0, 1);
     // Nothing waits after this.
-    world.attached.abandon();
+    world.channel.abandon();
     assert_eq!(world.until(1, 0), [(1, Err(Errno::EIO))]);
     world.begin(Op::Read, 1);
     assert_eq!(world.until(1, 0), [(1, Err(Errno::EIO))]);
@@ -257,7 +257,7 @@ fn attempts_end_when_their_slot_is_interrupted() {
     let mut tasks = Tasks::new(core.clone());
     let slot = tasks.add(|io| async move {
         *ended.borrow_mut() =
-            Some(execute(&volume, &io, &Flusher::default(), &transfer(Op::Read, 0, memory)).await);
+            Some(submit(&volume, &io, &Flusher::default(), &transfer(Op::Read, 0, memory)).await);
     });
     core.ring().enter(true).unwrap();
     let mut cqes = Vec::new();

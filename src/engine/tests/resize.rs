@@ -2,8 +2,8 @@
 
 use super::model::{once, settle};
 use super::*;
-use crate::engine::grace::Grace;
-use crate::engine::{Exports, ResizeError, execute};
+use crate::engine::drain_epochs::DrainEpochs;
+use crate::engine::{Exports, ResizeError, submit};
 use crate::ring::Tasks;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -33,12 +33,12 @@ const LONG: Duration = Duration::from_secs(3600);
 fn requests_are_held_against_the_size_of_the_moment() {
     let null = NullConfig { size: Size(1 << 20), block_size: None };
     let volume = Volume::open("test", &VolumeConfig::Null(null)).unwrap();
-    let core = Core::new(Double::new(1, Faults::default()));
+    let core = Core::new(SimRing::new(1, Faults::default()));
     // As a worker has it: attached before, read-only here and not there.
-    let attached = [false, true].map(|read_only| Rc::new(volume.attach(&core, read_only)));
+    let channel = [false, true].map(|read_only| Rc::new(volume.attach(&core, read_only)));
     let reads = |sector| {
         let memory = mapping(512);
-        [0, 1].map(|at| once(&core, &attached[at], transfer(Op::Read, sector, memory)))
+        [0, 1].map(|at| once(&core, &channel[at], transfer(Op::Read, sector, memory)))
     };
     assert_eq!((reads(2047), reads(2048)), ([Ok(()); 2], [Err(Errno::EIO); 2]));
     volume.resize(2 << 20, false, &Nobody).unwrap();
@@ -84,17 +84,17 @@ fn what_a_memory_volume_lost_comes_back_as_zeroes() {
     let size = Size(1 << 20);
     let volume =
         Volume::open("test", &VolumeConfig::Memory(MemoryConfig { size, block_size: None })).unwrap();
-    let core = Core::new(Double::new(1, Faults::default()));
-    let attached = Rc::new(volume.attach(&core, false));
+    let core = Core::new(SimRing::new(1, Faults::default()));
+    let channel = Rc::new(volume.attach(&core, false));
     let memory = mapping(1 << 20);
     let (start, end) = ([7; 4096], [0; 4096]);
     for at in (0..1 << 20).step_by(4096) {
         put(memory, at, &start);
     }
-    once(&core, &attached, transfer(Op::Write, 0, memory)).unwrap();
+    once(&core, &channel, transfer(Op::Write, 0, memory)).unwrap();
     volume.resize(1 << 19, true, &Nobody).unwrap();
     volume.resize(1 << 20, false, &Nobody).unwrap();
-    once(&core, &attached, transfer(Op::Read, 0, memory)).unwrap();
+    once(&core, &channel, transfer(Op::Read, 0, memory)).unwrap();
     assert_eq!(get(memory, (1 << 19) - 4096, 4096), start);
     assert_eq!(get(memory, 1 << 19, 4096), end);
 }
@@ -108,21 +108,21 @@ fn a_drain_waits_for_what_was_admitted() {
     for seed in 0..20 {
         let (file, _) = image("/tmp", 64 * 512);
         let volume = open(file.path(), false, None);
-        let core = Core::new(Double::new(seed, Faults { delay: 90, ..Faults::default() }));
+        let core = Core::new(SimRing::new(seed, Faults { delay: 90, ..Faults::default() }));
         // Nothing is carried out on the spot.
         core.ring().set_faults(Faults { delay: 90, no_nowait: true, ..Faults::default() });
-        let attached = Rc::new(volume.attach(&core, false));
+        let channel = Rc::new(volume.attach(&core, false));
         let memory = mapping(512);
         let order = Rc::new(RefCell::new(Vec::new()));
-        let mut tasks = Tasks::<Double, Life>::new(core.clone());
+        let mut tasks = Tasks::<SimRing, Life>::new(core.clone());
         let write = |name: &'static str| {
-            let (attached, order) = (attached.clone(), order.clone());
+            let (channel, order) = (channel.clone(), order.clone());
             move |io| -> Life {
                 Box::pin(async move {
                     // Must reach the disk, which a worker never waits for.
                     let mut request = transfer(Op::Write, 63, memory);
                     request.flags.fua = true;
-                    let result = execute(&attached, &io, &Flusher::default(), &request).await;
+                    let result = submit(&channel, &io, &Flusher::default(), &request).await;
                     order.borrow_mut().push((name, result));
                 })
             }
@@ -130,9 +130,9 @@ fn a_drain_waits_for_what_was_admitted() {
         tasks.add(write("admitted"));
         volume.geometry().capacity.set(32);
         tasks.add(|io| {
-            let (attached, order) = (attached.clone(), order.clone());
+            let (channel, order) = (channel.clone(), order.clone());
             Box::pin(async move {
-                assert!(attached.drain(&io, LONG).await);
+                assert!(channel.drain(&io, LONG).await);
                 order.borrow_mut().push(("drained", Ok(())));
             })
         });
@@ -145,18 +145,18 @@ fn a_drain_waits_for_what_was_admitted() {
 
 #[test]
 fn new_requests_do_not_hold_a_drain_up_and_old_ones_do() {
-    let core = Core::new(Double::new(1, Faults::default()));
-    let grace = Rc::new(Grace::default());
+    let core = Core::new(SimRing::new(1, Faults::default()));
+    let drain_epochs = Rc::new(DrainEpochs::default());
     let pass = |limit| {
-        let (grace, result) = (grace.clone(), Rc::new(Cell::new(None)));
-        let mut tasks = Tasks::<Double, Life>::new(core.clone());
+        let (drain_epochs, result) = (drain_epochs.clone(), Rc::new(Cell::new(None)));
+        let mut tasks = Tasks::<SimRing, Life>::new(core.clone());
         let told = result.clone();
-        tasks.add(|io| Box::pin(async move { told.set(Some(grace.pass(&io, limit).await)) }));
+        tasks.add(|io| Box::pin(async move { told.set(Some(drain_epochs.pass(&io, limit).await)) }));
         (tasks, result)
     };
-    let old = grace.enter();
+    let old = drain_epochs.enter();
     let (mut tasks, result) = pass(LONG);
-    let new = grace.enter();
+    let new = drain_epochs.enter();
     assert_eq!(result.get(), None);
     drop(old);
     settle(&core, &mut tasks);
@@ -164,7 +164,7 @@ fn new_requests_do_not_hold_a_drain_up_and_old_ones_do() {
     // Which the next drain waits for, and gives up on; the one after that still knows of it.
     for _ in 0..2 {
         let (mut tasks, result) = pass(Duration::from_millis(3));
-        let newer = grace.enter();
+        let newer = drain_epochs.enter();
         settle(&core, &mut tasks);
         assert_eq!(result.get(), Some(false));
         drop(newer);

@@ -88,7 +88,7 @@ impl ControlThread {
         let body = move || {
             // A command may wait for I/O on the disk, and must not wait for memory meanwhile.
             set_io_flusher();
-            run(id, &params, &inbox, &flag);
+            take_commands(id, &params, &inbox, &flag);
         };
         detached("ringblk-ublk", body).map_err(Error::Thread)?;
         Ok(ControlThread { sender, hopeless })
@@ -109,20 +109,14 @@ impl ControlThread {
 }
 
 /// On the control thread: carries commands out until nobody submits any.
-fn run(id: u32, params: &Params, inbox: &Receiver<ControlCommand>, hopeless: &AtomicBool) {
+fn take_commands(id: u32, params: &Params, inbox: &Receiver<ControlCommand>, hopeless: &AtomicBool) {
     for ControlCommand { op, data, reply } in inbox {
-        let _ = reply.send(carry_out(id, params, op, data, hopeless));
+        let _ = reply.send(run(id, params, op, data, hopeless));
     }
 }
 
 /// Each with a ring of its own, which cancels the command when it was given up.
-fn carry_out(
-    id: u32,
-    params: &Params,
-    op: ControlOp,
-    data: u64,
-    hopeless: &AtomicBool,
-) -> Result<(), Failed> {
+fn run(id: u32, params: &Params, op: ControlOp, data: u64, hopeless: &AtomicBool) -> Result<(), Failed> {
     let mut driver = ControlDevice::open()?;
     let mut in_time = until(START_LIMIT);
     let mut go_on = || in_time() && !hopeless.load(Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Atomics in memory that others share with us: the rings, which the driver reads and writes, and the notes of what is in
+//! Atomics in memory that others share with us: the rings, which the driver reads and writes, and the in-flight log of what is in
 //! flight, which outlive us.
 //!
 //! They are the standard library's. Tests have others in their place, which tell an observer of each access and of each

@@ -186,7 +186,7 @@ fn page_size(mappings: &GuestMemoryMmap<()>, start: u64) -> std::io::Result<usiz
 
 /// A descriptor table: the vring's own, or an indirect one.
 #[derive(Clone, Copy)]
-pub struct Table {
+pub struct DescriptorTable {
     /// Where the guest has it.
     at: u64,
     /// Where we have it, when it lies in one region.
@@ -195,7 +195,7 @@ pub struct Table {
     len: u16,
 }
 
-impl Table {
+impl DescriptorTable {
     /// Descriptors in it.
     pub fn len(&self) -> u16 {
         self.len
@@ -204,15 +204,15 @@ impl Table {
 
 impl Memory {
     /// The table of `len` descriptors at guest address `at`.
-    pub fn table(&self, at: u64, len: u16) -> Table {
+    pub fn table(&self, at: u64, len: u16) -> DescriptorTable {
         let bytes = u64::from(len) * size_of::<Descriptor>() as u64;
         let host = self.resolve(at, bytes, align_of::<Descriptor>() as u64);
-        Table { at, host: host.map(|host| host.cast_const().cast()), len }
+        DescriptorTable { at, host: host.map(|host| host.cast_const().cast()), len }
     }
 
     /// Reads descriptor `index` of `table`, once: a guest that changes it later changes nothing for us.
     /// `None` outside the table or the guest's memory.
-    pub fn descriptor(&self, table: Table, index: u16) -> Option<Descriptor> {
+    pub fn descriptor(&self, table: DescriptorTable, index: u16) -> Option<Descriptor> {
         if index >= table.len {
             return None;
         }
@@ -225,7 +225,7 @@ impl Memory {
 
     /// Reads a descriptor of a table that lies across regions, or is misaligned for us.
     #[cold]
-    fn descriptor_in_pieces(&self, table: Table, index: u16) -> Option<Descriptor> {
+    fn descriptor_in_pieces(&self, table: DescriptorTable, index: u16) -> Option<Descriptor> {
         let at = table.at.checked_add(u64::from(index) * size_of::<Descriptor>() as u64)?;
         let mut bytes = [0; size_of::<Descriptor>()];
         let mut filled = 0;

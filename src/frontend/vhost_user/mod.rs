@@ -1,4 +1,4 @@
-//! The vhost-user-blk door: a virtio disk for a VMM, over a Unix socket.
+//! The vhost-user-blk frontend: a virtio disk for a VMM, over a Unix socket.
 //!
 //! `protocol` owns the VMM's connection and lets through what is in order. `session` speaks the protocol, by
 //! vhost-user-backend without threads of its own, and turns every change of a vring's state into a start or a stop on

@@ -8,7 +8,7 @@ use super::device::Device;
 use super::inflight::Inflight;
 use super::memory::Memory;
 use super::protocol::{Backend, BackendChannel, Ended, Refusal, Relay, Shape, Vmm, connection};
-use super::session_vring::{Host, SessionVring, Shared, Table};
+use super::session_vring::{GuestMemoryHandle, Host, SessionVring, Shared};
 use super::vring::StopMode;
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -83,7 +83,7 @@ impl Session {
         let vrings = OnceLock::new();
         let (shared, charges) = (shared.clone(), Mutex::default());
         let session = Arc::new(Session { shared: shared.clone(), shape, socket, charges, vrings });
-        let table: Table = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let table: GuestMemoryHandle = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let (daemon, vrings) = SessionVring::make_for(&shared, || {
             VhostUserDaemon::new("ringblk-session".into(), session.clone(), table)
         });
@@ -259,7 +259,7 @@ impl VhostUserBackend for Session {
         Ok(())
     }
 
-    fn update_memory(&self, table: Table) -> io::Result<()> {
+    fn update_memory(&self, table: GuestMemoryHandle) -> io::Result<()> {
         // The old table's mappings live until the last vring that uses them has drained.
         let charges = std::mem::take(&mut *self.charges.lock().unwrap_or_else(PoisonError::into_inner));
         let mappings = table.memory().into_inner();

@@ -21,7 +21,7 @@ use virtio_queue::{Error as QueueError, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 /// The crate's handle to a memory table that may change.
-pub(super) type Table = GuestMemoryAtomic<GuestMemoryMmap<()>>;
+pub(super) type GuestMemoryHandle = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
 /// Runs vrings: the service, with a worker for each queue.
 pub trait Host: Send + Sync {
@@ -57,7 +57,7 @@ pub(super) struct Shared {
     pub features: AtomicU64,
     /// The memory table in force; `None` before the first.
     pub memory: Mutex<Option<Memory>>,
-    /// Where the vrings note what is in flight; `None` for a VMM that keeps no such notes.
+    /// Where the vrings note what is in flight; `None` for a VMM that keeps no such inflight_log.
     pub inflight: Mutex<Option<Inflight>>,
 }
 
@@ -81,7 +81,7 @@ impl Shared {
 /// One vring of a session.
 #[derive(Clone)]
 pub struct SessionVring {
-    inner: VringMutex<Table>,
+    inner: VringMutex<GuestMemoryHandle>,
     link: Arc<VringLink>,
 }
 
@@ -222,16 +222,16 @@ impl SessionVring {
     }
 }
 
-impl<'a> VringStateGuard<'a, Table> for SessionVring {
-    type G = MutexGuard<'a, VringState<Table>>;
+impl<'a> VringStateGuard<'a, GuestMemoryHandle> for SessionVring {
+    type G = MutexGuard<'a, VringState<GuestMemoryHandle>>;
 }
 
-impl<'a> VringStateMutGuard<'a, Table> for SessionVring {
-    type G = MutexGuard<'a, VringState<Table>>;
+impl<'a> VringStateMutGuard<'a, GuestMemoryHandle> for SessionVring {
+    type G = MutexGuard<'a, VringState<GuestMemoryHandle>>;
 }
 
-impl VringT<Table> for SessionVring {
-    fn new(memory: Table, max_queue_size: u16) -> Result<Self, QueueError> {
+impl VringT<GuestMemoryHandle> for SessionVring {
+    fn new(memory: GuestMemoryHandle, max_queue_size: u16) -> Result<Self, QueueError> {
         let inner = VringMutex::new(memory, max_queue_size)?;
         NURSERY.with_borrow_mut(|factory| {
             // `make_for` is the only way here: its caller makes the daemon, which makes the vrings.
@@ -253,11 +253,11 @@ impl VringT<Table> for SessionVring {
         })
     }
 
-    fn get_ref(&self) -> <Self as VringStateGuard<'_, Table>>::G {
+    fn get_ref(&self) -> <Self as VringStateGuard<'_, GuestMemoryHandle>>::G {
         self.inner.get_ref()
     }
 
-    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, Table>>::G {
+    fn get_mut(&self) -> <Self as VringStateMutGuard<'_, GuestMemoryHandle>>::G {
         self.inner.get_mut()
     }
 

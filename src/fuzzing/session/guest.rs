@@ -342,7 +342,7 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// GET_INFLIGHT_FD, what the guest's VMM does to the notes, SET_INFLIGHT_FD.
+    /// GET_INFLIGHT_FD, what the guest's VMM does to the in-flight log, SET_INFLIGHT_FD.
     pub fn inflight(&mut self, input: &mut Input) {
         let (what, queues, size) = (input.u8(), u16::from(input.u8() % 4), 1u16 << (input.u8() % 8));
         self.forget_requests();
@@ -434,7 +434,7 @@ impl<'a> Guest<'a> {
         self.forget_requests();
     }
 
-    /// And another begins, with the same memory and notes.
+    /// And another begins, with the same memory and in-flight log.
     pub fn come_back(&mut self) {
         let (socket, ended) = self.world.session();
         (self.wire, self.ended) = (Some(Wire::new(socket)), ended);

@@ -1,7 +1,7 @@
 //! Messages of the vhost-user protocol as bytes, and their answers.
 
 use super::world::PATIENCE;
-use crate::frontend::vhost_user::protocol::{Interest, Receive, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::protocol::{Interest, Receive, Vmm, Wake, Wakeups};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::fs::File;
@@ -113,7 +113,7 @@ impl Wire {
 /// Waits for an answer.
 struct Answered;
 
-impl Watch for Answered {
+impl Wakeups for Answered {
     fn wait(&self, fd: BorrowedFd<'_>, _: Interest, _: Option<Instant>) -> io::Result<Wake> {
         let limit = PollTimeout::try_from(PATIENCE).unwrap();
         let ready = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], limit)?;

@@ -4,7 +4,7 @@ use super::neighbour::Neighbour;
 use crate::engine::Volume;
 use crate::engine::config::{FileConfig, MemoryConfig, VolumeConfig};
 use crate::frontend::vhost_user::budget::{MemoryBudget, MemoryShare};
-use crate::frontend::vhost_user::protocol::{BackendChannel, Interest, Shape, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::protocol::{BackendChannel, Interest, Shape, Vmm, Wake, Wakeups};
 use crate::frontend::vhost_user::{CallFd, Device, Host, Running, Session, StopMode, Stopped, VringSetup};
 use crate::service::served_vring::ServedVring;
 use crate::worker::{ExportVolume, Worker, WorkerConfig, WorkerHandle};
@@ -171,7 +171,7 @@ fn serve(stream: UnixStream, device: &Arc<Device>, host: &Arc<dyn Host>, share: 
 /// Who waits for a VMM's messages and is never told to stop.
 struct Awake;
 
-impl Watch for Awake {
+impl Wakeups for Awake {
     fn wait(&self, fd: BorrowedFd<'_>, interest: Interest, deadline: Option<Instant>) -> io::Result<Wake> {
         let interest = match interest {
             Interest::Read => PollFlags::POLLIN,

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::{BODY_TIME, Managed, Refusal};
+use super::{BODY_TIME, ControlError, ControlHandler};
 use crate::service::status::{ApiError, Stopping};
 
 type Answer = Response<Full<Bytes>>;
@@ -27,7 +27,7 @@ struct Route {
     path: &'static str,
     method: Method,
     /// May block.
-    answer: fn(&dyn Managed, &Call) -> Result<Answer, Refusal>,
+    answer: fn(&dyn ControlHandler, &Call) -> Result<Answer, ControlError>,
 }
 
 /// What came with the request.
@@ -49,68 +49,72 @@ const ROUTES: &[Route] = &[
     Route { path: "/v1/volumes/NAME/limit", method: Method::POST, answer: limit },
 ];
 
-fn status(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+fn status(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     call.without_body()?;
     Ok(json(StatusCode::OK, &managed.status()))
 }
 
-fn stop(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+fn stop(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     managed.request_stop(&call.optional_body()?)?;
     Ok(json(StatusCode::ACCEPTED, &Stopping { stopping: true }))
 }
 
-fn resize(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+fn resize(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     let resized = managed.resize(&call.name, &call.body()?)?;
     Ok(json(StatusCode::OK, &resized))
 }
 
-fn refresh(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+fn refresh(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     let resized = managed.refresh(&call.name, &call.optional_body()?)?;
     Ok(json(StatusCode::OK, &resized))
 }
 
-fn resume(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+fn resume(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     let resumed = managed.resume(&call.name, &call.optional_body()?)?;
     Ok(json(StatusCode::OK, &resumed))
 }
 
-fn fault(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+fn fault(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     let faulted = managed.fault(&call.name, &call.body()?)?;
     Ok(json(StatusCode::OK, &faulted))
 }
 
-fn limits(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+fn limits(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     call.without_body()?;
     Ok(json(StatusCode::OK, &managed.limits(&call.name)?))
 }
 
-fn limit(managed: &dyn Managed, call: &Call) -> Result<Answer, Refusal> {
+fn limit(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     let limited = managed.limit(&call.name, &call.body()?)?;
     Ok(json(StatusCode::OK, &limited))
 }
 
 impl Call {
     /// What a POST asks for.
-    fn body<T: DeserializeOwned>(&self) -> Result<T, Refusal> {
+    fn body<T: DeserializeOwned>(&self) -> Result<T, ControlError> {
         // serde takes a list of values for them with their names, too.
         if self.body.trim_ascii_start().first() == Some(&b'[') {
-            return Err(Refusal::Body("the body: a list, expected an object with names".into()));
+            return Err(ControlError::Body("the body: a list, expected an object with names".into()));
         }
-        serde_json::from_slice(&self.body).map_err(|error| Refusal::Body(format!("the body: {error}")))
+        serde_json::from_slice(&self.body).map_err(|error| ControlError::Body(format!("the body: {error}")))
     }
 
     /// The same, where no body asks for nothing special.
-    fn optional_body<T: DeserializeOwned + Default>(&self) -> Result<T, Refusal> {
+    fn optional_body<T: DeserializeOwned + Default>(&self) -> Result<T, ControlError> {
         if self.body.is_empty() { Ok(T::default()) } else { self.body() }
     }
 
-    fn without_body(&self) -> Result<(), Refusal> {
-        if self.body.is_empty() { Ok(()) } else { Err(Refusal::Body("this request takes no body".into())) }
+    fn without_body(&self) -> Result<(), ControlError> {
+        if self.body.is_empty() {
+            Ok(())
+        } else {
+            Err(ControlError::Body("this request takes no body".into()))
+        }
     }
 }
 
 /// Finds the endpoint and asks it, on a thread that may block.
-pub(super) async fn answer<B>(managed: Arc<dyn Managed>, request: Request<B>) -> Answer
+pub(super) async fn answer<B>(managed: Arc<dyn ControlHandler>, request: Request<B>) -> Answer
 where
     B: Body<Error: Into<Box<dyn std::error::Error + Send + Sync>>>,
 {
@@ -131,9 +135,11 @@ where
     match tokio::task::spawn_blocking(move || (route.answer)(&*managed, &call)).await {
         Ok(Ok(answer)) => answer,
         Ok(Err(refusal)) => match refusal {
-            Refusal::Unknown(name) => refused(StatusCode::NOT_FOUND, format!("there is no volume {name:?}")),
-            Refusal::Body(reason) => refused(StatusCode::BAD_REQUEST, reason),
-            Refusal::Impossible(reason) => refused(StatusCode::CONFLICT, reason),
+            ControlError::Unknown(name) => {
+                refused(StatusCode::NOT_FOUND, format!("there is no volume {name:?}"))
+            }
+            ControlError::Body(reason) => refused(StatusCode::BAD_REQUEST, reason),
+            ControlError::Impossible(reason) => refused(StatusCode::CONFLICT, reason),
         },
         // Panics abort the release build; in a test's build one must not be taken for silence.
         Err(error) => refused(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),

@@ -1,4 +1,4 @@
-//! Volumes behind front doors: where a configuration becomes something that runs.
+//! Volumes behind frontends: where a configuration becomes something that runs.
 
 mod placement;
 pub mod ublk;
@@ -17,7 +17,7 @@ pub struct Abandoned(pub String);
 
 /// How an export ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Farewell {
+pub enum ShutdownMode {
     /// Its disk or socket goes; but a disk that somebody uses stays, and waits for the next service.
     Stop,
     /// Its disk or socket goes, whoever uses it.
@@ -30,7 +30,7 @@ pub enum Farewell {
     Withdraw,
 }
 
-/// A running export of either door.
+/// A running export of either frontend.
 pub enum Export {
     /// A disk of the host.
     Ublk(Box<UblkExport>),
@@ -73,7 +73,7 @@ impl Export {
         }
     }
 
-    /// Whether it would survive a [`Farewell::HandOver`].
+    /// Whether it would survive a [`ShutdownMode::HandOver`].
     ///
     /// # Errors
     /// Why not, for people.
@@ -100,17 +100,17 @@ impl Export {
         }
     }
 
-    /// Takes no more requests, waits for those that it has, and takes leave of the door.
+    /// Takes no more requests, waits for those that it has, and takes leave of the frontend.
     ///
     /// # Errors
     /// When they are not complete by `deadline`.
-    pub fn leave(&mut self, how: Farewell, deadline: Instant) -> Result<(), Abandoned> {
+    pub fn leave(&mut self, how: ShutdownMode, deadline: Instant) -> Result<(), Abandoned> {
         match (self, how) {
-            (Export::Ublk(export), Farewell::Stop) => export.stop_unless_used(deadline),
-            (Export::Ublk(export), Farewell::Keep) => export.keep(&[], deadline),
-            (Export::Ublk(export), Farewell::Force) => export.stop(deadline),
-            (Export::Ublk(export), Farewell::HandOver) => export.hand_over(deadline),
-            (Export::Ublk(export), Farewell::Withdraw) => export.withdraw(deadline),
+            (Export::Ublk(export), ShutdownMode::Stop) => export.stop_unless_used(deadline),
+            (Export::Ublk(export), ShutdownMode::Keep) => export.keep(&[], deadline),
+            (Export::Ublk(export), ShutdownMode::Force) => export.stop(deadline),
+            (Export::Ublk(export), ShutdownMode::HandOver) => export.hand_over(deadline),
+            (Export::Ublk(export), ShutdownMode::Withdraw) => export.withdraw(deadline),
             // A VMM comes back by itself, to whoever listens by then.
             (Export::VhostUser(export), _) => export.stop(deadline),
         }

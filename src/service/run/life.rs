@@ -10,7 +10,7 @@ use crate::engine::nbd;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::service::config::Config;
 use crate::service::control;
-use crate::service::exports::Farewell;
+use crate::service::exports::ShutdownMode;
 use crate::service::exports::vhost_user::Endpoint;
 use crate::worker::WorkerHandle;
 use std::io;
@@ -107,7 +107,7 @@ impl Service {
                 result = begun => {
                     let ended = |_| Err(Error::Thread(io::Error::other("it has ended")));
                     if let Err(error) = result.unwrap_or_else(ended) {
-                        if let Err(left) = shared.take_down(Farewell::Withdraw) {
+                        if let Err(left) = shared.take_down(ShutdownMode::Withdraw) {
                             log::error!("{left}");
                         }
                         return Err(error);
@@ -129,7 +129,7 @@ impl Service {
             }
         };
         shared.stopping.store(true, Ordering::Relaxed);
-        let farewell = *lock(&shared.farewell).get_or_insert(Farewell::Stop);
+        let farewell = *lock(&shared.farewell).get_or_insert(ShutdownMode::Stop);
         log::info!("stopping: waiting for requests in flight");
         let (done, mut finished) = oneshot::channel();
         let stopper = shared.clone();
@@ -137,18 +137,18 @@ impl Service {
             .name("ringblk-stop".into())
             .spawn(move || done.send(stopper.take_down(farewell)))
             .map_err(Error::Control)?;
-        let held_up = async {
+        let pending_reason = async {
             loop {
-                shared.all_served().filter_map(|served| served.volume.held_up()).for_each(|why| {
+                shared.all_served().filter_map(|served| served.volume.pending_reason()).for_each(|why| {
                     log::warn!("stopping: {why}");
                 });
                 tokio::time::sleep(HELD_UP_EVERY).await;
             }
         };
-        tokio::pin!(held_up);
+        tokio::pin!(pending_reason);
         let result = loop {
             tokio::select! {
-                () = &mut held_up => unreachable!("it goes on for ever"),
+                () = &mut pending_reason => unreachable!("it goes on for ever"),
                 result = &mut finished => break result.unwrap_or(Ok(())),
                 () = signals.next() => {}
             }

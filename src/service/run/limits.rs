@@ -5,7 +5,7 @@
 use super::Shared;
 use crate::engine::Volume;
 use crate::engine::limits::LimitsChange;
-use crate::service::control::Refusal;
+use crate::service::control::ControlError;
 use crate::service::status::LimitsStatus;
 use crate::worker::WorkerHandle;
 
@@ -23,10 +23,15 @@ pub(super) fn shown(volume: &Volume) -> LimitsStatus {
 
 impl Shared {
     /// Changes what is named of a volume's limits, and of those that share them. What waits for them goes on by the new ones.
-    pub(super) fn change_limits(&self, name: &str, wanted: &LimitsChange) -> Result<LimitsStatus, Refusal> {
+    pub(super) fn change_limits(
+        &self,
+        name: &str,
+        wanted: &LimitsChange,
+    ) -> Result<LimitsStatus, ControlError> {
         let volume = self.volume(name)?;
         let changed = volume.limits().change(wanted);
-        let changed = changed.map_err(|(key, reason)| Refusal::Impossible(format!("{key}: {reason}")))?;
+        let changed =
+            changed.map_err(|(key, reason)| ControlError::Impossible(format!("{key}: {reason}")))?;
         // Volumes of the same group may be on any of them.
         self.handles.iter().for_each(WorkerHandle::limits_changed);
         let now =

@@ -5,8 +5,8 @@ use super::{Served, Shared, limits, lock};
 use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::engine::limits::LimitsChange;
 use crate::engine::{PolicyState, Volume, fault};
-use crate::service::control::{Managed, Refusal};
-use crate::service::exports::{Export, Farewell};
+use crate::service::control::{ControlError, ControlHandler};
+use crate::service::exports::{Export, ShutdownMode};
 use crate::service::status::{
     Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
 };
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-impl Managed for Shared {
+impl ControlHandler for Shared {
     fn status(&self) -> Status {
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -32,33 +32,33 @@ impl Managed for Shared {
         }
     }
 
-    fn request_stop(&self, wanted: &Stop) -> Result<(), Refusal> {
+    fn request_stop(&self, wanted: &Stop) -> Result<(), ControlError> {
         let how = match (wanted.hand_over, wanted.force) {
             (true, true) => {
                 let reason = "hand_over leaves the disks, and force takes them away: ask for one";
-                return Err(Refusal::Impossible(reason.into()));
+                return Err(ControlError::Impossible(reason.into()));
             }
-            (true, false) => Farewell::HandOver,
-            (false, true) => Farewell::Force,
-            (false, false) => Farewell::Stop,
+            (true, false) => ShutdownMode::HandOver,
+            (false, true) => ShutdownMode::Force,
+            (false, false) => ShutdownMode::Stop,
         };
         let mut farewell = lock(&self.farewell);
         match (*farewell, how) {
-            (None, Farewell::HandOver) => {
+            (None, ShutdownMode::HandOver) => {
                 let refused: Vec<String> =
                     lock(&self.exports).iter().filter_map(|export| export.can_hand_over().err()).collect();
                 if !refused.is_empty() {
-                    return Err(Refusal::Impossible(refused.join("; ")));
+                    return Err(ControlError::Impossible(refused.join("; ")));
                 }
             }
-            (None, Farewell::Stop) => {
+            (None, ShutdownMode::Stop) => {
                 if let Some(reason) = self.in_use() {
-                    return Err(Refusal::Impossible(reason));
+                    return Err(ControlError::Impossible(reason));
                 }
             }
-            (Some(Farewell::Stop | Farewell::Force), Farewell::HandOver) => {
+            (Some(ShutdownMode::Stop | ShutdownMode::Force), ShutdownMode::HandOver) => {
                 let reason = "the service is stopping already, and its disks go with it";
-                return Err(Refusal::Impossible(reason.into()));
+                return Err(ControlError::Impossible(reason.into()));
             }
             _ => {}
         }
@@ -68,35 +68,35 @@ impl Managed for Shared {
         Ok(())
     }
 
-    fn resize(&self, volume: &str, wanted: &Resize) -> Result<Resized, Refusal> {
+    fn resize(&self, volume: &str, wanted: &Resize) -> Result<Resized, ControlError> {
         self.change_size(volume, |volume, exports| volume.resize(wanted.size, wanted.force, exports))
     }
 
-    fn refresh(&self, volume: &str, wanted: &Refresh) -> Result<Resized, Refusal> {
+    fn refresh(&self, volume: &str, wanted: &Refresh) -> Result<Resized, ControlError> {
         self.change_size(volume, |volume, exports| volume.refresh(wanted.force, exports))
     }
 
-    fn resume(&self, name: &str, wanted: &Resume) -> Result<Resumed, Refusal> {
+    fn resume(&self, name: &str, wanted: &Resume) -> Result<Resumed, ControlError> {
         let volume = self.volume(name)?;
         Ok(Resumed { volume: name.into(), requests: volume.resume(wanted.give_up) })
     }
 
-    fn fault(&self, name: &str, wanted: &Fault) -> Result<Faulted, Refusal> {
+    fn fault(&self, name: &str, wanted: &Fault) -> Result<Faulted, ControlError> {
         let Fault { enabled } = *wanted;
         if fault::switch(self.volume(name)?, enabled) == 0 {
             let reason =
                 format!("volume {name} has no faults to switch: it stands on no volume of the driver fault");
-            return Err(Refusal::Impossible(reason));
+            return Err(ControlError::Impossible(reason));
         }
         log::info!("volume {name}: its faults are switched {}", if enabled { "on" } else { "off" });
         Ok(Faulted { volume: name.into(), enabled })
     }
 
-    fn limits(&self, name: &str) -> Result<LimitsStatus, Refusal> {
+    fn limits(&self, name: &str) -> Result<LimitsStatus, ControlError> {
         Ok(limits::shown(self.volume(name)?))
     }
 
-    fn limit(&self, name: &str, wanted: &LimitsChange) -> Result<LimitsStatus, Refusal> {
+    fn limit(&self, name: &str, wanted: &LimitsChange) -> Result<LimitsStatus, ControlError> {
         self.change_limits(name, wanted)
     }
 }
@@ -120,18 +120,18 @@ impl Shared {
     ///
     /// # Errors
     /// When there is none, or it is not there yet.
-    pub(super) fn volume(&self, name: &str) -> Result<&Arc<Volume>, Refusal> {
+    pub(super) fn volume(&self, name: &str) -> Result<&Arc<Volume>, ControlError> {
         if let Some(served) = self.served(name) {
             return Ok(&served.volume);
         }
         let cause = lock(&self.waiting).get(name).map(Waiting::cause);
         Err(match cause {
-            Some(cause) => Refusal::Impossible(format!("it is not there yet: {cause}")),
+            Some(cause) => ControlError::Impossible(format!("it is not there yet: {cause}")),
             None => match self.bases.get(name) {
-                Some(root) => Refusal::Impossible(format!(
+                Some(root) => ControlError::Impossible(format!(
                     "volume {name} is not served by itself: ask for {root}, which stands on it"
                 )),
-                None => Refusal::Unknown(name.into()),
+                None => ControlError::Unknown(name.into()),
             },
         })
     }

@@ -2,7 +2,7 @@
 
 use super::{Shared, lock};
 use crate::engine::{self, ResizeError, Volume};
-use crate::service::control::Refusal;
+use crate::service::control::ControlError;
 use crate::service::exports::Export;
 use crate::service::status::Resized;
 use std::sync::atomic::Ordering;
@@ -23,14 +23,14 @@ impl Shared {
         &self,
         name: &str,
         how: impl FnOnce(&Volume, &Exports<'_>) -> Result<engine::Resized, ResizeError>,
-    ) -> Result<Resized, Refusal> {
+    ) -> Result<Resized, ControlError> {
         let volume = self.volume(name)?;
         if self.stopping.load(Ordering::Relaxed) {
-            return Err(Refusal::Impossible("the service is stopping".into()));
+            return Err(ControlError::Impossible("the service is stopping".into()));
         }
         let exports = Exports { shared: self, volume };
-        let resized =
-            how(volume, &exports).map_err(|error| Refusal::Impossible(format!("volume {name}: {error}")))?;
+        let resized = how(volume, &exports)
+            .map_err(|error| ControlError::Impossible(format!("volume {name}: {error}")))?;
         Ok(Resized { volume: name.into(), from_bytes: resized.from, size_bytes: resized.to })
     }
 }
@@ -53,7 +53,7 @@ pub(super) fn follow_growth(shared: &Weak<Shared>, told: &Receiver<String>) {
             match result {
                 Err(_) if under_way && tries < CATCH_UP_TRIES => std::thread::sleep(SLACK),
                 // It has its own name in it.
-                Err(Refusal::Impossible(reason)) => {
+                Err(ControlError::Impossible(reason)) => {
                     log::warn!("its store has grown, and its clients do not see it: {reason}");
                     break;
                 }

@@ -7,12 +7,12 @@ use super::*;
 use crate::block::{Data, Errno, Flags, Op};
 use crate::engine::config::{MemoryConfig, VolumeConfig};
 use crate::engine::limits::LimitsConfig;
-use crate::engine::{Attached, Flushers, Volume, execute};
+use crate::engine::{Flushers, Volume, VolumeChannel, submit};
 use crate::frontend::ublk::QuiesceFlag;
 use crate::frontend::vhost_user::driver::{Driver, device};
 use crate::frontend::vhost_user::{Stopped, Vring, VringSetup};
 use crate::ring::Tasks;
-use crate::ring::double::{Double, Faults};
+use crate::ring::sim::{Faults, SimRing};
 use std::collections::BTreeMap;
 use std::pin::Pin;
 
@@ -41,7 +41,7 @@ struct Guest {
     driver: Driver,
     vring: Rc<Vring>,
     admission: Rc<Admission>,
-    volume: Rc<Attached<Double>>,
+    volume: Rc<VolumeChannel<SimRing>>,
     flushers: Arc<Flushers>,
     slots: Vec<u32>,
     /// What it asks for again and again: a kind and bytes.
@@ -50,15 +50,15 @@ struct Guest {
 }
 
 struct Worker {
-    core: Rc<Core<Double>>,
-    tasks: Tasks<Double, Slot>,
+    core: Rc<Core<SimRing>>,
+    tasks: Tasks<SimRing, Slot>,
     timer: ThrottleTimer,
     guests: Vec<Guest>,
 }
 
 impl Worker {
     fn new() -> Worker {
-        let core = Core::new(Double::new(1, Faults::default()));
+        let core = Core::new(SimRing::new(1, Faults::default()));
         core.ring().advance(SECOND);
         Worker { tasks: Tasks::new(core.clone()), core, timer: ThrottleTimer::new(), guests: Vec::new() }
     }
@@ -142,16 +142,16 @@ impl Worker {
 }
 
 async fn serve(
-    io: Io<Double>,
+    io: Io<SimRing>,
     vring: Rc<Vring>,
-    volume: Rc<Attached<Double>>,
+    volume: Rc<VolumeChannel<SimRing>>,
     flushers: Arc<Flushers>,
     tag: u16,
 ) {
-    let mut state = <Vring as Source<Double>>::State::default();
+    let mut state = <Vring as Source<SimRing>>::State::default();
     while let Some(request) = vring.next(&io, tag, &mut state).await {
-        let result = execute(&volume, &io, flushers.queue(0), &request).await;
-        Source::<Double>::complete(&*vring, tag, &mut state, result);
+        let result = submit(&volume, &io, flushers.queue(0), &request).await;
+        Source::<SimRing>::complete(&*vring, tag, &mut state, result);
     }
 }
 
@@ -371,10 +371,10 @@ fn what_is_let_in_is_what_was_looked_at() {
 #[derive(Default)]
 struct Delivered(QuiesceFlag);
 
-impl Source<Double> for Delivered {
+impl Source<SimRing> for Delivered {
     type State = ();
 
-    async fn next<'a>(&'a self, _: &Io<Double>, _: u16, (): &'a mut ()) -> Option<Request<'a>> {
+    async fn next<'a>(&'a self, _: &Io<SimRing>, _: u16, (): &'a mut ()) -> Option<Request<'a>> {
         None
     }
 
@@ -387,8 +387,8 @@ impl Source<Double> for Delivered {
 
 /// Slots as those of a ublk queue: each has a request from the start.
 struct Tags {
-    core: Rc<Core<Double>>,
-    tasks: Tasks<Double, Slot>,
+    core: Rc<Core<SimRing>>,
+    tasks: Tasks<SimRing, Slot>,
     timer: ThrottleTimer,
     admission: Rc<Admission>,
     source: Rc<Delivered>,
@@ -398,7 +398,7 @@ struct Tags {
 
 impl Tags {
     fn new(limits: &Arc<Limits>, count: usize) -> Tags {
-        let core = Core::new(Double::new(1, Faults::default()));
+        let core = Core::new(SimRing::new(1, Faults::default()));
         core.ring().advance(SECOND);
         let timer = ThrottleTimer::new();
         let (admission, source, gone) =

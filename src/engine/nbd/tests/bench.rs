@@ -5,7 +5,7 @@
 use super::server::Random;
 use crate::block::{Data, Errno, Iovec};
 use crate::engine::config::NbdConfig;
-use crate::engine::nbd::{NbdOps, NbdVolume};
+use crate::engine::nbd::{NbdOps, NbdStore};
 use crate::engine::node::Leaf;
 use crate::ring::{Core, Io, Mapping, Ring, Setup, Tasks, Uring};
 use std::cell::{Cell, RefCell};
@@ -50,7 +50,7 @@ impl Bench {
         Bench { tasks: Tasks::new(core.clone()), core }
     }
 
-    pub fn attach(&self, volume: &NbdVolume) -> Rc<Ops> {
+    pub fn attach(&self, volume: &NbdStore) -> Rc<Ops> {
         Rc::new(NbdOps::new(&self.core, volume))
     }
 

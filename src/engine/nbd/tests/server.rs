@@ -362,7 +362,7 @@ impl<'a> Session<'a> {
         if let Fault::Late(after) = fault {
             thread::sleep(after);
         }
-        let mut reply = self.carry_out(request);
+        let mut reply = self.perform(request);
         match fault {
             Fault::Vanish => return Err(io::ErrorKind::ConnectionAborted.into()),
             Fault::Cut(bytes) => {
@@ -393,7 +393,7 @@ impl<'a> Session<'a> {
     }
 
     /// Does it, and gives the reply.
-    fn carry_out(&mut self, request: &Incoming) -> Vec<u8> {
+    fn perform(&mut self, request: &Incoming) -> Vec<u8> {
         let mut disk = self.shared.disk.lock().unwrap();
         let range = request.offset as usize..request.offset as usize + request.length as usize;
         match request.command {

@@ -7,7 +7,7 @@ use crate::block::Instance;
 
 /// A mark as it is stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Mark(u64);
+pub struct QueueMark(u64);
 
 /// It was made by us.
 const VALID: u64 = 1 << 63;
@@ -19,10 +19,10 @@ const INSTANCE: u64 = UNFLUSHED - 1;
 
 const _: () = assert!(INSTANCE == (1 << Instance::BITS) - 1);
 
-impl Mark {
+impl QueueMark {
     /// As it was found.
-    pub fn from_raw(raw: u64) -> Mark {
-        Mark(raw)
+    pub fn from_raw(raw: u64) -> QueueMark {
+        QueueMark(raw)
     }
 
     /// As it is stored.
@@ -37,8 +37,8 @@ impl Mark {
     }
 
     /// The same with another cache mode.
-    pub fn with_writeback(self, on: bool) -> Mark {
-        Mark(if on { self.0 & !WRITE_THROUGH } else { self.0 | WRITE_THROUGH } | VALID)
+    pub fn with_writeback(self, on: bool) -> QueueMark {
+        QueueMark(if on { self.0 & !WRITE_THROUGH } else { self.0 | WRITE_THROUGH } | VALID)
     }
 
     /// Whether writes are not flushed.
@@ -48,13 +48,13 @@ impl Mark {
 
     /// The same with a write that is not flushed, which `instance` keeps. An earlier one that is not flushed either counts
     /// for more.
-    pub fn with_unflushed(self, instance: u64) -> Mark {
-        if self.is_unflushed() { self } else { Mark(self.0 | VALID | UNFLUSHED | instance & INSTANCE) }
+    pub fn with_unflushed(self, instance: u64) -> QueueMark {
+        if self.is_unflushed() { self } else { QueueMark(self.0 | VALID | UNFLUSHED | instance & INSTANCE) }
     }
 
     /// The same when everything is flushed.
-    pub fn with_flushed(self) -> Mark {
-        Mark(self.0 & !(UNFLUSHED | INSTANCE) | VALID)
+    pub fn with_flushed(self) -> QueueMark {
+        QueueMark(self.0 & !(UNFLUSHED | INSTANCE) | VALID)
     }
 
     /// Whether a flush that the server's present run (`instance`) carries out may not vouch for writes that an earlier
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn a_mark_keeps_its_parts_apart() {
-        let mark = Mark::default();
+        let mark = QueueMark::default();
         assert_eq!(mark.writeback(), None);
         assert!(mark.is_doubtful(7), "nobody knows");
         let mark = mark.with_writeback(false).with_unflushed(u64::MAX);
@@ -80,14 +80,14 @@ mod tests {
         let mark = mark.with_writeback(true);
         assert_eq!((mark.writeback(), mark.is_unflushed()), (Some(true), true));
         let mark = mark.with_flushed();
-        assert_eq!(mark, Mark::default().with_writeback(true));
+        assert_eq!(mark, QueueMark::default().with_writeback(true));
         assert!(!mark.is_doubtful(7) && !mark.is_doubtful(Instance::UNKNOWN));
     }
 
     #[test]
     fn the_oldest_write_counts() {
-        let mark = Mark::default().with_unflushed(3).with_unflushed(4);
+        let mark = QueueMark::default().with_unflushed(3).with_unflushed(4);
         assert!(!mark.is_doubtful(3) && mark.is_doubtful(4));
-        assert!(Mark::default().with_unflushed(Instance::UNKNOWN).is_doubtful(Instance::UNKNOWN));
+        assert!(QueueMark::default().with_unflushed(Instance::UNKNOWN).is_doubtful(Instance::UNKNOWN));
     }
 }

@@ -1,4 +1,4 @@
-//! Notes taken, found again, and made up.
+//! InflightLog taken, found again, and made up.
 
 #![forbid(unsafe_code)]
 
@@ -12,9 +12,9 @@ fn region(queues: u16, size: u16) -> (File, Inflight) {
     (file, inflight)
 }
 
-fn notes(queue: &InflightQueue, used_idx: u16) -> (Notes, Vec<u16>) {
+fn notes(queue: &InflightQueue, used_idx: u16) -> (InflightLog, Vec<u16>) {
     let found = queue.recover(used_idx).unwrap();
-    (Notes::new(queue.clone(), found.counter), found.heads)
+    (InflightLog::new(queue.clone(), found.counter), found.heads)
 }
 
 #[test]
@@ -24,17 +24,17 @@ fn what_was_taken_is_found_in_its_order() {
     let (before, none) = notes(&queue, 0);
     assert!(none.is_empty());
     for head in [5, 2, 7, 0] {
-        before.taken(head);
+        before.begin(head);
     }
-    before.finished(2);
-    before.given_back(1);
+    before.complete(2);
+    before.complete_batch(1);
     drop((before, queue));
     let bytes = file.metadata().unwrap().len();
     let again = Inflight::open(file, bytes, 0, 2, 8).unwrap();
     let queue = again.queue(1).unwrap();
     let (after, heads) = notes(&queue, 1);
     assert_eq!(heads, [5, 7, 0]);
-    after.taken(2);
+    after.begin(2);
     assert_eq!(notes(&queue, 1).1, [5, 7, 0, 2]);
     assert!(notes(&again.queue(0).unwrap(), 0).1.is_empty(), "the other queue's are its own");
 }
@@ -48,13 +48,13 @@ fn a_batch_is_given_back_once_wherever_the_kill_comes() {
             let queue = inflight.queue(0).unwrap();
             let (before, _) = notes(&queue, 100);
             for head in 0..4 {
-                before.taken(head);
+                before.begin(head);
             }
-            before.finished(3);
-            before.given_back(101);
-            before.taken(3);
-            before.finished(1);
-            before.finished(0);
+            before.complete(3);
+            before.complete_batch(101);
+            before.begin(3);
+            before.complete(1);
+            before.complete(0);
             for head in [1, 0].into_iter().take(cleared) {
                 file.write_all_at(&[0], (size_of::<Header>() + size_of::<Entry>() * head) as u64).unwrap();
             }
@@ -77,10 +77,10 @@ fn indices_wrap() {
     let queue = inflight.queue(0).unwrap();
     let (before, _) = notes(&queue, u16::MAX);
     for head in 0..3 {
-        before.taken(head);
+        before.begin(head);
     }
-    before.finished(2);
-    before.finished(1);
+    before.complete(2);
+    before.complete(1);
     assert_eq!(notes(&queue, 1).1, [0]);
 }
 
@@ -102,8 +102,8 @@ fn the_largest_notes_are_read_in_no_time() {
     let (_, inflight) = region(1, SIZE);
     let queue = inflight.queue(0).unwrap();
     let (before, _) = notes(&queue, 0);
-    (0..SIZE).for_each(|head| before.taken(head));
-    (0..SIZE).for_each(|head| before.finished(head));
+    (0..SIZE).for_each(|head| before.begin(head));
+    (0..SIZE).for_each(|head| before.complete(head));
     let begun = std::time::Instant::now();
     assert!(queue.recover(SIZE).unwrap().heads.is_empty());
     // Looking at all for each would be a thousand million steps.
@@ -136,10 +136,10 @@ fn notes_that_make_no_sense_are_refused() {
     let (_, inflight) = region(1, 4);
     let queue = inflight.queue(0).unwrap();
     let (before, _) = notes(&queue, 0);
-    before.taken(0);
-    before.taken(1);
-    before.finished(1);
-    before.finished(1);
+    before.begin(0);
+    before.begin(1);
+    before.complete(1);
+    before.complete(1);
     assert_eq!(notes(&queue, 4).1, [0]);
 }
 

@@ -26,7 +26,7 @@ pub(super) use loopback::connection;
 pub use message::{Message, Receive};
 pub use regions::{Change, Regions};
 pub(super) use relay::{Ended, Relay};
-pub use socket::{Interest, Vmm, Wake, Watch};
+pub use socket::{Interest, Vmm, Wake, Wakeups};
 pub use vrings::{Shape, check};
 
 use std::time::Duration;

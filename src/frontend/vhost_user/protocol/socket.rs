@@ -37,7 +37,7 @@ pub enum Wake {
 }
 
 /// Who sleeps while a VMM says nothing, and knows what else there is to wake up for.
-pub trait Watch {
+pub trait Wakeups {
     /// Sleeps until `fd` is ready, or `deadline`, if there is one, is over, or the export is to stop.
     ///
     /// # Errors
@@ -48,14 +48,14 @@ pub trait Watch {
 /// A VMM's connection.
 pub struct Vmm<'a> {
     stream: UnixStream,
-    watch: &'a dyn Watch,
+    watch: &'a dyn Wakeups,
     /// When the message that has begun is to be whole.
     deadline: Option<Instant>,
 }
 
 impl<'a> Vmm<'a> {
     /// An accepted connection.
-    pub fn new(stream: UnixStream, watch: &'a dyn Watch) -> Vmm<'a> {
+    pub fn new(stream: UnixStream, watch: &'a dyn Wakeups) -> Vmm<'a> {
         Vmm { stream, watch, deadline: None }
     }
 

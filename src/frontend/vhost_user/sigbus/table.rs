@@ -28,7 +28,7 @@ pub struct Region {
 
 /// Where a region is entered.
 #[derive(Default)]
-pub struct Place {
+pub struct RegionSlot {
     version: AtomicUsize,
     start: AtomicUsize,
     len: AtomicUsize,
@@ -40,7 +40,7 @@ pub struct Place {
     repairs: AtomicUsize,
 }
 
-impl Place {
+impl RegionSlot {
     /// Enters a region, or none. By one thread at a time.
     fn write(&self, region: Region) {
         let version = self.version.load(Ordering::Relaxed);
@@ -86,23 +86,23 @@ impl Place {
 }
 
 struct Chunk {
-    places: [Place; CHUNK],
+    places: [RegionSlot; CHUNK],
     next: OnceLock<Box<Chunk>>,
 }
 
 /// The table. Regions in it do not overlap.
-pub struct Table {
+pub struct RegionTable {
     first: OnceLock<Box<Chunk>>,
-    free: Mutex<Vec<&'static Place>>,
+    free: Mutex<Vec<&'static RegionSlot>>,
 }
 
-impl Table {
-    pub const fn new() -> Table {
-        Table { first: OnceLock::new(), free: Mutex::new(Vec::new()) }
+impl RegionTable {
+    pub const fn new() -> RegionTable {
+        RegionTable { first: OnceLock::new(), free: Mutex::new(Vec::new()) }
     }
 
     /// Enters a region.
-    pub fn add(&'static self, region: Region) -> &'static Place {
+    pub fn add(&'static self, region: Region) -> &'static RegionSlot {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let place = free.pop().unwrap_or_else(|| {
             let mut next = &self.first;
@@ -111,7 +111,10 @@ impl Table {
             }
             // The lock is ours, so that nobody else has set it meanwhile.
             let chunk = next.get_or_init(|| {
-                Box::new(Chunk { places: std::array::from_fn(|_| Place::default()), next: OnceLock::new() })
+                Box::new(Chunk {
+                    places: std::array::from_fn(|_| RegionSlot::default()),
+                    next: OnceLock::new(),
+                })
             });
             free.extend(&chunk.places[1..]);
             &chunk.places[0]
@@ -121,14 +124,14 @@ impl Table {
     }
 
     /// Takes the region of `place` out. The handler knows it no longer.
-    pub fn remove(&'static self, place: &'static Place) {
+    pub fn remove(&'static self, place: &'static RegionSlot) {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         place.write(Region { start: 0, len: 0, page: 0, socket: -1 });
         free.push(place);
     }
 
     /// The region that address `at` is in. For signal handlers: it takes no lock and no memory.
-    pub fn find(&'static self, at: usize) -> Option<(&'static Place, Region)> {
+    pub fn find(&'static self, at: usize) -> Option<(&'static RegionSlot, Region)> {
         let mut next = &self.first;
         while let Some(chunk) = next.get() {
             let found = chunk.places.iter().find_map(|place| {
@@ -150,8 +153,8 @@ mod tests {
     use std::sync::atomic::AtomicU64;
     use std::time::{Duration, Instant};
 
-    fn table() -> &'static Table {
-        Box::leak(Box::new(Table::new()))
+    fn table() -> &'static RegionTable {
+        Box::leak(Box::new(RegionTable::new()))
     }
 
     fn region(start: usize, len: usize) -> Region {

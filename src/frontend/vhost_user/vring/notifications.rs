@@ -40,7 +40,7 @@ impl Vring {
     /// sleeps costs some 10 us of CPU, and one that is woken for each completion finds it and sleeps again; woken at
     /// half of its requests it works on these while we work on the others.
     pub(crate) fn maybe_signal(&self, news: bool) {
-        let (old, new) = (self.told_used.get(), self.published.get());
+        let (old, new) = (self.signalled_used.get(), self.published.get());
         let untold = new.wrapping_sub(old);
         let waiting = self.seen_avail.get().wrapping_sub(self.next_avail.get());
         let left = u32::from(self.in_flight.get()) + u32::from(waiting);
@@ -48,7 +48,7 @@ impl Vring {
         if untold == 0 || may_wait {
             return;
         }
-        self.told_used.set(new);
+        self.signalled_used.set(new);
         // Either the driver sees the index before it sleeps, or we see that it wants a call.
         self.used.fence();
         let wanted = if self.setup.event_idx {

@@ -28,7 +28,7 @@ impl Queue for Vring {
 
     /// Those of the one before us are among them, until they are carried out again.
     fn in_flight(&self) -> u16 {
-        self.in_flight.get() + self.again.borrow().len() as u16
+        self.in_flight.get() + self.resubmit.borrow().len() as u16
     }
 
     fn tags_in_use(&self) -> u16 {
@@ -91,7 +91,7 @@ impl Queue for Vring {
             return true;
         }
         self.kicks_wanted.set(true);
-        self.crest.set(0);
+        self.peak_depth.set(0);
         if self.setup.event_idx {
             self.used.set_avail_event(self.next_avail.get());
         } else {
@@ -103,7 +103,7 @@ impl Queue for Vring {
     }
 
     fn expects_more(&self) -> bool {
-        self.owed.get() && !self.is_held()
+        self.expects_kick_soon.get() && !self.is_held()
     }
 
     fn stop(&self) {

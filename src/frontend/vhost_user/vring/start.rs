@@ -6,7 +6,7 @@ use super::{NOBODY, PASS_BYTES, Vring};
 use crate::frontend::vhost_user::config_space;
 use crate::frontend::vhost_user::device::Device;
 use crate::frontend::vhost_user::eventfd::CallFd;
-use crate::frontend::vhost_user::inflight::{InflightQueue, Mark, Notes};
+use crate::frontend::vhost_user::inflight::{InflightLog, InflightQueue, QueueMark};
 use crate::frontend::vhost_user::memory::Memory;
 use crate::frontend::vhost_user::split_ring::{Avail, Used};
 use crate::ring::{Kind, UserData};
@@ -60,9 +60,9 @@ impl VringSetup {
         Err(io::Error::new(io::ErrorKind::InvalidInput, message))
     }
 
-    /// Finds what was in flight: the heads in the order in which they were taken, the notes brought up to date, and whether
+    /// Finds what was in flight: the heads in the order in which they were taken, the in-flight log brought up to date, and whether
     /// there were any from before.
-    fn recover(&mut self, next_used: u16) -> io::Result<(Vec<u16>, Option<Notes>, bool)> {
+    fn recover(&mut self, next_used: u16) -> io::Result<(Vec<u16>, Option<InflightLog>, bool)> {
         let mut heads = std::mem::take(&mut self.unfinished);
         let Some(queue) = self.inflight.take() else { return Ok((heads, None, false)) };
         if queue.size() < self.size {
@@ -79,14 +79,14 @@ impl VringSetup {
             let what = format_args!("vring {}: {count} requests are carried out again", self.index);
             device.log().info("carried out again", what);
         }
-        let notes = Notes::new(queue, found.counter);
+        let inflight_log = InflightLog::new(queue, found.counter);
         // Those that we had without notes, or in others: the VMM has only now given us these.
         let noted: HashSet<u16> = found.heads.iter().copied().collect();
         heads.retain(|head| !noted.contains(head));
         if heads.iter().all(|head| *head < self.size) {
-            heads.iter().for_each(|head| notes.taken(*head));
+            heads.iter().for_each(|head| inflight_log.begin(*head));
         }
-        Ok(([found.heads, heads].concat(), Some(notes), !found.fresh))
+        Ok(([found.heads, heads].concat(), Some(inflight_log), !found.fresh))
     }
 }
 
@@ -114,9 +114,9 @@ impl Vring {
         let next_used = used.idx();
         let table = memory.table(setup.desc_table, size);
         let server = setup.device.geometry().server.clone();
-        let mark = setup.inflight.as_ref().map_or(Mark::default(), InflightQueue::mark);
+        let mark = setup.inflight.as_ref().map_or(QueueMark::default(), InflightQueue::mark);
         let doubtful = server.as_ref().is_some_and(|server| mark.is_doubtful(server.get()));
-        let (mut again, notes, noted) = setup.recover(next_used)?;
+        let (mut again, inflight_log, noted) = setup.recover(next_used)?;
         if again.iter().any(|head| *head >= size) {
             return setup.refuse("a descriptor that it does not have is noted as in flight");
         }
@@ -131,22 +131,22 @@ impl Vring {
             seen_avail: Cell::new(setup.next_avail),
             next_used: Cell::new(next_used),
             published: Cell::new(next_used),
-            told_used: Cell::new(next_used),
-            crest: Cell::new(0),
+            signalled_used: Cell::new(next_used),
+            peak_depth: Cell::new(0),
             taken: Cell::new(0),
             bytes_left: Cell::new(PASS_BYTES),
-            owed: Cell::new(false),
+            expects_kick_soon: Cell::new(false),
             idle_passes: Cell::new(0),
             free: RefCell::new((0..size).rev().collect()),
             turn: Cell::new(NOBODY),
-            busy: vec![Cell::new(0); size as usize].into(),
+            head_in_flight: vec![Cell::new(0); size as usize].into(),
             sequence: Cell::new(0),
             in_flight: Cell::new(0),
-            server: server.filter(|_| notes.is_some()),
-            notes,
+            server: server.filter(|_| inflight_log.is_some()),
+            inflight_log,
             noted,
             doubtful,
-            again: RefCell::new(again),
+            resubmit: RefCell::new(again),
             unfinished: RefCell::default(),
             enabled: Cell::new(setup.enabled),
             stopped: Cell::new(false),

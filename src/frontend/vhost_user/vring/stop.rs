@@ -37,7 +37,7 @@ impl Vring {
         self.interrupted.set(Some(mode));
         if self.keeps() {
             // In the order in which they would have been taken.
-            let mut again = self.again.take();
+            let mut again = self.resubmit.take();
             again.reverse();
             let last = self.next_sequence();
             self.unfinished.borrow_mut().extend(again.into_iter().map(|head| (last, head)));
@@ -53,7 +53,7 @@ impl Vring {
     pub(super) fn keeps(&self) -> bool {
         match self.interrupted.get() {
             Some(StopMode::Restart) => true,
-            Some(StopMode::Disconnect) => self.notes.is_some(),
+            Some(StopMode::Disconnect) => self.inflight_log.is_some(),
             Some(StopMode::Quiesce) | None => false,
         }
     }

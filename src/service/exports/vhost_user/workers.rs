@@ -104,7 +104,7 @@ impl Running for OnWorker {
                 // Answering before the kernel is done with the guest's memory would let the VMM use it for
                 // something else, so there is no other way out of here.
                 Err(RecvTimeoutError::Timeout) => {
-                    let why = self.volume.held_up().map_or(String::new(), |why| format!(" ({why})"));
+                    let why = self.volume.pending_reason().map_or(String::new(), |why| format!(" ({why})"));
                     log::warn!("{}: still waiting for its requests in flight{why}", self.name);
                     slow += 1;
                     if slow == HANG_UP_AFTER {

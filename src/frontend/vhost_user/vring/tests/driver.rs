@@ -9,7 +9,7 @@ use crate::frontend::vhost_user::eventfd::CallFd;
 use crate::frontend::vhost_user::memory::Memory;
 use crate::frontend::vhost_user::vring::{Vring, VringSetup};
 use crate::frontend::{Queue, Source};
-use crate::ring::double::{Double, Faults, Random};
+use crate::ring::sim::{Faults, Random, SimRing};
 use crate::ring::{Core, Cqe, Io, Ring, Sqe, Target, Tasks};
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -329,14 +329,14 @@ fn crossed(old: u16, new: u16, event: u16) -> bool {
 /// A request as the disk saw it.
 pub type Seen = (Op, Flags, u64, u32);
 
-/// A disk of [`SECTORS`] on a double: what an engine does, without its care.
+/// A disk of [`SECTORS`] on a simulated ring: what an engine does, without its care.
 struct Disk {
     file: Target,
     seen: RefCell<Vec<Seen>>,
 }
 
 impl Disk {
-    async fn carry_out(&self, io: &Io<Double>, request: &Request<'_>) -> Result<(), Errno> {
+    async fn perform(&self, io: &Io<SimRing>, request: &Request<'_>) -> Result<(), Errno> {
         let Request { op, flags, sector, sectors, .. } = *request;
         self.seen.borrow_mut().push((op, flags, sector, sectors));
         if sector.checked_add(u64::from(sectors)).is_none_or(|end| end > SECTORS) {
@@ -368,8 +368,8 @@ type Slot = Pin<Box<dyn Future<Output = ()>>>;
 
 /// What a worker does for one vring, pass by pass.
 pub struct Worker {
-    pub core: Rc<Core<Double>>,
-    tasks: Tasks<Double, Slot>,
+    pub core: Rc<Core<SimRing>>,
+    tasks: Tasks<SimRing, Slot>,
     pub vring: Rc<Vring>,
     disk: Rc<Disk>,
     slots: Vec<u32>,
@@ -379,7 +379,7 @@ impl Worker {
     pub fn new(setup: VringSetup, seed: u64, faults: Faults) -> Worker {
         let image = tempfile::tempfile().unwrap();
         std::os::unix::fs::FileExt::write_all_at(&image, &PATTERN, 0).unwrap();
-        let core = Core::new(Double::new(seed, faults));
+        let core = Core::new(SimRing::new(seed, faults));
         let disk = Rc::new(Disk { file: core.ring().register(image.as_raw_fd()), seen: RefCell::default() });
         let vring = Rc::new(Vring::new(setup).unwrap());
         Worker { tasks: Tasks::new(core.clone()), core, vring, disk, slots: Vec::new() }
@@ -420,11 +420,11 @@ impl Worker {
     }
 }
 
-async fn serve(io: Io<Double>, vring: Rc<Vring>, disk: Rc<Disk>, tag: u16) {
-    let mut state = <Vring as Source<Double>>::State::default();
+async fn serve(io: Io<SimRing>, vring: Rc<Vring>, disk: Rc<Disk>, tag: u16) {
+    let mut state = <Vring as Source<SimRing>>::State::default();
     while let Some(request) = vring.next(&io, tag, &mut state).await {
-        let result = disk.carry_out(&io, &request).await;
-        Source::<Double>::complete(&*vring, tag, &mut state, result);
+        let result = disk.perform(&io, &request).await;
+        Source::<SimRing>::complete(&*vring, tag, &mut state, result);
     }
 }
 

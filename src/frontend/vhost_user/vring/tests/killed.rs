@@ -6,7 +6,7 @@ use super::driver::{Driver, Worker, device};
 use super::*;
 use crate::frontend::vhost_user::atomic::traced::{Access, observed};
 use crate::frontend::vhost_user::inflight::{Inflight, InflightQueue};
-use crate::ring::double::{Faults, Random};
+use crate::ring::sim::{Faults, Random};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
@@ -35,7 +35,7 @@ impl Kept {
         bytes
     }
 
-    /// A worker for the vring, as a VMM has it made after a kill: it knows the used index, and has the notes.
+    /// A worker for the vring, as a VMM has it made after a kill: it knows the used index, and has the inflight_log.
     fn worker(&self, driver: &Driver, seed: u64, faults: Faults) -> Worker {
         let file = self.file.try_clone().unwrap();
         let mut setup = driver.setup(device(), FEATURES);
@@ -128,16 +128,16 @@ fn a_ring_that_its_notes_have_no_room_for_is_refused() {
     // A head that the ring does not have.
     let kept = Kept::new(32);
     let open = || Inflight::open(kept.file.try_clone().unwrap(), kept.bytes, 0, 1, 32).unwrap().queue(0);
-    let notes = Notes::new(open().unwrap(), 0);
+    let inflight_log = InflightLog::new(open().unwrap(), 0);
     open().unwrap().recover(0).unwrap();
-    notes.taken(16);
+    inflight_log.begin(16);
     let mut setup = driver.setup(device(), FEATURES);
     setup.inflight = open();
     let error = Vring::new(setup).map(drop).unwrap_err();
     assert!(error.to_string().contains("does not have"), "{error}");
 }
 
-/// The guest's memory and the notes, as a kill would leave them.
+/// The guest's memory and the in-flight log, as a kill would leave them.
 type Snapshots = Rc<RefCell<Vec<(Vec<u8>, Vec<u8>)>>>;
 
 /// A kill leaves every store up to some point, and none after it: each is tried as the last.

@@ -6,7 +6,7 @@ use super::driver::{AVAIL, Driver, Event, USED, device};
 use super::*;
 use crate::frontend::vhost_user::atomic::traced::{Access, Ordering, observed};
 use crate::ring::Core;
-use crate::ring::double::Double;
+use crate::ring::sim::SimRing;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
@@ -41,7 +41,7 @@ impl ByHand {
     pub fn complete(&mut self, count: usize, result: Result<(), Errno>) {
         for _ in 0..count {
             let (tag, mut state) = self.taken.pop_front().unwrap();
-            Source::<Double>::complete(&self.vring, tag, &mut state, result);
+            Source::<SimRing>::complete(&self.vring, tag, &mut state, result);
         }
     }
 
@@ -118,7 +118,7 @@ fn completions_that_were_not_told_are_not_forgotten() {
 #[test]
 fn a_kick_is_listened_for_again_when_the_poll_has_ended() {
     let (driver, vring) = by_hand(16, false);
-    let (core, mut seen) = (Core::new(Double::new(1, Faults::default())), Vec::new());
+    let (core, mut seen) = (Core::new(SimRing::new(1, Faults::default())), Vec::new());
     let ring = core.ring();
     let data = UserData::new(Kind::Kick, 3, 0);
     let fd = vring.vring.setup.kick.as_raw_fd();

@@ -21,9 +21,9 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
-use table::{Place, Region, Table};
+use table::{Region, RegionSlot, RegionTable};
 
-static TABLE: Table = Table::new();
+static TABLE: RegionTable = RegionTable::new();
 
 /// What SIGBUS did before; the kernel's refusal when it took no handler.
 static BEFORE: OnceLock<Result<SigAction, Errno>> = OnceLock::new();
@@ -34,7 +34,7 @@ const MOST_REPAIRS: usize = 4096;
 
 /// A region that may go away under us without harm.
 pub(super) struct Guard {
-    place: &'static Place,
+    place: &'static RegionSlot,
     _socket: Arc<UnixStream>,
     /// The addresses, which are free again when the region is unmapped.
     _charge: Option<Charge>,
@@ -185,7 +185,7 @@ pub(super) fn is_guarded(at: *mut u8) -> bool {
 mod tests {
     use super::*;
     use crate::ring::Mapping;
-    use crate::ring::double::{get, put};
+    use crate::ring::sim::{get, put};
     use nix::sys::memfd::{MFdFlags, memfd_create};
     use std::fs::File;
     use std::io::Read;

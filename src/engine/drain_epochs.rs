@@ -10,33 +10,33 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 /// Between two looks at whether the old generation is empty.
-const LOOK_EVERY: Duration = Duration::from_millis(1);
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Requests of one worker at one volume, by generation.
 #[derive(Default)]
-pub(super) struct Grace {
+pub(super) struct DrainEpochs {
     /// The generation that requests enter now: 0 or 1.
     generation: Cell<usize>,
     admitted: [Cell<u32>; 2],
 }
 
 /// A request that was admitted, until it is over.
-pub(super) struct Admitted<'a> {
+pub(super) struct EpochGuard<'a> {
     count: &'a Cell<u32>,
 }
 
-impl Drop for Admitted<'_> {
+impl Drop for EpochGuard<'_> {
     fn drop(&mut self) {
         self.count.set(self.count.get() - 1);
     }
 }
 
-impl Grace {
+impl DrainEpochs {
     /// Counts a request for as long as the answer lives.
-    pub fn enter(&self) -> Admitted<'_> {
+    pub fn enter(&self) -> EpochGuard<'_> {
         let count = &self.admitted[self.generation.get()];
         count.set(count.get() + 1);
-        Admitted { count }
+        EpochGuard { count }
     }
 
     /// Waits until every request is over that was admitted before the call. False when that takes longer than
@@ -57,7 +57,7 @@ impl Grace {
             if Instant::now() >= deadline {
                 return false;
             }
-            io.sleep(LOOK_EVERY).await;
+            io.sleep(POLL_INTERVAL).await;
         }
         true
     }

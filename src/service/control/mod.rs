@@ -1,7 +1,7 @@
 //! The control API: HTTP/1.1 and JSON on a Unix socket, for the user who runs the service and for root.
 //!
 //! [`serve`] answers on a socket until told to stop. What can be asked is a table in [`routes`]: a new endpoint is
-//! one line there and one function, and a method of [`Managed`] if it needs something new from the service.
+//! one line there and one function, and a method of [`ControlHandler`] if it needs something new from the service.
 //!
 //! Limits: [`MAX_CONNECTIONS`] at a time (others wait in the listen queue), one request each, [`REQUEST_TIME`] in all,
 //! request bodies of at most 4 KiB of JSON, and headers of at most [`MAX_HEADERS`] bytes.
@@ -46,49 +46,49 @@ const FAREWELL_TIME: Duration = Duration::from_secs(1);
 const ACCEPT_REST: Duration = Duration::from_millis(200);
 
 /// The service, as the control API sees it. Each call comes on a thread of its own, which it may block.
-pub trait Managed: Send + Sync {
+pub trait ControlHandler: Send + Sync {
     /// How things are.
     fn status(&self) -> Status;
     /// Begins a clean stop. Asking again changes nothing.
     ///
     /// # Errors
     /// When disks cannot be handed over.
-    fn request_stop(&self, wanted: &Stop) -> Result<(), Refusal>;
+    fn request_stop(&self, wanted: &Stop) -> Result<(), ControlError>;
     /// Changes the size of a volume.
     ///
     /// # Errors
     /// When there is no such volume, or it cannot be.
-    fn resize(&self, volume: &str, wanted: &Resize) -> Result<Resized, Refusal>;
+    fn resize(&self, volume: &str, wanted: &Resize) -> Result<Resized, ControlError>;
     /// Has a volume take the size that its store has now.
     ///
     /// # Errors
     /// As for [`resize`](Self::resize).
-    fn refresh(&self, volume: &str, wanted: &Refresh) -> Result<Resized, Refusal>;
+    fn refresh(&self, volume: &str, wanted: &Refresh) -> Result<Resized, ControlError>;
     /// Lets the requests go on that wait because a volume's store failed.
     ///
     /// # Errors
     /// When there is no such volume.
-    fn resume(&self, volume: &str, wanted: &Resume) -> Result<Resumed, Refusal>;
+    fn resume(&self, volume: &str, wanted: &Resume) -> Result<Resumed, ControlError>;
     /// Has a volume's fault layers make faults, or none.
     ///
     /// # Errors
     /// When there is no such volume, or it has none.
-    fn fault(&self, volume: &str, wanted: &Fault) -> Result<Faulted, Refusal>;
+    fn fault(&self, volume: &str, wanted: &Fault) -> Result<Faulted, ControlError>;
     /// A volume's limits of operations and bytes in a second.
     ///
     /// # Errors
     /// When there is no such volume.
-    fn limits(&self, volume: &str) -> Result<LimitsStatus, Refusal>;
+    fn limits(&self, volume: &str) -> Result<LimitsStatus, ControlError>;
     /// Changes those that are named. What waits for them goes on by the new ones.
     ///
     /// # Errors
     /// When there is no such volume, or they would contradict each other.
-    fn limit(&self, volume: &str, wanted: &LimitsChange) -> Result<LimitsStatus, Refusal>;
+    fn limit(&self, volume: &str, wanted: &LimitsChange) -> Result<LimitsStatus, ControlError>;
 }
 
 /// Why nothing was done.
 #[derive(Debug)]
-pub enum Refusal {
+pub enum ControlError {
     /// There is no volume of this name.
     Unknown(String),
     /// The body does not say what is wanted.
@@ -106,7 +106,7 @@ pub enum Refusal {
 /// When the listener cannot be given to the runtime. Failures of single connections are logged.
 pub async fn serve(
     socket: SocketFile,
-    managed: Arc<dyn Managed>,
+    managed: Arc<dyn ControlHandler>,
     shutdown: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let listener = UnixListener::from_std(socket.listener()?)?;
@@ -121,7 +121,7 @@ pub async fn serve(
     Ok(())
 }
 
-async fn accept(listener: UnixListener, managed: Arc<dyn Managed>, connections: Arc<Semaphore>) {
+async fn accept(listener: UnixListener, managed: Arc<dyn ControlHandler>, connections: Arc<Semaphore>) {
     let log = Arc::new(LogLimit::new("control"));
     // The semaphore is never closed, so the loop runs until the task is aborted.
     while let Ok(permit) = Arc::clone(&connections).acquire_owned().await {
@@ -139,7 +139,7 @@ async fn accept(listener: UnixListener, managed: Arc<dyn Managed>, connections: 
 
 async fn connection(
     stream: UnixStream,
-    managed: Arc<dyn Managed>,
+    managed: Arc<dyn ControlHandler>,
     log: Arc<LogLimit>,
     _permit: OwnedSemaphorePermit,
 ) {
@@ -203,47 +203,47 @@ mod tests {
         asked: Mutex<Vec<String>>,
     }
 
-    impl Managed for Fake {
+    impl ControlHandler for Fake {
         fn status(&self) -> Status {
             sample()
         }
 
-        fn request_stop(&self, wanted: &Stop) -> Result<(), Refusal> {
+        fn request_stop(&self, wanted: &Stop) -> Result<(), ControlError> {
             if wanted.hand_over {
-                return Err(Refusal::Impossible("too old".into()));
+                return Err(ControlError::Impossible("too old".into()));
             }
             self.stops.fetch_add(1, Ordering::SeqCst);
             Ok(())
         }
 
-        fn resize(&self, volume: &str, wanted: &Resize) -> Result<Resized, Refusal> {
+        fn resize(&self, volume: &str, wanted: &Resize) -> Result<Resized, ControlError> {
             self.asked.lock().unwrap().push(format!("{volume} {wanted:?}"));
             match volume {
-                "root" if wanted.force => Err(Refusal::Impossible("not today".into())),
+                "root" if wanted.force => Err(ControlError::Impossible("not today".into())),
                 "root" => Ok(Resized { volume: volume.into(), from_bytes: 1, size_bytes: wanted.size }),
-                _ => Err(Refusal::Unknown(volume.into())),
+                _ => Err(ControlError::Unknown(volume.into())),
             }
         }
 
-        fn refresh(&self, volume: &str, wanted: &Refresh) -> Result<Resized, Refusal> {
+        fn refresh(&self, volume: &str, wanted: &Refresh) -> Result<Resized, ControlError> {
             self.resize(volume, &Resize { size: 7, force: wanted.force })
         }
 
-        fn resume(&self, volume: &str, wanted: &Resume) -> Result<Resumed, Refusal> {
+        fn resume(&self, volume: &str, wanted: &Resume) -> Result<Resumed, ControlError> {
             self.asked.lock().unwrap().push(format!("{volume} {wanted:?}"));
             Ok(Resumed { volume: volume.into(), requests: 3 })
         }
 
-        fn fault(&self, volume: &str, wanted: &Fault) -> Result<Faulted, Refusal> {
+        fn fault(&self, volume: &str, wanted: &Fault) -> Result<Faulted, ControlError> {
             self.asked.lock().unwrap().push(format!("{volume} {wanted:?}"));
             Ok(Faulted { volume: volume.into(), enabled: wanted.enabled })
         }
 
-        fn limits(&self, volume: &str) -> Result<LimitsStatus, Refusal> {
+        fn limits(&self, volume: &str) -> Result<LimitsStatus, ControlError> {
             self.limit(volume, &LimitsChange::default())
         }
 
-        fn limit(&self, volume: &str, wanted: &LimitsChange) -> Result<LimitsStatus, Refusal> {
+        fn limit(&self, volume: &str, wanted: &LimitsChange) -> Result<LimitsStatus, ControlError> {
             self.asked.lock().unwrap().push(format!("{volume} {:?}", wanted.numbers().collect::<Vec<_>>()));
             let limits = wanted.numbers().map(|(key, value)| (key.to_owned(), value)).collect();
             Ok(LimitsStatus { volume: volume.into(), limits, group: None, throttled_ms: 7 })
@@ -266,7 +266,7 @@ mod tests {
             let fake = Arc::new(Fake::default());
             let (sender, receiver) = oneshot::channel::<()>();
             let socket = SocketFile::bind(&path, Access::PRIVATE).unwrap();
-            let managed: Arc<dyn Managed> = Arc::clone(&fake) as _;
+            let managed: Arc<dyn ControlHandler> = Arc::clone(&fake) as _;
             let thread = std::thread::spawn(move || {
                 let runtime = tokio_uring::Runtime::new(&tokio_uring::builder()).unwrap();
                 let shutdown = async { drop(receiver.await) };

@@ -4,7 +4,7 @@
 
 use super::Shared;
 use crate::frontend::vhost_user::budget::MemoryShare;
-use crate::frontend::vhost_user::protocol::{Interest, Shape, Vmm, Wake, Watch};
+use crate::frontend::vhost_user::protocol::{Interest, Shape, Vmm, Wake, Wakeups};
 use crate::frontend::vhost_user::{Device, Host, Session};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::PeerCredentials;
@@ -25,7 +25,7 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 const PACE: Duration = Duration::from_millis(10);
 
 /// The export's thread.
-pub(super) struct Door {
+pub(super) struct Listener {
     pub listener: UnixListener,
     pub device: Arc<Device>,
     pub host: Arc<dyn Host>,
@@ -37,9 +37,9 @@ pub(super) struct Door {
     pub next: RefCell<Option<(UnixStream, String)>>,
 }
 
-impl Door {
+impl Listener {
     /// One session after the other. The next VMM waits until the last one's requests are complete: two never
-    /// share the volume through one door.
+    /// share the volume through one frontend.
     pub fn keep(&self) {
         let log = self.device.log();
         loop {
@@ -146,7 +146,7 @@ enum Event {
     Ready(usize),
 }
 
-impl Watch for Door {
+impl Wakeups for Listener {
     /// Meanwhile takes one more VMM off the listen queue, to say that it has to wait, until it loses patience.
     fn wait(&self, fd: BorrowedFd<'_>, interest: Interest, deadline: Option<Instant>) -> io::Result<Wake> {
         let interest = match interest {

@@ -7,11 +7,11 @@ mod server;
 
 use super::handshake::Blocks;
 use super::protocol::*;
-use super::{Error, NbdVolume};
+use super::{Error, NbdStore};
 use crate::block::{Data, Errno, Flags, Geometry, Op, Request};
 use crate::engine::config::{NbdConfig, OnError, PolicyConfig, VolumeConfig};
 use crate::engine::node::Leaf;
-use crate::engine::{Flusher, Flushers, Volume, execute};
+use crate::engine::{Flusher, Flushers, Volume, submit};
 use bench::*;
 use server::{ALL_FLAGS, Fault, Manners, Server};
 use std::cell::{Cell, RefCell};
@@ -35,8 +35,8 @@ fn manners() -> Manners {
 
 const ABLE: Abilities = Abilities { refusals: false, zeroes: true, discard: true };
 
-fn opened(server: &Server, reconnect: u64) -> (NbdVolume, Geometry) {
-    NbdVolume::open(&config(&server.uri(), reconnect)).unwrap()
+fn opened(server: &Server, reconnect: u64) -> (NbdStore, Geometry) {
+    NbdStore::open(&config(&server.uri(), reconnect)).unwrap()
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn one_connection_where_the_server_allows_no_more() {
     let flags = ALL_FLAGS & !NBD_FLAG_CAN_MULTI_CONN;
     let server = Server::start(dir.path(), Manners { flags, ..manners() });
     let asked = NbdConfig { connections: Some(8), ..config(&server.uri(), 0) };
-    let (volume, _) = NbdVolume::open(&asked).unwrap();
+    let (volume, _) = NbdStore::open(&asked).unwrap();
     assert!(!volume.multi_conn());
     let mut bench = Bench::new();
     let first = bench.attach(&volume);
@@ -125,13 +125,13 @@ fn the_geometry_is_what_the_server_says() {
     assert_eq!(volume.remote.max_payload(&blocks), 9216);
     let server_says = |change: &dyn Fn(&mut Manners)| {
         change(&mut server.shared.manners.lock().unwrap());
-        NbdVolume::open(&config(&server.uri(), 0)).map(|(_, geometry)| geometry)
+        NbdStore::open(&config(&server.uri(), 0)).map(|(_, geometry)| geometry)
     };
     let all = server_says(&|manners| *manners = Manners { flags: ALL_FLAGS, ..self::manners() }).unwrap();
     assert!(!all.read_only && all.volatile_cache);
     assert_eq!(all.discard.unwrap().granularity, 4096);
     let asked = NbdConfig { read_only: true, ..config(&server.uri(), 0) };
-    assert!(NbdVolume::open(&asked).unwrap().1.read_only);
+    assert!(NbdStore::open(&asked).unwrap().1.read_only);
     let none = server_says(&|manners| manners.size = 0);
     assert!(matches!(none, Err(Error::Geometry(_))), "{none:?}");
     let huge = server_says(&|manners| manners.size = u64::MAX);
@@ -299,15 +299,15 @@ fn a_policy_outlasts_a_restart() {
     let policy = PolicyConfig { on_error: OnError::Retry, retry_for: Some(60), required: None };
     let volume = volume.with_policy(policy);
     let mut bench = Bench::new();
-    let attached = Rc::new(volume.attach(&bench.core, false));
+    let channel = Rc::new(volume.attach(&bench.core, false));
     let results = Rc::new(RefCell::new(Vec::new()));
     let begin = |bench: &mut Bench, op: Op| {
-        let (attached, results) = (attached.clone(), results.clone());
+        let (channel, results) = (channel.clone(), results.clone());
         bench.start(move |io| async move {
             let sectors = if op == Op::Flush { 0 } else { 8 };
             let (flags, data) = (Flags::default(), Data::None);
             let request = Request { op, flags, sector: 0, sectors, data };
-            let result = execute(&attached, &io, &Flusher::default(), &request).await;
+            let result = submit(&channel, &io, &Flusher::default(), &request).await;
             results.borrow_mut().push(result);
         });
     };
@@ -370,7 +370,7 @@ fn no_flush_succeeds_over_lost_writes() {
         let dir = tempfile::tempdir().unwrap();
         let mut server = Server::start(dir.path(), manners());
         let asked = NbdConfig { connections: Some(connections), ..config(&server.uri(), 60) };
-        let (volume, _) = NbdVolume::open(&asked).unwrap();
+        let (volume, _) = NbdStore::open(&asked).unwrap();
         let mut bench = Bench::new();
         let ops = bench.attach(&volume);
         bench.write(&ops, 0, &[1; 512], false).unwrap();
@@ -403,13 +403,13 @@ fn every_export_hears_of_lost_writes() {
     let volume = Volume::open("far", &VolumeConfig::Nbd(config(&server.uri(), 60))).unwrap();
     let mut bench = Bench::new();
     let exports = [0, 1].map(|_| Rc::new(Flushers::new(&volume, 2)));
-    let attached = Rc::new(volume.attach(&bench.core, false));
+    let channel = Rc::new(volume.attach(&bench.core, false));
     let mut ask = |op: Op, flushers: &Rc<Flushers>, queue: usize| {
-        let (attached, flushers) = (attached.clone(), flushers.clone());
+        let (channel, flushers) = (channel.clone(), flushers.clone());
         bench.run(move |io| async move {
             let (flags, sectors) = (Flags::default(), if op == Op::Flush { 0 } else { 8 });
             let request = Request { op, flags, sector: 0, sectors, data: Data::None };
-            execute(&attached, &io, flushers.queue(queue), &request).await
+            submit(&channel, &io, flushers.queue(queue), &request).await
         })
     };
     ask(Op::WriteZeroes, &exports[0], 0).unwrap();
@@ -434,20 +434,20 @@ fn a_flush_that_is_put_off_has_told_nobody() {
     let volume = Volume::open("far", &VolumeConfig::Nbd(config(&server.uri(), 60))).unwrap();
     let mut bench = Bench::new();
     let (first, second) = (Rc::new(Flushers::new(&volume, 1)), Rc::new(Flushers::new(&volume, 1)));
-    let attached = Rc::new(volume.attach(&bench.core, false));
+    let channel = Rc::new(volume.attach(&bench.core, false));
     let flush = |flushers: &Rc<Flushers>| {
-        let (attached, flushers) = (attached.clone(), flushers.clone());
+        let (channel, flushers) = (channel.clone(), flushers.clone());
         move |io| async move {
             let data = Data::None;
             let request = Request { op: Op::Flush, flags: Flags::default(), sector: 0, sectors: 0, data };
-            execute(&attached, &io, flushers.queue(0), &request).await
+            submit(&channel, &io, flushers.queue(0), &request).await
         }
     };
-    let (user, flags) = (attached.clone(), Flags::default());
+    let (user, flags) = (channel.clone(), Flags::default());
     let whose = first.clone();
     let write = move |io| async move {
         let request = Request { op: Op::WriteZeroes, flags, sector: 0, sectors: 8, data: Data::None };
-        execute(&user, &io, whose.queue(0), &request).await
+        submit(&user, &io, whose.queue(0), &request).await
     };
     bench.run(write).unwrap();
     server.crash();
@@ -699,7 +699,7 @@ fn a_silent_server_is_hung_up_on() {
             let asked =
                 NbdConfig { timeout: 1, connections: Some(connections), ..config(&server.uri(), 120) };
             let mut bench = Bench::new();
-            let ops = bench.attach(&NbdVolume::open(&asked).unwrap().0);
+            let ops = bench.attach(&NbdStore::open(&asked).unwrap().0);
             bench.write(&ops, 0, &[1; 8192], true).unwrap();
             // The answer to what is asked again must not be the old one's.
             for fault in [Fault::Hang, Fault::Late(Duration::from_millis(2500)), Fault::Hang] {
@@ -724,7 +724,7 @@ fn without_reconnect_a_silent_server_is_an_error() {
     let server = Server::start(dir.path(), manners());
     let mut bench = Bench::new();
     let asked = NbdConfig { timeout: 1, ..config(&server.uri(), 0) };
-    let ops = bench.attach(&NbdVolume::open(&asked).unwrap().0);
+    let ops = bench.attach(&NbdStore::open(&asked).unwrap().0);
     bench.read(&ops, 0, 512).unwrap();
     server.fault(Fault::Hang);
     assert_eq!(bench.read(&ops, 0, 512), Err(Errno::EIO));
@@ -741,7 +741,7 @@ fn one_answer_that_is_lost_is_noticed() {
     let server = Server::start(dir.path(), Manners { flags, ..manners() });
     let mut bench = Bench::new();
     let asked = NbdConfig { timeout: 2, ..config(&server.uri(), 120) };
-    let ops = bench.attach(&NbdVolume::open(&asked).unwrap().0);
+    let ops = bench.attach(&NbdStore::open(&asked).unwrap().0);
     // Each takes less than the limit, all together more.
     let slow = Rc::new(Cell::new(0));
     for _ in 0..12 {
@@ -777,7 +777,7 @@ fn silence_in_the_handshake_is_bounded_by_the_time_out() {
     let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
     let uri = format!("nbd+unix:///?socket={}", path.display());
     let begun = Instant::now();
-    let refused = NbdVolume::open(&NbdConfig { timeout: 1, ..config(&uri, 60) }).unwrap_err();
+    let refused = NbdStore::open(&NbdConfig { timeout: 1, ..config(&uri, 60) }).unwrap_err();
     assert!(matches!(refused, Error::Io(_)), "{refused}");
     assert!(begun.elapsed() < Duration::from_secs(8));
 }

@@ -1,4 +1,4 @@
-//! The volumes against a byte array, over the ring double and over the kernel's ring.
+//! The volumes against a byte array, over the simulated ring and over the kernel's ring.
 
 mod bounds;
 mod crash;
@@ -10,9 +10,9 @@ mod resize;
 
 use super::config::{FileConfig, MemoryConfig, NullConfig, VolumeConfig};
 use super::driver::AnyStore;
-use super::{Attached, Flusher, OpenError, Volume, file};
+use super::{Flusher, OpenError, Volume, VolumeChannel, file};
 use crate::block::{Data, Errno, Flags, Op, Request, Size};
-use crate::ring::double::{Double, Faults, Random, get, put};
+use crate::ring::sim::{Faults, Random, SimRing, get, put};
 use crate::ring::{Core, Mapping, Pool, Setup, Sqe, Uring};
 use libc::{FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE};
 pub(super) use model::settle;
@@ -59,13 +59,13 @@ fn uring() -> Uring {
     Uring::new(Setup { entries: 8, completions: 64, ..Setup::default() }).unwrap()
 }
 
-/// A file volume of 64 sectors over a double, opened and attached.
-fn small(faults: Faults) -> (Rc<Core<Double>>, Rc<Attached<Double>>) {
+/// A file volume of 64 sectors over a simulated ring, opened and attached.
+fn small(faults: Faults) -> (Rc<Core<SimRing>>, Rc<VolumeChannel<SimRing>>) {
     let (file, _) = image("/tmp", 64 * 512);
     let volume = open(file.path(), false, None);
-    let core = Core::new(Double::new(1, faults));
-    let attached = Rc::new(volume.attach(&core, false));
-    (core, attached)
+    let core = Core::new(SimRing::new(1, faults));
+    let channel = Rc::new(volume.attach(&core, false));
+    (core, channel)
 }
 
 fn request(op: Op, sector: u64, sectors: u32) -> Request<'static> {
@@ -89,23 +89,23 @@ fn a_large_transfer_of_memory_lets_others_pass() {
     const LEN: usize = 3 << 20;
     let config = MemoryConfig { size: Size(LEN as u64), block_size: None };
     let volume = Volume::open("test", &VolumeConfig::Memory(config)).unwrap();
-    let core = Core::new(Double::new(1, Faults::default()));
-    let attached = Rc::new(volume.attach(&core, false));
+    let core = Core::new(SimRing::new(1, Faults::default()));
+    let channel = Rc::new(volume.attach(&core, false));
     let bytes = Random(5).bytes(LEN);
     let (from, to, small) = (mapping(LEN), mapping(LEN), mapping(512));
     put(from, 0, &bytes);
     let order: Rc<RefCell<Vec<&str>>> = Rc::default();
     let mut tasks = crate::ring::Tasks::new(core.clone());
     for (name, op, memory) in [("large", Op::Write, &from), ("small", Op::Read, &small)] {
-        let (attached, order, request) = (attached.clone(), order.clone(), transfer(op, 0, memory));
+        let (channel, order, request) = (channel.clone(), order.clone(), transfer(op, 0, memory));
         tasks.add(|io| async move {
-            super::execute(&attached, &io, &Flusher::default(), &request).await.unwrap();
+            super::submit(&channel, &io, &Flusher::default(), &request).await.unwrap();
             order.borrow_mut().push(name);
         });
     }
     settle(&core, &mut tasks);
     assert_eq!(*order.borrow(), ["small", "large"]);
-    assert_eq!(once(&core, &attached, transfer(Op::Read, 0, to)), Ok(()));
+    assert_eq!(once(&core, &channel, transfer(Op::Read, 0, to)), Ok(()));
     assert!(get(to, 0, LEN) == bytes);
 }
 
@@ -122,7 +122,7 @@ fn is_fallocate(sqe: &Sqe<'_>, flag: i32) -> bool {
 }
 
 /// The ring that makes no more faults.
-fn calm(ring: &Double, direct: Option<(usize, usize)>) {
+fn calm(ring: &SimRing, direct: Option<(usize, usize)>) {
     ring.set_faults(Faults { direct, ..Faults::default() });
 }
 
@@ -134,13 +134,13 @@ proptest! {
         let block = if coarse { 4096 } else { 512 };
         let (file, bytes) = image("/tmp", plan.len() * SHARE * block);
         let volume = open(file.path(), false, Some(block as u32));
-        let core = Core::new(Double::new(seed, faults));
+        let core = Core::new(SimRing::new(seed, faults));
         let run = Run::new(volume.attach(&core, false), bytes.clone(), faults, true);
-        run.carry_out(&core, &plan, |ring| calm(ring, None));
-        prop_assert_eq!(std::fs::read(file.path()).unwrap(), bytes, "the file itself is not the double's");
+        run.run(&core, &plan, |ring| calm(ring, None));
+        prop_assert_eq!(std::fs::read(file.path()).unwrap(), bytes, "the file itself is not the simulated ring's");
     }
 
-    /// The double refuses what the kernel would: ranges at the wrong address or of the wrong length.
+    /// The simulated ring refuses what the kernel would: ranges at the wrong address or of the wrong length.
     #[test]
     fn a_direct_file_keeps_what_it_was_given(plan in plan(), faults in faults(), seed: u64, coarse: bool) {
         let (file, bytes) = image(if coarse { COARSE } else { DISK }, plan.len() * SHARE * 4096);
@@ -148,9 +148,9 @@ proptest! {
         let geometry = volume.geometry();
         let bytes = bytes[..plan.len() * SHARE * geometry.logical_block as usize].to_vec();
         let direct = Some((geometry.dma_alignment as usize, geometry.logical_block as usize));
-        let core = Core::new(Double::new(seed, Faults { direct, ..faults }));
+        let core = Core::new(SimRing::new(seed, Faults { direct, ..faults }));
         let run = Run::new(volume.attach(&core, false), bytes, faults, true);
-        run.carry_out(&core, &plan, |ring| calm(ring, direct));
+        run.run(&core, &plan, |ring| calm(ring, direct));
     }
 
     #[test]
@@ -158,9 +158,9 @@ proptest! {
         let len = plan.len() * SHARE * 512;
         let size = Size(len as u64);
         let volume = Volume::open("test", &VolumeConfig::Memory(MemoryConfig { size, block_size: None })).unwrap();
-        let core = Core::new(Double::new(seed, Faults::default()));
+        let core = Core::new(SimRing::new(seed, Faults::default()));
         let run = Run::new(volume.attach(&core, false), vec![0; len], Faults::default(), true);
-        run.carry_out(&core, &plan, |_| {});
+        run.run(&core, &plan, |_| {});
         prop_assert_eq!(core.ring().count(|_| true), 0);
     }
 
@@ -169,10 +169,10 @@ proptest! {
         let len = plan.len() * SHARE * 512;
         let size = Size(len as u64);
         let volume = Volume::open("test", &VolumeConfig::Null(NullConfig { size, block_size: None })).unwrap();
-        let core = Core::new(Double::new(seed, Faults::default()));
+        let core = Core::new(SimRing::new(seed, Faults::default()));
         // It discards nothing, and says so.
         let faults = Faults { no_punch: true, ..Faults::default() };
-        Run::new(volume.attach(&core, false), vec![0; len], faults, false).carry_out(&core, &plan, |_| {});
+        Run::new(volume.attach(&core, false), vec![0; len], faults, false).run(&core, &plan, |_| {});
     }
 }
 
@@ -186,12 +186,12 @@ proptest! {
         let bytes = bytes[..plan.len() * SHARE * volume.geometry().logical_block as usize].to_vec();
         let core = Core::new(uring());
         let run = Run::new(volume.attach(&core, false), bytes, Faults::default(), true);
-        run.carry_out(&core, &plan, |_| {});
+        run.run(&core, &plan, |_| {});
     }
 }
 
 /// Requests that no volume may see: each with its error.
-fn refused<R: Tested>(core: &Rc<Core<R>>, volume: &Rc<Attached<R>>) {
+fn refused<R: Tested>(core: &Rc<Core<R>>, volume: &Rc<VolumeChannel<R>>) {
     let sectors = volume.geometry().sectors();
     let block = volume.geometry().logical_block / 512;
     let memory = mapping(block as usize * 512);
@@ -220,7 +220,7 @@ fn impossible_requests_are_refused_before_anything_is_submitted() {
     for block in [512, 4096] {
         let (file, _) = image("/tmp", 64 * 4096);
         let volume = open(file.path(), false, Some(block));
-        let core = Core::new(Double::new(1, Faults::default()));
+        let core = Core::new(SimRing::new(1, Faults::default()));
         refused(&core, &Rc::new(volume.attach(&core, false)));
         let read_only = Rc::new(volume.attach(&core, true));
         let memory = mapping(4096);
@@ -278,11 +278,11 @@ fn zeroes_are_written_where_the_store_has_no_call_for_it() {
     let (file, _) = image("/tmp", LEN);
     let volume = open(file.path(), false, None);
     for (unmap, no_zero_range, zero_ranges) in [(true, false, 1), (true, true, 1), (false, true, 1)] {
-        let core = Core::new(Double::new(1, Faults { no_punch: true, no_zero_range, ..Faults::default() }));
-        let attached = Rc::new(volume.attach(&core, false));
+        let core = Core::new(SimRing::new(1, Faults { no_punch: true, no_zero_range, ..Faults::default() }));
+        let channel = Rc::new(volume.attach(&core, false));
         let flags = Flags { fua: true, unmap };
         let zeroes = Request { flags, ..request(Op::WriteZeroes, 1, (LEN / 512 - 2) as u32) };
-        assert_eq!(once(&core, &attached, zeroes), Ok(()));
+        assert_eq!(once(&core, &channel, zeroes), Ok(()));
         let stable = core.ring().stable().unwrap();
         assert!(stable[512..LEN - 512].iter().all(|byte| *byte == 0));
         let original = std::fs::read(file.path()).unwrap();
@@ -352,13 +352,13 @@ fn direct_io_bounces_only_what_it_must() {
     let (file, bytes) = image(DISK, 64 * 4096);
     let volume = open(file.path(), true, Some(4096));
     let (memory, unit) = (volume.geometry().dma_alignment as usize, 512);
-    let core = Core::new(Double::new(1, Faults { direct: Some((memory, unit)), ..Faults::default() }));
-    let attached = Rc::new(volume.attach(&core, false));
+    let core = Core::new(SimRing::new(1, Faults { direct: Some((memory, unit)), ..Faults::default() }));
+    let channel = Rc::new(volume.attach(&core, false));
     let buffer = mapping(16384);
     let read = |cuts: &[(usize, usize)]| {
         let iovecs = cuts.iter().map(|(at, len)| buffer.iovec(*at, *len)).collect::<Vec<_>>().leak();
         let request = Request { data: Data::of(iovecs), ..request(Op::Read, 8, 8) };
-        assert_eq!(once(&core, &attached, request), Ok(()), "{cuts:?}");
+        assert_eq!(once(&core, &channel, request), Ok(()), "{cuts:?}");
         let found: Vec<u8> = cuts.iter().flat_map(|(at, len)| get(buffer, *at, *len)).collect();
         assert_eq!(found, bytes[4096..8192], "{cuts:?}");
         let ours = buffer.as_ptr().addr()..buffer.as_ptr().addr() + buffer.len();
@@ -380,8 +380,8 @@ fn a_bounce_takes_no_more_memory_than_it_needs() {
     let (file, bytes) = image(DISK, LEN);
     let volume = open(file.path(), true, Some(4096));
     let direct = Some((volume.geometry().dma_alignment as usize, 512));
-    let core = Core::new(Double::new(1, Faults { direct, short: 30, ..Faults::default() }));
-    let attached = Rc::new(volume.attach(&core, false));
+    let core = Core::new(SimRing::new(1, Faults { direct, short: 30, ..Faults::default() }));
+    let channel = Rc::new(volume.attach(&core, false));
     let memory = mapping(LEN + 8192);
     // A third of the ranges are empty, and none starts or ends where the parts do.
     let cuts = || {
@@ -397,15 +397,15 @@ fn a_bounce_takes_no_more_memory_than_it_needs() {
         .leak()
     };
     let all = |op| Request { data: Data::of(cuts()), ..request(op, 0, (LEN / 512) as u32) };
-    assert_eq!(once(&core, &attached, all(Op::Read)), Ok(()));
+    assert_eq!(once(&core, &channel, all(Op::Read)), Ok(()));
     assert!(get(memory, 1, LEN) == bytes);
     assert_eq!(get(memory, 0, 1), [0]);
     let other = Random(99).bytes(LEN);
     put(memory, 1, &other);
-    assert_eq!(once(&core, &attached, all(Op::Write)), Ok(()));
+    assert_eq!(once(&core, &channel, all(Op::Write)), Ok(()));
     assert!(core.ring().contents().unwrap() == other);
     let large = |sqe: &Sqe<'_>| {
-        let most = Pool::<Double>::BYTES as u32;
+        let most = Pool::<SimRing>::BYTES as u32;
         matches!(sqe, Sqe::Read { range, .. } | Sqe::Write { range, .. } if range.len() > most as usize)
     };
     assert_eq!(core.ring().count(large), 0);
@@ -432,9 +432,9 @@ fn a_file_that_lost_its_end_gives_an_error() {
     let (file, _) = image("/tmp", 8 * 512);
     let volume = open(file.path(), false, None);
     let core = Core::new(uring());
-    let attached = Rc::new(volume.attach(&core, false));
+    let channel = Rc::new(volume.attach(&core, false));
     file.as_file().set_len(1000).unwrap();
     let memory = mapping(2048);
-    assert_eq!(once(&core, &attached, transfer(Op::Read, 0, memory)), Err(Errno::EIO));
-    assert_eq!(once(&core, &attached, transfer(Op::Read, 4, memory)), Err(Errno::EIO));
+    assert_eq!(once(&core, &channel, transfer(Op::Read, 0, memory)), Err(Errno::EIO));
+    assert_eq!(once(&core, &channel, transfer(Op::Read, 4, memory)), Err(Errno::EIO));
 }

@@ -1,14 +1,14 @@
-//! What becomes of a request that the store fails: its client is told, or it is tried again for a time, or it waits
+//! RequestLabel becomes of a request that the store fails: its client is told, or it is tried again for a time, or it waits
 //! until somebody has seen to the store. QEMU has the same choice for its own disks (`werror=`, `rerror=`).
 //!
 //! Which errors: all that come from the store, whatever their number. Those it never concerns:
-//! - what [`execute`](super::execute()) refuses before the store is asked. That is the client's mistake, and stays one;
+//! - what [`submit`](super::submit()) refuses before the store is asked. That is the client's mistake, and stays one;
 //! - `EINVAL` and `EOPNOTSUPP`: the store understood the request, and will answer it so every time;
 //! - `EFAULT`: it is the client's memory that is missing;
 //! - `ERESTART`: it waited, and its queue stops;
 //! - a flush that failed. The kernel tells of lost writes once, and the next flush succeeds without them, so that to
 //!   try a flush again is to say that lost data is safe. One that never reached its server is another matter
-//!   ([`Attached::may_flush_again`](super::Attached)).
+//!   ([`VolumeChannel::may_flush_again`](super::VolumeChannel)).
 //!
 //! For the last reason a write with FUA becomes a write and then a flush where a policy is in force: the error of the
 //! two in one may be of other writes, and tell of their loss.
@@ -19,18 +19,18 @@
 #![forbid(unsafe_code)]
 
 mod gate;
-mod what;
+mod label;
 
 use super::config::{OnError, PolicyConfig};
 use crate::block::{Errno, limit_behind};
 use crate::log_limit::LogLimit;
 use crate::ring::{Io, Ring};
-use gate::{Gate, Verdict};
+use gate::{Gate, ResumeAction};
+pub(super) use label::RequestLabel;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
-pub(super) use what::What;
 
 /// Before the first new attempt; each pause is twice as long as the one before it.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -38,7 +38,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause: well below what a service that gives up waits for its requests.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// What becomes of the requests of one volume that fail.
+/// RequestLabel becomes of the requests of one volume that fail.
 pub(super) struct Policy {
     volume: String,
     on_error: OnError,
@@ -64,7 +64,7 @@ struct Waiting {
     /// The worker and its slot: whose request it is.
     thread: ThreadId,
     slot: u32,
-    what: What,
+    what: RequestLabel,
     for_resume: bool,
     errno: Errno,
 }
@@ -80,7 +80,7 @@ pub struct PolicyState {
     pub waiting: usize,
 }
 
-/// What a request that failed has behind it.
+/// RequestLabel a request that failed has behind it.
 pub(super) struct Attempts {
     begun: Instant,
     paused: Duration,
@@ -116,7 +116,7 @@ impl Policy {
     /// An error of the store that its client is told of leaves a line, whatever the policy. Not those that are no doing of
     /// the store's: memory that the client does not have, a queue that stops.
     #[cold]
-    pub fn report(&self, what: What, errno: Errno) {
+    pub fn report(&self, what: RequestLabel, errno: Errno) {
         if !matches!(errno, Errno::EFAULT | Errno::ERESTART) {
             let limit = limit_behind(errno).map_or(String::new(), |limit| format!(" ({limit})"));
             self.log.warn(what.name(), format_args!("{what}: {errno}{limit}"));
@@ -128,7 +128,7 @@ impl Policy {
         &self.volume
     }
 
-    /// Whether new requests are to [wait](Self::queue_up). A load of a line that nobody writes.
+    /// Whether new requests are to [wait](Self::wait_for_resume). A load of a line that nobody writes.
     pub fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Relaxed)
     }
@@ -149,7 +149,7 @@ impl Policy {
     ///
     /// # Errors
     /// The one that everything waits for, when they are given up; `ERESTART` when the slot is interrupted.
-    pub async fn queue_up<R: Ring>(&self, io: &Io<R>, what: What) -> Result<(), Errno> {
+    pub async fn wait_for_resume<R: Ring>(&self, io: &Io<R>, what: RequestLabel) -> Result<(), Errno> {
         let joined = {
             let mut state = self.lock();
             state.gate.clone().map(|gate| {
@@ -171,7 +171,7 @@ impl Policy {
     pub async fn failed<R: Ring>(
         &self,
         io: &Io<R>,
-        what: What,
+        what: RequestLabel,
         errno: Errno,
         attempts: &mut Attempts,
     ) -> Result<(), Errno> {
@@ -186,7 +186,7 @@ impl Policy {
     async fn pause<R: Ring>(
         &self,
         io: &Io<R>,
-        what: What,
+        what: RequestLabel,
         errno: Errno,
         attempts: &mut Attempts,
     ) -> Result<(), Errno> {
@@ -213,7 +213,7 @@ impl Policy {
         if io.is_interrupted() { Err(Errno::ERESTART) } else { Ok(()) }
     }
 
-    async fn stop<R: Ring>(&self, io: &Io<R>, what: What, errno: Errno) -> Result<(), Errno> {
+    async fn stop<R: Ring>(&self, io: &Io<R>, what: RequestLabel, errno: Errno) -> Result<(), Errno> {
         let (gate, _waits) = {
             let mut state = self.lock();
             if self.abandoned.load(Ordering::Relaxed) {
@@ -243,7 +243,7 @@ impl Policy {
         self.stopped.store(false, Ordering::Relaxed);
         let fate = if give_up { "fail" } else { "are tried again" };
         log::warn!("volume {}: resumed: {count} requests {fate}", self.volume);
-        gate.open(if give_up { Verdict::GiveUp } else { Verdict::GoOn });
+        gate.open(if give_up { ResumeAction::GiveUp } else { ResumeAction::GoOn });
         count
     }
 
@@ -266,7 +266,7 @@ impl Policy {
         }
     }
 
-    /// What the request in `slot` of the calling worker waits for, if it waits here.
+    /// RequestLabel the request in `slot` of the calling worker waits for, if it waits here.
     pub fn waits(&self, slot: u32) -> Option<String> {
         let (state, thread) = (self.lock(), thread::current().id());
         let found = state.waiting.iter().find(|waiting| waiting.slot == slot && waiting.thread == thread)?;
@@ -276,8 +276,8 @@ impl Policy {
         })
     }
 
-    /// What keeps a drain from ending, if it is the policy: the first of the requests that wait.
-    pub fn held_up(&self) -> Option<String> {
+    /// RequestLabel keeps a drain from ending, if it is the policy: the first of the requests that wait.
+    pub fn pending_reason(&self) -> Option<String> {
         let state = self.lock();
         let Waiting { what, errno, for_resume, .. } = state.waiting.first()?;
         let (count, volume) = (state.waiting.len(), &self.volume);
@@ -292,7 +292,7 @@ impl Policy {
         &self,
         state: &mut State,
         io: &Io<R>,
-        what: What,
+        what: RequestLabel,
         errno: Errno,
         for_resume: bool,
     ) -> Waits<'_> {
@@ -307,12 +307,12 @@ impl Policy {
     }
 }
 
-/// What a verdict means for a request that waited because of `errno`.
-fn decided(verdict: Verdict, errno: Errno) -> Result<(), Errno> {
-    match verdict {
-        Verdict::GoOn => Ok(()),
-        Verdict::GiveUp => Err(errno),
-        Verdict::Interrupted => Err(Errno::ERESTART),
+/// RequestLabel a action means for a request that waited because of `errno`.
+fn decided(action: ResumeAction, errno: Errno) -> Result<(), Errno> {
+    match action {
+        ResumeAction::GoOn => Ok(()),
+        ResumeAction::GiveUp => Err(errno),
+        ResumeAction::Interrupted => Err(Errno::ERESTART),
     }
 }
 

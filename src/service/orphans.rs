@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// A disk of ours, a link to one, or both.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Leftover {
+pub struct OrphanDevice {
     /// `/dev/ringblk/NAME`; a service that died early has made none.
     pub link: Option<PathBuf>,
     /// `/dev/ublkbN`.
@@ -21,7 +21,7 @@ pub struct Leftover {
     /// Where that volume's store was.
     pub target: Option<String>,
     /// What has become of it.
-    pub state: Fate,
+    pub state: DeviceState,
     /// The process that serves it.
     pub server: Option<u32>,
 }
@@ -29,15 +29,15 @@ pub struct Leftover {
 /// What has become of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Fate {
+pub enum DeviceState {
     /// A process serves it.
     Served,
     /// Its server is dead, and the kernel clears up behind it.
-    Parting,
+    Exiting,
     /// It waits for a service.
     Waiting,
     /// A device without a disk.
-    Remains,
+    Stale,
     /// There is a disk, and the driver does not tell us more.
     Unknown,
     /// There is none.
@@ -46,7 +46,7 @@ pub enum Fate {
 
 /// What is to be removed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Which {
+pub enum RemoveTarget {
     /// The disk of that volume.
     Volume(String),
     /// `/dev/ublkbN` or `/dev/ringblk/NAME`.
@@ -80,14 +80,14 @@ pub enum RemoveError {
     Link(PathBuf, #[source] io::Error),
 }
 
-impl Leftover {
+impl OrphanDevice {
     /// What a user can do about it.
     pub fn needs(&self) -> &'static str {
         match self.state {
-            Fate::Waiting => "start its service, or `ringblk remove`",
-            Fate::Remains | Fate::Gone => "`ringblk remove`, or nothing",
-            Fate::Parting => "a moment",
-            Fate::Served | Fate::Unknown => "nothing",
+            DeviceState::Waiting => "start its service, or `ringblk remove`",
+            DeviceState::Stale | DeviceState::Gone => "`ringblk remove`, or nothing",
+            DeviceState::Exiting => "a moment",
+            DeviceState::Served | DeviceState::Unknown => "nothing",
         }
     }
 }
@@ -97,20 +97,22 @@ impl Leftover {
 ///
 /// # Errors
 /// When the directory is there but cannot be read.
-pub fn devices() -> io::Result<Vec<Leftover>> {
+pub fn devices() -> io::Result<Vec<OrphanDevice>> {
     let known = ublk::ours().inspect_err(|error| log::debug!("{error}"));
     devices_in(Path::new(ublk::LINKS), &known.unwrap_or_default())
 }
 
-fn devices_in(dir: &Path, known: &[Found]) -> io::Result<Vec<Leftover>> {
+fn devices_in(dir: &Path, known: &[Found]) -> io::Result<Vec<OrphanDevice>> {
     let mut found = Vec::new();
     for (link, device) in links_in(dir)? {
         let known = known.iter().find(|known| known.info.path() == device);
         let there = fs::metadata(&link).is_ok_and(|metadata| metadata.file_type().is_block_device());
-        let state = if there { Fate::Unknown } else { Fate::Gone };
+        let state = if there { DeviceState::Unknown } else { DeviceState::Gone };
         found.push(match known {
             Some(known) => described(known, Some(link)),
-            None => Leftover { link: Some(link), device, volume: None, target: None, state, server: None },
+            None => {
+                OrphanDevice { link: Some(link), device, volume: None, target: None, state, server: None }
+            }
         });
     }
     found.sort_by(|a, b| a.link.cmp(&b.link));
@@ -140,16 +142,16 @@ fn links_in(dir: &Path) -> io::Result<Vec<(PathBuf, PathBuf)>> {
     Ok(links)
 }
 
-fn described(known: &Found, link: Option<PathBuf>) -> Leftover {
+fn described(known: &Found, link: Option<PathBuf>) -> OrphanDevice {
     let Found { info, record } = known;
     let (volume, target) = record.clone().map(|record| (record.volume, record.target)).unzip();
     let (state, server) = match info.ownership() {
-        Ownership::Served(pid) => (Fate::Served, Some(pid)),
-        Ownership::Exiting => (Fate::Parting, None),
-        Ownership::Waiting => (Fate::Waiting, None),
-        Ownership::Stale => (Fate::Remains, None),
+        Ownership::Served(pid) => (DeviceState::Served, Some(pid)),
+        Ownership::Exiting => (DeviceState::Exiting, None),
+        Ownership::Waiting => (DeviceState::Waiting, None),
+        Ownership::Stale => (DeviceState::Stale, None),
     };
-    Leftover { link, device: info.path(), volume, target, state, server }
+    OrphanDevice { link, device: info.path(), volume, target, state, server }
 }
 
 /// Who uses each of these disks of ours, in words: nobody, for one that is not there.
@@ -175,7 +177,7 @@ pub struct Removal {
 ///
 /// # Errors
 /// When there is nothing of ours by that name, or the driver does not tell.
-pub fn remove(which: &Which, force: bool) -> Result<Removal, RemoveError> {
+pub fn remove(which: &RemoveTarget, force: bool) -> Result<Removal, RemoveError> {
     remove_in(Path::new(ublk::LINKS), which, &ublk::ours()?, |info| {
         let (device, users) = (info.path(), users_of(&[info.path()]).concat());
         // One that is served is refused for that.
@@ -189,7 +191,7 @@ pub fn remove(which: &Which, force: bool) -> Result<Removal, RemoveError> {
 
 fn remove_in(
     dir: &Path,
-    which: &Which,
+    which: &RemoveTarget,
     known: &[Found],
     mut remove: impl FnMut(&Info) -> Result<(), RemoveError>,
 ) -> Result<Removal, RemoveError> {
@@ -200,8 +202,8 @@ fn remove_in(
     let Removal { mut gone, mut refused } = Removal::default();
     let mut stale: Vec<PathBuf> = Vec::new();
     let chosen: Vec<&Info> = match which {
-        Which::AllDead => infos.filter(is_dead).collect(),
-        Which::Volume(name) => {
+        RemoveTarget::AllDead => infos.filter(is_dead).collect(),
+        RemoveTarget::Volume(name) => {
             let linked = target(&dir.join(name));
             stale.extend(linked.clone());
             let is_it = |known: &&Found| match &known.record {
@@ -210,7 +212,7 @@ fn remove_in(
             };
             known.iter().filter(is_it).map(|known| &known.info).collect()
         }
-        Which::Device(path) => {
+        RemoveTarget::Device(path) => {
             let device = target(path).unwrap_or_else(|| path.clone());
             let of = infos.filter(|info| info.path() == device).collect();
             stale.push(device);
@@ -229,7 +231,7 @@ fn remove_in(
         }
     }
     for (link, device) in &links {
-        let dead = *which == Which::AllDead && device.symlink_metadata().is_err();
+        let dead = *which == RemoveTarget::AllDead && device.symlink_metadata().is_err();
         if !stale.contains(device) && !dead {
             continue;
         }
@@ -240,9 +242,9 @@ fn remove_in(
     }
     match which {
         _ if !gone.is_empty() || !refused.is_empty() => Ok(Removal { gone, refused }),
-        Which::Volume(name) => Err(RemoveError::NoVolume(name.clone())),
-        Which::Device(path) => Err(RemoveError::NotOurs(path.clone())),
-        Which::AllDead => Ok(Removal::default()),
+        RemoveTarget::Volume(name) => Err(RemoveError::NoVolume(name.clone())),
+        RemoveTarget::Device(path) => Err(RemoveError::NotOurs(path.clone())),
+        RemoveTarget::AllDead => Ok(Removal::default()),
     }
 }
 
@@ -293,7 +295,7 @@ mod tests {
         let found = devices_in(dir.path(), &[]).unwrap();
         let devices: Vec<_> = found.iter().map(|left| left.device.as_path()).collect();
         assert_eq!(devices, [Path::new("/dev/ublkb1048575"), Path::new("/dev/ublkb1048574")]);
-        assert!(found.iter().all(|left| left.state == Fate::Gone));
+        assert!(found.iter().all(|left| left.state == DeviceState::Gone));
         assert_eq!(devices_in(&dir.path().join("none"), &[]).unwrap(), []);
     }
 
@@ -309,8 +311,11 @@ mod tests {
         let found = devices_in(dir.path(), &known).unwrap();
         let states: Vec<_> =
             found.iter().map(|left| (left.state, left.server, left.link.is_some())).collect();
-        let expected =
-            [(Fate::Waiting, None, true), (Fate::Served, Some(us), true), (Fate::Remains, None, false)];
+        let expected = [
+            (DeviceState::Waiting, None, true),
+            (DeviceState::Served, Some(us), true),
+            (DeviceState::Stale, None, false),
+        ];
         assert_eq!(states, expected);
     }
 
@@ -322,7 +327,7 @@ mod tests {
             info(1048574, State::Live, Some(us), "b"),
             info(1048573, State::Dead, None, "lost"),
         ];
-        let run = |which: Which| {
+        let run = |which: RemoveTarget| {
             let dir = links();
             let mut removed = Vec::new();
             let result = remove_in(dir.path(), &which, &known, |info| {
@@ -333,12 +338,12 @@ mod tests {
         };
         let all = || ["a", "b", "c"].map(String::from).to_vec();
         let without_a = || ["b", "c"].map(String::from).to_vec();
-        assert_eq!(run(Which::Volume("a".into())), (vec![1048575], without_a(), true));
-        assert_eq!(run(Which::Device("/dev/ublkb1048575".into())), (vec![1048575], without_a(), true));
-        assert_eq!(run(Which::Volume("lost".into())), (vec![1048573], all(), true));
-        assert_eq!(run(Which::Volume("c".into())), (vec![], all(), false));
-        assert_eq!(run(Which::Device("/dev/null".into())), (vec![], all(), false));
-        let (removed, ..) = run(Which::AllDead);
+        assert_eq!(run(RemoveTarget::Volume("a".into())), (vec![1048575], without_a(), true));
+        assert_eq!(run(RemoveTarget::Device("/dev/ublkb1048575".into())), (vec![1048575], without_a(), true));
+        assert_eq!(run(RemoveTarget::Volume("lost".into())), (vec![1048573], all(), true));
+        assert_eq!(run(RemoveTarget::Volume("c".into())), (vec![], all(), false));
+        assert_eq!(run(RemoveTarget::Device("/dev/null".into())), (vec![], all(), false));
+        let (removed, ..) = run(RemoveTarget::AllDead);
         assert_eq!(removed, [1048575, 1048573], "not the one that is served");
     }
 
@@ -347,7 +352,7 @@ mod tests {
         let dir = links();
         let link = dir.path().join("a");
         let never = |_: &Info| panic!("there is none");
-        let removal = remove_in(dir.path(), &Which::Device(link.clone()), &[], never).unwrap();
+        let removal = remove_in(dir.path(), &RemoveTarget::Device(link.clone()), &[], never).unwrap();
         assert_eq!(removal.gone, [link]);
         assert_eq!(names(&dir), ["b", "c"]);
     }
@@ -361,10 +366,10 @@ mod tests {
             info(1048573, State::Quiesced, None, "none"),
         ];
         // The links of what is gone go too. (No machine has any of them, but that is not asked for those that stay.)
-        let removal = remove_in(dir.path(), &Which::Volume("a".into()), &known, |_| Ok(())).unwrap();
+        let removal = remove_in(dir.path(), &RemoveTarget::Volume("a".into()), &known, |_| Ok(())).unwrap();
         assert_eq!((removal.gone.len(), names(&dir)), (2, vec!["b".into(), "c".into()]));
         let dir = links();
-        let removal = remove_in(dir.path(), &Which::AllDead, &known, |info| match info.id {
+        let removal = remove_in(dir.path(), &RemoveTarget::AllDead, &known, |info| match info.id {
             1048574 => Err(RemoveError::InUse { device: info.path(), users: "mounted on /x".into() }),
             _ => Ok(()),
         });
@@ -380,7 +385,7 @@ mod tests {
         let dir = links();
         let link = dir.path().join("a");
         let known = [info(1048575, State::Quiesced, None, "a")];
-        let removal = remove_in(dir.path(), &Which::Volume("a".into()), &known, |_| {
+        let removal = remove_in(dir.path(), &RemoveTarget::Volume("a".into()), &known, |_| {
             fs::remove_file(&link).unwrap();
             Ok(())
         });
@@ -388,7 +393,7 @@ mod tests {
         // And so may the next service.
         let dir = links();
         let link = dir.path().join("a");
-        let removal = remove_in(dir.path(), &Which::Volume("a".into()), &known, |_| {
+        let removal = remove_in(dir.path(), &RemoveTarget::Volume("a".into()), &known, |_| {
             fs::remove_file(&link).unwrap();
             symlink("/dev/ublkb1048572", &link).unwrap();
             Ok(())

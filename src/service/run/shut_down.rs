@@ -1,7 +1,7 @@
 //! How the exports of a service end: all at once, and none that somebody uses without being asked to.
 
 use super::{STOP_LEAST, STOP_LIMIT, Shared, lock};
-use crate::service::exports::{Export, Farewell};
+use crate::service::exports::{Export, ShutdownMode};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -28,7 +28,7 @@ const AT_ONCE: usize = 64;
 
 impl Shared {
     /// Ends every export. They do not wait for each other: what one waits for is its store, or the kernel.
-    pub(super) fn leave_all(&self, how: Farewell) -> Left {
+    pub(super) fn leave_all(&self, how: ShutdownMode) -> Left {
         let deadline = Instant::now() + STOP_LIMIT;
         let (abandoned, kept) = (Mutex::new(Vec::new()), AtomicBool::new(false));
         let keep = lock(&self.keep).clone();
@@ -39,7 +39,7 @@ impl Shared {
                 let (name, least) = (export.status().name(), Instant::now() + STOP_LEAST);
                 lock(&self.leaving).push(name.clone());
                 let how = match how {
-                    Farewell::Stop if keep.contains(export.status().volume()) => Farewell::Keep,
+                    ShutdownMode::Stop if keep.contains(export.status().volume()) => ShutdownMode::Keep,
                     how => how,
                 };
                 if let Err(error) = export.leave(how, deadline.max(least)) {

@@ -5,7 +5,7 @@ mod arrivals;
 mod disks;
 mod late;
 mod life;
-mod leave;
+mod shut_down;
 mod limits;
 mod managed;
 mod open;
@@ -14,7 +14,7 @@ mod signals;
 
 use super::config::{Config, ConfigError, DEFAULT_CONTROL};
 use super::exports::vhost_user::{Endpoint, VhostUserExport, passed_sockets};
-use super::exports::{Export, Farewell, Placement};
+use super::exports::{Export, Placement, ShutdownMode};
 use super::namespace;
 use super::sandbox;
 use super::socket::{Access, SocketError, SocketFile};
@@ -179,7 +179,7 @@ struct Shared {
     sandbox: SandboxStatus,
     stopping: AtomicBool,
     /// The stop that was asked for first, if one was.
-    farewell: Mutex<Option<Farewell>>,
+    farewell: Mutex<Option<ShutdownMode>>,
     stop: Notify,
 }
 
@@ -372,7 +372,7 @@ impl Shared {
     }
 
     /// Ends every export, flushes every volume, ends the workers.
-    fn take_down(&self, how: Farewell) -> Result<(), Error> {
+    fn take_down(&self, how: ShutdownMode) -> Result<(), Error> {
         // What comes up just now may give up, and the sockets go of what has not begun to.
         self.arrivals.close();
         drop(std::mem::take(&mut *lock(&self.waiting)));
@@ -411,7 +411,7 @@ impl Shared {
         }
         let mut workers = lock(&self.workers);
         match how {
-            Farewell::Stop | Farewell::Force if !left.kept => workers.clear(),
+            ShutdownMode::Stop | ShutdownMode::Force if !left.kept => workers.clear(),
             // Where the kernel cannot give the fetches of a disk back, they end with the process, and a worker that
             // is told to end would wait for them.
             _ => workers.drain(..).for_each(std::mem::forget),

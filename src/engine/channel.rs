@@ -1,6 +1,6 @@
 //! A volume as one worker uses it: the root of its tree, with what only the root has.
 
-use super::grace::{Admitted, Grace};
+use super::drain_epochs::{DrainEpochs, EpochGuard};
 use super::losses::Flusher;
 use super::node::Edge;
 use super::policy::Policy;
@@ -11,15 +11,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// One worker's use of a volume.
-pub struct Attached<R: Ring> {
+pub struct VolumeChannel<R: Ring> {
     edge: Edge<R>,
-    grace: Grace,
+    drain_epochs: DrainEpochs,
     policy: Arc<Policy>,
 }
 
-impl<R: Ring> Attached<R> {
-    pub(super) fn new(edge: Edge<R>, policy: Arc<Policy>) -> Attached<R> {
-        Attached { edge, grace: Grace::default(), policy }
+impl<R: Ring> VolumeChannel<R> {
+    pub(super) fn new(edge: Edge<R>, policy: Arc<Policy>) -> VolumeChannel<R> {
+        VolumeChannel { edge, drain_epochs: DrainEpochs::default(), policy }
     }
 
     /// For lines that its clients bring about.
@@ -95,7 +95,7 @@ impl<R: Ring> Attached<R> {
     }
 
     /// Reads what the store has behind the last whole block ([`Volume::tail`](super::Volume::tail)): for offline jobs, which
-    /// keep every byte. What is asked for is not checked here, and passes by [`execute`](super::execute()).
+    /// keep every byte. What is asked for is not checked here, and passes by [`submit`](super::submit()).
     ///
     /// # Errors
     /// The store's.
@@ -114,14 +114,14 @@ impl<R: Ring> Attached<R> {
     }
 
     /// Counts a request among those that [`drain`](Self::drain) waits for, until what it returns is dropped.
-    pub(super) fn admitted(&self) -> Admitted<'_> {
-        self.grace.enter()
+    pub(super) fn admitted(&self) -> EpochGuard<'_> {
+        self.drain_epochs.enter()
     }
 
     /// Waits until every request of this worker is over that was admitted before the call, while new ones go on.
     /// False when that takes longer than `limit`.
     pub async fn drain(&self, io: &Io<R>, limit: Duration) -> bool {
-        self.grace.pass(io, limit).await
+        self.drain_epochs.pass(io, limit).await
     }
 
     /// Waits no more for the answers of a server to requests whose slots are interrupted. What it does with them is not

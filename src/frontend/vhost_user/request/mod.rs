@@ -7,7 +7,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::memory::{Memory, Table, gather, read};
+use super::memory::{DescriptorTable, Memory, gather, read};
 use crate::block::{Iovec, Op, SECTOR_SHIFT};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -97,7 +97,7 @@ pub struct Chain {
 #[inline(never)]
 pub fn parse(
     memory: &Memory,
-    table: Table,
+    table: DescriptorTable,
     head: u16,
     indirect: bool,
     scratch: &mut Scratch,
@@ -116,7 +116,7 @@ pub fn parse(
 /// readable descriptor after a writable one, or nests indirect tables.
 fn resolve(
     memory: &Memory,
-    table: Table,
+    table: DescriptorTable,
     head: u16,
     indirect: bool,
     iovecs: &mut Vec<Iovec<'static>>,
@@ -166,7 +166,7 @@ fn resolve(
 /// Where the status of a chain goes that [`parse`] refuses. Its end is looked for whatever is wrong on the way; `None`
 /// where it cannot be reached, so that nothing can be told.
 #[cold]
-pub fn status_byte(memory: &Memory, table: Table, head: u16) -> Option<Iovec<'static>> {
+pub fn status_byte(memory: &Memory, table: DescriptorTable, head: u16) -> Option<Iovec<'static>> {
     let place = status_place(memory, table, head)?;
     let mut status = None;
     memory.split(place, 1, |byte| {
@@ -181,7 +181,7 @@ pub fn status_byte(memory: &Memory, table: Table, head: u16) -> Option<Iovec<'st
 /// `None` where there is none, or where it is not clear which one it is: the chain loops, leaves its table, or its table
 /// is not in the guest's memory; an indirect table has another one in it, or a descriptor after it; or the last
 /// descriptor of all is writable and empty, and may well have been meant for the status.
-fn status_place(memory: &Memory, mut table: Table, head: u16) -> Option<u64> {
+fn status_place(memory: &Memory, mut table: DescriptorTable, head: u16) -> Option<u64> {
     // A chain is no longer than its vring (virtio 1.3 section 2.7.5.3.1), even where it is too long for us; and one
     // that loops runs into this bound.
     let bound = usize::from(table.len()).max(MAX_IOVECS) + 1;

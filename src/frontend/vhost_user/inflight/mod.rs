@@ -2,7 +2,7 @@
 //!
 //! The VMM keeps a file of ours in which each vring says which heads it has taken and not given back. When we are
 //! killed, whoever serves the VMM next finds there what was in flight, and carries it out again: reads and writes
-//! may be repeated, as long as nobody was told that they are done. The layout and the order of the notes are those
+//! may be repeated, as long as nobody was told that they are done. The layout and the order of the in-flight log are those
 //! of the vhost-user specification, "Inflight I/O tracking", split virtqueues; numbers are in the machine's order.
 //!
 //! A kill leaves every store up to some point of the program, and none after it. So the order of the stores is all
@@ -16,7 +16,7 @@ use super::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use super::backing::Backing;
 use super::sigbus::Guard;
 use crate::ring::Mapping;
-pub use mark::Mark;
+pub use mark::QueueMark;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::cell::{Cell, RefCell};
@@ -264,12 +264,13 @@ impl InflightQueue {
     }
 
     /// What was left here for us.
-    pub fn mark(&self) -> Mark {
-        self.mark_place().map_or(Mark::default(), |place| Mark::from_raw(place.load(Ordering::Acquire)))
+    pub fn mark(&self) -> QueueMark {
+        self.mark_place()
+            .map_or(QueueMark::default(), |place| QueueMark::from_raw(place.load(Ordering::Acquire)))
     }
 
     /// Leaves a mark.
-    pub fn set_mark(&self, mark: Mark) {
+    pub fn set_mark(&self, mark: QueueMark) {
         if let Some(place) = self.mark_place() {
             place.store(mark.raw(), Ordering::Release);
         }
@@ -288,9 +289,9 @@ impl InflightQueue {
         Ok(())
     }
 
-    /// Makes the notes agree with the used ring, whose index is `used_idx`, and says what was in flight.
+    /// Makes the in-flight log agree with the used ring, whose index is `used_idx`, and says what was in flight.
     ///
-    /// The index moves first and the notes follow; where a kill came between the two, what the last batch gave
+    /// The index moves first and the in-flight log follow; where a kill came between the two, what the last batch gave
     /// back is still noted as in flight, and the index tells how many that are.
     ///
     /// # Errors
@@ -305,16 +306,19 @@ impl InflightQueue {
         if fresh && !in_flight.is_empty() {
             return Err(refused("it has requests in flight and no version".into()));
         }
-        let given_back = used_idx.wrapping_sub(header.used_idx.load(Ordering::Relaxed));
+        let complete_batch = used_idx.wrapping_sub(header.used_idx.load(Ordering::Relaxed));
         // Without anything in flight, a driver that began anew is the reason why the indices differ.
-        if given_back > 0 && !in_flight.is_empty() {
-            if given_back > self.size {
-                return Err(refused(format!("its last batch has {given_back} of {} requests", self.size)));
+        if complete_batch > 0 && !in_flight.is_empty() {
+            if complete_batch > self.size {
+                return Err(refused(format!(
+                    "its last batch has {complete_batch} of {} requests",
+                    self.size
+                )));
             }
             let mut head = header.last_batch_head.load(Ordering::Relaxed);
             // In one go: the VMM says how many there are, and others wait for this worker.
             let mut ended = vec![false; self.size.into()];
-            for _ in 0..given_back {
+            for _ in 0..complete_batch {
                 let Some(ended) = ended.get_mut(usize::from(head)) else {
                     return Err(refused(format!("its last batch has head {head} of {}", self.size)));
                 };
@@ -339,7 +343,7 @@ impl InflightQueue {
 }
 
 /// The notes as a running vring takes them. A request costs seven accesses to memory that is in its cache.
-pub(super) struct Notes {
+pub(super) struct InflightLog {
     queue: InflightQueue,
     /// Heads taken so far.
     counter: Cell<u64>,
@@ -349,11 +353,11 @@ pub(super) struct Notes {
     volatile_writes: Cell<u64>,
 }
 
-impl Notes {
+impl InflightLog {
     /// Goes on with notes that [`recover`](InflightQueue::recover) brought up to date.
-    pub fn new(queue: InflightQueue, counter: u64) -> Notes {
+    pub fn new(queue: InflightQueue, counter: u64) -> InflightLog {
         let batch = RefCell::new(Vec::with_capacity(queue.size.into()));
-        Notes { queue, counter: Cell::new(counter), batch, volatile_writes: Cell::new(0) }
+        InflightLog { queue, counter: Cell::new(counter), batch, volatile_writes: Cell::new(0) }
     }
 
     /// A write is about to be acknowledged that the server's run `instance` has not flushed.
@@ -378,7 +382,7 @@ impl Notes {
     }
 
     /// `head` was taken.
-    pub fn taken(&self, head: u16) {
+    pub fn begin(&self, head: u16) {
         let entry = self.queue.entry(head);
         let counter = self.counter.get();
         self.counter.set(counter.wrapping_add(1));
@@ -387,7 +391,7 @@ impl Notes {
     }
 
     /// `head` is in the used ring, and is given back with the others of its batch.
-    pub fn finished(&self, head: u16) {
+    pub fn complete(&self, head: u16) {
         let last = &self.queue.header().last_batch_head;
         self.queue.entry(head).next.store(last.load(Ordering::Relaxed), Ordering::Relaxed);
         last.store(head, Ordering::Release);
@@ -395,7 +399,7 @@ impl Notes {
     }
 
     /// The batch was given back: the used ring's index is `used_idx` now.
-    pub fn given_back(&self, used_idx: u16) {
+    pub fn complete_batch(&self, used_idx: u16) {
         let mut batch = self.batch.borrow_mut();
         for head in &*batch {
             self.queue.entry(*head).inflight.store(0, Ordering::Release);

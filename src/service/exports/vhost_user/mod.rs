@@ -1,6 +1,6 @@
 //! A volume on a vhost-user socket: VMMs come and go, one at a time, and the export stays.
 
-mod door;
+mod listener;
 mod workers;
 
 use super::Abandoned;
@@ -12,7 +12,7 @@ use crate::frontend::vhost_user::protocol::{BackendChannel, NotifyResult, Shape}
 use crate::service::socket::{Access, SocketError, SocketFile};
 use crate::service::status::VhostUserStatus;
 use crate::worker::{ExportVolume, WorkerHandle};
-use door::Door;
+use listener::Listener;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::cell::RefCell;
 use std::io;
@@ -191,7 +191,7 @@ fn begin(
     let listener = endpoint.listener()?;
     // A connection may be gone again before it is accepted.
     listener.set_nonblocking(true)?;
-    let door = Door {
+    let listener = Listener {
         listener,
         device,
         host: Arc::new(Workers::new(handles, ExportVolume::new(volume.clone(), queues))),
@@ -203,7 +203,7 @@ fn begin(
     let ((end, ended), (go, listening)) = (channel(), channel());
     thread::Builder::new().name("ringblk-vhost".into()).spawn(move || {
         if listening.recv().is_ok() {
-            door.keep();
+            listener.keep();
         }
         let _ = end.send(());
     })?;

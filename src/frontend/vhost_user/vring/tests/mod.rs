@@ -9,7 +9,7 @@ mod unusable;
 use super::queue::IDLE_PASSES;
 use super::*;
 use crate::ring::Kind;
-use crate::ring::double::Faults;
+use crate::ring::sim::Faults;
 use driver::{Driver, Event, PATTERN, SECTORS, Seen, Worker, device};
 use proptest::prelude::*;
 use std::io;
@@ -282,7 +282,7 @@ fn a_call_waits_until_half_is_done_or_nothing_comes() {
     let mut done = |count: usize| {
         for _ in 0..count {
             let tag = take(&worker.vring, &mut state).unwrap();
-            Source::<crate::ring::double::Double>::complete(&*worker.vring, tag, &mut state, Ok(()));
+            Source::<crate::ring::sim::SimRing>::complete(&*worker.vring, tag, &mut state, Ok(()));
         }
     };
     let told = |driver: &Driver| {
@@ -387,7 +387,7 @@ fn areas_that_are_not_the_guests_are_refused() {
 
 /// A request of the random test, and what is to come of it.
 #[derive(Clone, Debug)]
-enum Wish {
+enum DriverRequest {
     Read(u64, u32),
     Write(u64, u32),
     Flush,
@@ -396,42 +396,44 @@ enum Wish {
     PastTheEnd,
 }
 
-fn wish() -> impl Strategy<Value = Wish> {
+fn wish() -> impl Strategy<Value = DriverRequest> {
     prop_oneof![
-        4 => (0..200u64, 1..8u32).prop_map(|(sector, sectors)| Wish::Read(sector, sectors)),
-        3 => (0..8u64, 1..8u32).prop_map(|(sector, sectors)| Wish::Write(300 + sector, sectors)),
-        1 => Just(Wish::Flush),
-        1 => Just(Wish::Id),
-        1 => Just(Wish::Unknown),
-        1 => Just(Wish::PastTheEnd),
+        4 => (0..200u64, 1..8u32).prop_map(|(sector, sectors)| DriverRequest::Read(sector, sectors)),
+        3 => (0..8u64, 1..8u32).prop_map(|(sector, sectors)| DriverRequest::Write(300 + sector, sectors)),
+        1 => Just(DriverRequest::Flush),
+        1 => Just(DriverRequest::Id),
+        1 => Just(DriverRequest::Unknown),
+        1 => Just(DriverRequest::PastTheEnd),
     ]
 }
 
-impl Wish {
+impl DriverRequest {
     fn add(&self, driver: &mut Driver, indirect: bool) -> Option<u16> {
         match *self {
-            Wish::Read(sector, sectors) => driver.add(IN, sector, &[], sectors as usize * 512, indirect),
-            Wish::Write(sector, sectors) => {
+            DriverRequest::Read(sector, sectors) => {
+                driver.add(IN, sector, &[], sectors as usize * 512, indirect)
+            }
+            DriverRequest::Write(sector, sectors) => {
                 driver.add(OUT, sector, &vec![0x33; sectors as usize * 512], 0, indirect)
             }
-            Wish::Flush => driver.add(FLUSH, 0, &[], 0, indirect),
-            Wish::Id => driver.add(GET_ID, 0, &[], 20, indirect),
-            Wish::Unknown => driver.add(99, 0, &[], 0, indirect),
-            Wish::PastTheEnd => driver.add(IN, SECTORS - 1, &[], 1024, indirect),
+            DriverRequest::Flush => driver.add(FLUSH, 0, &[], 0, indirect),
+            DriverRequest::Id => driver.add(GET_ID, 0, &[], 20, indirect),
+            DriverRequest::Unknown => driver.add(99, 0, &[], 0, indirect),
+            DriverRequest::PastTheEnd => driver.add(IN, SECTORS - 1, &[], 1024, indirect),
         }
     }
 
     fn check(&self, driver: &Driver, head: u16, written: u32) {
         let expected = match *self {
-            Wish::Read(sector, sectors) => {
+            DriverRequest::Read(sector, sectors) => {
                 let (start, len) = (sector as usize * 512, sectors as usize * 512);
                 assert!(driver.data(head, len) == PATTERN[start..start + len], "{self:?}");
                 (OK, sectors * 512 + 1)
             }
-            Wish::Write(..) | Wish::Flush => (OK, 1),
-            Wish::Id => (OK, 21),
-            Wish::Unknown => (UNSUPP, 1),
-            Wish::PastTheEnd => (IOERR, 1),
+            DriverRequest::Write(..) | DriverRequest::Flush => (OK, 1),
+            DriverRequest::Id => (OK, 21),
+            DriverRequest::Unknown => (UNSUPP, 1),
+            DriverRequest::PastTheEnd => (IOERR, 1),
         };
         assert_eq!((driver.status(head), written), expected, "{self:?}");
     }
@@ -455,7 +457,7 @@ proptest! {
         let mut driver = Driver::new(1 << log2_size, event_idx, start);
         let faults = Faults { delay, stale, reorder: true, ..Faults::default() };
         let mut worker = Worker::new(driver.setup(device(), FEATURES), seed, faults);
-        let mut random = crate::ring::double::Random(seed);
+        let mut random = crate::ring::sim::Random(seed);
         let mut wishes = wishes.into_iter();
         let mut waiting = wishes.next();
         let mut asked = std::collections::HashMap::new();
@@ -474,7 +476,7 @@ proptest! {
             }
             driver.want_call(None);
             for (head, written) in driver.harvest() {
-                let wish: Wish = asked.remove(&head).unwrap();
+                let wish: DriverRequest = asked.remove(&head).unwrap();
                 wish.check(&driver, head, written);
             }
             let old = driver.avail;

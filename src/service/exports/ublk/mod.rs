@@ -1,8 +1,8 @@
-//! A volume behind the ublk door: the device, its queues on the workers, and its stable name.
+//! A volume behind the ublk frontend: the device, its queues on the workers, and its stable name.
 
 #![forbid(unsafe_code)]
 
-mod leave;
+mod shut_down;
 
 use crate::block::SECTOR;
 use crate::engine::{Identity, Volume};
@@ -11,7 +11,7 @@ use crate::frontend::ublk::features::{self, Features, NoZeroCopy};
 use crate::frontend::ublk::{self, Claim, Device, DeviceSpec, Found, NoResize, Record, StableName};
 use crate::service::status::UblkStatus;
 use crate::worker::{ExportVolume, NewQueue, WorkerHandle};
-use leave::Phase;
+use shut_down::Phase;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -63,7 +63,7 @@ pub struct Others<'a> {
     pub given_up: &'a AtomicBool,
 }
 
-/// Why a volume is not behind the ublk door.
+/// Why a volume is not behind the ublk frontend.
 #[derive(Debug, thiserror::Error)]
 #[error("ublk export of volume {volume}")]
 pub struct Error {

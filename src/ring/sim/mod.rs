@@ -1,6 +1,6 @@
 //! A ring in memory whose faults come from a seed.
 //!
-//! [`Double`] carries [`Sqe`]s out on byte vectors, one for each registered file, loaded with what the file
+//! [`SimRing`] carries [`Sqe`]s out on byte vectors, one for each registered file, loaded with what the file
 //! held. The file itself is never touched again. What the kernel may do to us, it does as often as
 //! [`Faults`] says: moves a part, fails, answers late, out of order, or twice.
 //!
@@ -13,7 +13,7 @@
 //!   whole, and a write is not. An `fdatasync` that fails forgets what it should have written, as Linux does: the
 //!   next one succeeds without it.
 //! - Time stands still, until a wait finds nothing else to happen: then it goes on to the first timeout that is due. Or a
-//!   test [moves it](Double::advance).
+//!   test [moves it](SimRing::advance).
 //! - A write, hole or zero range past the end of a file is a bug of ours, and panics. So does a wait for
 //!   something that will never come.
 
@@ -71,7 +71,7 @@ pub struct Faults {
 }
 
 /// The ring. See the [module](self).
-pub struct Double {
+pub struct SimRing {
     state: RefCell<State>,
 }
 
@@ -127,9 +127,9 @@ struct File {
     failed: bool,
 }
 
-impl Double {
+impl SimRing {
     /// A ring without files.
-    pub fn new(seed: u64, faults: Faults) -> Double {
+    pub fn new(seed: u64, faults: Faults) -> SimRing {
         assert!(faults.delay < 100, "nothing would ever complete");
         let state = State {
             random: Random(seed),
@@ -146,7 +146,7 @@ impl Double {
             losses: 0,
             clock: 0,
         };
-        Double { state: RefCell::new(state) }
+        SimRing { state: RefCell::new(state) }
     }
 
     /// Changes what goes wrong from now on.
@@ -237,7 +237,7 @@ impl Double {
     }
 }
 
-impl Ring for Double {
+impl Ring for SimRing {
     unsafe fn push(&self, sqe: &Sqe<'_>, user_data: UserData) {
         // SAFETY: whoever pushes keeps the borrow until the completion, and nothing here is followed later.
         let sqe = unsafe { std::mem::transmute::<Sqe<'_>, Sqe<'static>>(*sqe) };
@@ -290,11 +290,11 @@ impl Ring for Double {
         }
     }
 
-    fn carry_out(&self, sqe: &Sqe<'_>) -> i32 {
+    fn submit_sync(&self, sqe: &Sqe<'_>) -> i32 {
         let state = &mut *self.state.borrow_mut();
         state.reaped += 1;
         let moment = Moment::new(Some(state.reaped).into());
-        state.carry_out(sqe, state.reaped, &moment).unwrap_or_else(|errno| -errno)
+        state.perform(sqe, state.reaped, &moment).unwrap_or_else(|errno| -errno)
     }
 
     fn now(&self) -> u64 {
@@ -346,7 +346,7 @@ impl State {
             }
             let Pending { sqe, user_data, since, .. } = pending;
             let moment = Moment::default();
-            let result = self.carry_out(&sqe, since, &moment).unwrap_or_else(|errno| -errno);
+            let result = self.perform(&sqe, since, &moment).unwrap_or_else(|errno| -errno);
             self.unseen.push((user_data, moment));
             self.answer(Cqe { user_data, result, more: false });
         }
@@ -377,7 +377,7 @@ impl State {
     }
 
     /// Carries out what was pushed at `since` and whose completion will have been seen at `moment`.
-    fn carry_out(&mut self, sqe: &Sqe<'_>, since: u64, moment: &Moment) -> Result<i32, i32> {
+    fn perform(&mut self, sqe: &Sqe<'_>, since: u64, moment: &Moment) -> Result<i32, i32> {
         match *sqe {
             Sqe::Read { file, range, offset } => self.read(file, &[range], offset),
             Sqe::Write { file, range, offset, rw_flags } => {
@@ -622,7 +622,7 @@ mod tests {
     }
 
     /// Pushes `sqes` and waits for as many completions.
-    fn results(ring: &Double, sqes: &[Sqe<'_>]) -> Vec<i32> {
+    fn results(ring: &SimRing, sqes: &[Sqe<'_>]) -> Vec<i32> {
         for (number, sqe) in sqes.iter().enumerate() {
             // SAFETY: borrowed until all completions are here.
             unsafe { ring.push(sqe, slot(number as u32)) };
@@ -636,7 +636,7 @@ mod tests {
         seen.iter().map(|cqe| cqe.result).collect()
     }
 
-    fn file(ring: &Double) -> (std::fs::File, Target) {
+    fn file(ring: &SimRing) -> (std::fs::File, Target) {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[7; 4096]).unwrap();
         let target = ring.register(file.as_raw_fd());
@@ -645,7 +645,7 @@ mod tests {
 
     #[test]
     fn only_what_was_synced_survives_a_power_cut() {
-        let ring = Double::new(1, Faults::default());
+        let ring = SimRing::new(1, Faults::default());
         let (_file, file) = file(&ring);
         let mut bytes = [9u8; 10];
         let range = Iovec::of(&mut bytes);
@@ -669,7 +669,7 @@ mod tests {
         let range = Iovec::of(&mut bytes);
         let write = |file, rw_flags| Sqe::Write { file, range, offset: 0, rw_flags };
         for told in [false, true] {
-            let ring = Double::new(3, Faults::default());
+            let ring = SimRing::new(3, Faults::default());
             let (_file, target) = file(&ring);
             assert_eq!(results(&ring, &[write(target, 0)]), [512]);
             ring.set_faults(Faults { lost: 100, ..Faults::default() });
@@ -687,7 +687,7 @@ mod tests {
     #[test]
     fn what_is_not_promised_is_up_to_chance() {
         let after = |seed, written_back| {
-            let ring = Double::new(seed, Faults::default());
+            let ring = SimRing::new(seed, Faults::default());
             let (_file, file) = file(&ring);
             let mut bytes = [9u8; 1024];
             let range = Iovec::of(&mut bytes);
@@ -712,7 +712,7 @@ mod tests {
     fn the_seed_alone_decides() {
         let run = |seed| {
             let faults = Faults { short: 50, again: 20, delay: 50, reorder: true, ..Faults::default() };
-            let ring = Double::new(seed, faults);
+            let ring = SimRing::new(seed, faults);
             let (_file, file) = file(&ring);
             let mut bytes = [0u8; 100];
             let range = Iovec::of(&mut bytes);
@@ -725,7 +725,7 @@ mod tests {
 
     #[test]
     fn polls_wait_and_cancels_end_them() {
-        let ring = Double::new(1, Faults::default());
+        let ring = SimRing::new(1, Faults::default());
         let push = |sqe, number| {
             // SAFETY: it borrows nothing.
             unsafe { ring.push(&sqe, slot(number)) }
@@ -747,7 +747,7 @@ mod tests {
 
     #[test]
     fn time_goes_on_to_the_timeout_that_is_due_first() {
-        let ring = Double::new(1, Faults::default());
+        let ring = SimRing::new(1, Faults::default());
         let times = [3000, 1000, 2000].map(std::time::Duration::from_millis);
         for (number, after) in (0..).zip(times) {
             // SAFETY: it borrows nothing.
@@ -769,6 +769,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "sleep for ever")]
     fn a_wait_for_nothing_is_caught() {
-        let _ = Double::new(1, Faults::default()).enter(true);
+        let _ = SimRing::new(1, Faults::default()).enter(true);
     }
 }

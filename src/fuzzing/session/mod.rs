@@ -14,7 +14,7 @@ mod world;
 use super::Input;
 use guest::Guest;
 
-/// Sessions in one run: a VMM that dies and comes back brings its memory and its notes along.
+/// Sessions in one run: a VMM that dies and comes back brings its memory and its in-flight log along.
 const SESSIONS: u32 = 3;
 
 /// Any bytes: deeds of the VMM and of its guest.

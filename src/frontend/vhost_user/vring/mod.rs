@@ -14,8 +14,8 @@ mod start;
 mod stop;
 
 use super::eventfd::{CallFd, signal_error};
-use super::inflight::Notes;
-use super::memory::{Table, scatter, write_byte};
+use super::inflight::InflightLog;
+use super::memory::{DescriptorTable, scatter, write_byte};
 use super::request::{Parsed, Range, Scratch, Status, parse, status_byte};
 use super::split_ring::{Avail, Used};
 use crate::block::{Data, Errno, Flags, Instance, Iovec, Op, Request, SECTOR};
@@ -44,7 +44,7 @@ const NOBODY: u16 = u16::MAX;
 /// few requests in flight keeps few slots warm, whichever descriptors it uses.
 pub struct Vring {
     setup: VringSetup,
-    table: Table,
+    table: DescriptorTable,
     /// Indirect tables were negotiated.
     indirect: bool,
     avail: Avail,
@@ -55,14 +55,14 @@ pub struct Vring {
     /// Where the next completion goes in the used ring, what the driver can see, and what it was told of.
     next_used: Cell<u16>,
     published: Cell<u16>,
-    told_used: Cell<u16>,
+    signalled_used: Cell<u16>,
     /// The most that has waited at once since we last slept.
-    crest: Cell<u16>,
+    peak_depth: Cell<u16>,
     /// What this pass has taken, and the bytes that it may still take.
     taken: Cell<u16>,
     bytes_left: Cell<u64>,
     /// The driver was given something since it last brought something.
-    owed: Cell<bool>,
+    expects_kick_soon: Cell<bool>,
     /// Passes since anything last happened here.
     idle_passes: Cell<u16>,
     /// Tags at rest.
@@ -70,12 +70,12 @@ pub struct Vring {
     /// The tag whose slot takes the next request when it is polled, or [`NOBODY`].
     turn: Cell<u16>,
     /// Of each head in flight its place in the order of taking, counted from 1; otherwise 0.
-    busy: Box<[Cell<u32>]>,
+    head_in_flight: Box<[Cell<u32>]>,
     /// The last such place.
     sequence: Cell<u32>,
     in_flight: Cell<u16>,
     /// What is in flight, noted for whoever comes after us.
-    notes: Option<Notes>,
+    inflight_log: Option<InflightLog>,
     /// There were notes of it from before.
     noted: bool,
     /// Writes that an earlier process acknowledged may be lost with a server.
@@ -83,7 +83,7 @@ pub struct Vring {
     /// Who keeps writes that are not flushed, where that is to be noted.
     server: Option<Instance>,
     /// Heads that were in flight when we were killed and have not been taken again, the first last.
-    again: RefCell<Vec<u16>>,
+    resubmit: RefCell<Vec<u16>>,
     /// Heads that are left to whoever comes next, with their places in the order.
     unfinished: RefCell<Vec<(u32, u16)>>,
     enabled: Cell<bool>,
@@ -138,7 +138,7 @@ impl Vring {
 
     /// Whether this pass may take another one.
     fn has_pass_left(&self) -> bool {
-        let most = (self.crest.get() / 2).clamp(PASS_LEAST, PASS_MOST);
+        let most = (self.peak_depth.get() / 2).clamp(PASS_LEAST, PASS_MOST);
         self.taken.get() < most && self.bytes_left.get() > 0
     }
 
@@ -159,9 +159,9 @@ impl Vring {
             return None;
         }
         self.turn.set(NOBODY);
-        let resubmitted = self.again.borrow_mut().pop();
+        let resubmitted = self.resubmit.borrow_mut().pop();
         let head = resubmitted.unwrap_or_else(|| self.next_head());
-        let Some(busy) = self.busy.get(head as usize) else {
+        let Some(busy) = self.head_in_flight.get(head as usize) else {
             self.give_up(format_args!("there is no descriptor {head}"));
             return None;
         };
@@ -174,19 +174,19 @@ impl Vring {
         self.free.borrow_mut().pop();
         // What is carried out again is noted, and keeps its place in the order.
         if resubmitted.is_none()
-            && let Some(notes) = &self.notes
+            && let Some(inflight_log) = &self.inflight_log
         {
-            notes.taken(head);
+            inflight_log.begin(head);
         }
         self.taken.set(self.taken.get() + 1);
-        self.owed.set(false);
+        self.expects_kick_soon.set(false);
         self.idle_passes.set(0);
         self.in_flight.set(self.in_flight.get() + 1);
         Some(head)
     }
 
     fn has_again(&self) -> bool {
-        !self.again.borrow().is_empty()
+        !self.resubmit.borrow().is_empty()
     }
 
     fn next_sequence(&self) -> u32 {
@@ -221,7 +221,7 @@ impl Vring {
             return false;
         }
         self.seen_avail.set(idx);
-        self.crest.set(self.crest.get().max(idx.wrapping_sub(next)));
+        self.peak_depth.set(self.peak_depth.get().max(idx.wrapping_sub(next)));
         self.refuse_kicks();
         true
     }
@@ -231,7 +231,7 @@ impl Vring {
         let index = self.setup.index;
         self.setup.device.log().error("vring stopped", format_args!("vring {index}: {why}: it is stopped"));
         self.broken.set(true);
-        self.again.borrow_mut().clear();
+        self.resubmit.borrow_mut().clear();
         if let Some(err) = &self.setup.err {
             signal_error(err);
         }
@@ -247,11 +247,11 @@ impl Vring {
             return false;
         }
         self.used.set_idx(new);
-        if let Some(notes) = &self.notes {
-            notes.given_back(new);
+        if let Some(inflight_log) = &self.inflight_log {
+            inflight_log.complete_batch(new);
         }
         self.published.set(new);
-        self.owed.set(true);
+        self.expects_kick_soon.set(true);
         self.idle_passes.set(0);
         true
     }
@@ -265,8 +265,8 @@ impl Vring {
         }
         let next = self.next_used.get();
         self.used.set(next, state.head, written + 1);
-        if let Some(notes) = &self.notes {
-            notes.finished(state.head);
+        if let Some(inflight_log) = &self.inflight_log {
+            inflight_log.complete(state.head);
         }
         self.next_used.set(next.wrapping_add(1));
         self.end(tag, state.head);
@@ -276,18 +276,18 @@ impl Vring {
     fn end(&self, tag: u16, head: u16) -> u32 {
         self.in_flight.set(self.in_flight.get() - 1);
         self.free.borrow_mut().push(tag);
-        self.busy[head as usize].replace(0)
+        self.head_in_flight[head as usize].replace(0)
     }
 
-    /// Notes what a request that succeeded means for others that a crash of the volume's server would lose. Before it is
+    /// InflightLog what a request that succeeded means for others that a crash of the volume's server would lose. Before it is
     /// acknowledged. Costs a comparison for volumes without one.
     fn remember(&self, state: &TagState) {
-        let (Some(server), Some(notes)) = (&self.server, &self.notes) else { return };
+        let (Some(server), Some(inflight_log)) = (&self.server, &self.inflight_log) else { return };
         match state.parsed {
-            Some(Parsed::Flush) => notes.flushed(state.volatile_writes),
+            Some(Parsed::Flush) => inflight_log.flushed(state.volatile_writes),
             Some(Parsed::Transfer { op: Op::Write, .. } | Parsed::Ranges(Op::WriteZeroes)) => {
                 // Durable ones too: to tell them apart would cost more than a flush that is one too many.
-                notes.wrote(server.get());
+                inflight_log.wrote(server.get());
             }
             _ => {}
         }
@@ -343,7 +343,7 @@ pub struct TagState {
     head: u16,
     status: Option<Iovec<'static>>,
     parsed: Option<Parsed>,
-    /// For [`Notes::flushed`], where the request is a flush.
+    /// For [`InflightLog::flushed`], where the request is a flush.
     volatile_writes: u64,
 }
 
@@ -359,7 +359,7 @@ impl<R: Ring> Source<R> for Vring {
         let write_through =
             !super::config_space::writeback(self.setup.features, self.setup.device.writeback());
         if self.server.is_some() {
-            state.volatile_writes = self.notes.as_ref().map_or(0, Notes::volatile_writes);
+            state.volatile_writes = self.inflight_log.as_ref().map_or(0, InflightLog::volatile_writes);
         }
         let TagState { scratch, parsed, .. } = state;
         Some(match parsed.as_ref()? {
