@@ -156,7 +156,7 @@ impl Machine {
         let setup = VringSetup {
             index: 0,
             device: Arc::new(Device::new("a-volume", "/fuzz.sock", geometry, shape & 64 != 0)),
-            memory: Memory::new(guest.clone()).unwrap(),
+            memory: Arc::new(Memory::new(guest.clone()).unwrap()),
             size,
             desc_table: at.desc,
             avail_ring: at.avail,

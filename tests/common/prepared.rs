@@ -112,7 +112,7 @@ impl Prepared {
         VringSetup {
             index: 0,
             device: Arc::new(Device::new("prepared", "none", geometry, false)),
-            memory: Memory::new(self.mappings.clone()).unwrap(),
+            memory: Arc::new(Memory::new(self.mappings.clone()).unwrap()),
             size: SIZE,
             desc_table: 0,
             avail_ring: AVAIL,

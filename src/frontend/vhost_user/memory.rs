@@ -161,11 +161,11 @@ impl Memory {
 
     /// Resolves all of `len` bytes from `at` on, giving each region's part to `push`, which says whether it
     /// had room. False when it had not, or when the guest has no memory somewhere in the range.
-    pub fn split(&self, mut at: u64, mut len: u64, mut push: impl FnMut(Iovec<'static>) -> bool) -> bool {
+    pub fn split<'m>(&'m self, mut at: u64, mut len: u64, mut push: impl FnMut(Iovec<'m>) -> bool) -> bool {
         while len > 0 {
             let Some((base, part)) = self.contiguous(at, len) else { return false };
-            // SAFETY: `part` bytes from `base` on are mapped, by `_mappings`, which a vring holds until its last
-            // request is complete; guest memory is never borrowed.
+            // SAFETY: `part` bytes from `base` on are mapped, by `_mappings`, for as long as this is; guest memory is never
+            // borrowed.
             if !push(unsafe { Iovec::new(base, part as usize) }) {
                 return false;
             }
@@ -186,7 +186,8 @@ fn page_size(mappings: &GuestMemoryMmap<()>, start: u64) -> std::io::Result<usiz
 
 /// A descriptor table: the vring's own, or an indirect one.
 #[derive(Clone, Copy)]
-pub struct DescriptorTable {
+pub struct DescriptorTable<'m> {
+    memory: &'m Memory,
     /// Where the guest has it.
     at: u64,
     /// Where we have it, when it lies in one region.
@@ -195,45 +196,51 @@ pub struct DescriptorTable {
     len: u16,
 }
 
-impl DescriptorTable {
+impl Memory {
+    /// The table of `len` descriptors at guest address `at`.
+    pub fn table(&self, at: u64, len: u16) -> DescriptorTable<'_> {
+        let bytes = u64::from(len) * size_of::<Descriptor>() as u64;
+        let host = self.resolve(at, bytes, align_of::<Descriptor>() as u64);
+        DescriptorTable { memory: self, at, host: host.map(|host| host.cast_const().cast()), len }
+    }
+}
+
+impl<'m> DescriptorTable<'m> {
     /// Descriptors in it.
     pub fn len(&self) -> u16 {
         self.len
     }
-}
 
-impl Memory {
-    /// The table of `len` descriptors at guest address `at`.
-    pub fn table(&self, at: u64, len: u16) -> DescriptorTable {
-        let bytes = u64::from(len) * size_of::<Descriptor>() as u64;
-        let host = self.resolve(at, bytes, align_of::<Descriptor>() as u64);
-        DescriptorTable { at, host: host.map(|host| host.cast_const().cast()), len }
+    /// The memory that it is in.
+    pub fn memory(&self) -> &'m Memory {
+        self.memory
     }
 
-    /// Reads descriptor `index` of `table`, once: a guest that changes it later changes nothing for us.
+    /// Reads descriptor `index`, once: a guest that changes it later changes nothing for us.
     /// `None` outside the table or the guest's memory.
-    pub fn descriptor(&self, table: DescriptorTable, index: u16) -> Option<Descriptor> {
-        if index >= table.len {
+    pub fn get(&self, index: u16) -> Option<Descriptor> {
+        if index >= self.len {
             return None;
         }
-        if let Some(host) = table.host {
-            // SAFETY: the whole table resolved, aligned, and `index` is inside; any bytes are a descriptor.
+        if let Some(host) = self.host {
+            // SAFETY: the whole table resolved in `memory`, aligned, and `index` is inside; any bytes are a descriptor.
             return Some(unsafe { host.add(index as usize).read_volatile() });
         }
-        self.descriptor_in_pieces(table, index)
+        self.get_in_pieces(index)
     }
 
     /// Reads a descriptor of a table that lies across regions, or is misaligned for us.
     #[cold]
-    fn descriptor_in_pieces(&self, table: DescriptorTable, index: u16) -> Option<Descriptor> {
-        let at = table.at.checked_add(u64::from(index) * size_of::<Descriptor>() as u64)?;
+    fn get_in_pieces(&self, index: u16) -> Option<Descriptor> {
+        let at = self.at.checked_add(u64::from(index) * size_of::<Descriptor>() as u64)?;
         let mut bytes = [0; size_of::<Descriptor>()];
         let mut filled = 0;
-        self.split(at, bytes.len() as u64, |part| {
-            filled += gather(&[part], &mut bytes[filled..]);
-            true
-        })
-        .then(|| descriptor_from(bytes))
+        self.memory
+            .split(at, bytes.len() as u64, |part| {
+                filled += gather(&[part], &mut bytes[filled..]);
+                true
+            })
+            .then(|| descriptor_from(bytes))
     }
 }
 
@@ -243,13 +250,17 @@ fn descriptor_from(bytes: [u8; size_of::<Descriptor>()]) -> Descriptor {
     descriptor
 }
 
-/// Copies the ranges' first bytes out, until either side ends. How many there were.
+/// Copies the ranges' first bytes out, until either side ends. How many there were. Byte by byte: the guest may write to
+/// them meanwhile, which an ordinary copy must not meet. For what is short, and rare.
+#[cold]
 pub fn gather(from: &[Iovec<'_>], to: &mut [u8]) -> usize {
     let mut done = 0;
     for iovec in from {
         let count = iovec.len().min(to.len() - done);
-        // SAFETY: the promise of `Iovec::new` covers the source, the slice its own end. `copy` minds no overlap.
-        unsafe { std::ptr::copy(iovec.base(), to[done..].as_mut_ptr(), count) };
+        for (index, byte) in to[done..done + count].iter_mut().enumerate() {
+            // SAFETY: `index` is below the range's length, all of which is mapped: the promise of `Iovec::new`.
+            *byte = unsafe { iovec.base().add(index).read_volatile() };
+        }
         done += count;
     }
     done
@@ -261,8 +272,16 @@ pub fn read<const N: usize>(from: &Iovec<'_>) -> Option<[u8; N]> {
         return None;
     }
     let mut bytes = [0; N];
-    // SAFETY: as in `gather`.
-    unsafe { std::ptr::copy(from.base(), bytes.as_mut_ptr(), N) };
+    let words = from.base().cast_const().cast::<u64>();
+    if words.is_aligned() && N.is_multiple_of(size_of::<u64>()) {
+        // As every driver has it: two loads for a header, not sixteen.
+        for (index, word) in bytes.chunks_exact_mut(size_of::<u64>()).enumerate() {
+            // SAFETY: `N` bytes are mapped, the promise of `Iovec::new`; aligned, as was just seen.
+            word.copy_from_slice(&unsafe { words.add(index).read_volatile() }.to_ne_bytes());
+        }
+    } else {
+        gather(std::slice::from_ref(from), &mut bytes);
+    }
     Some(bytes)
 }
 
@@ -274,13 +293,15 @@ pub fn write_byte(byte: u8, to: &Iovec<'_>) {
     }
 }
 
-/// Copies bytes into the ranges, until either side ends. How many there were.
+/// Copies bytes into the ranges, until either side ends. How many there were. As [`gather`] does.
 pub fn scatter(from: &[u8], to: &[Iovec<'_>]) -> usize {
     let mut done = 0;
     for iovec in to {
         let count = iovec.len().min(from.len() - done);
-        // SAFETY: as in `gather`.
-        unsafe { std::ptr::copy(from[done..].as_ptr(), iovec.base(), count) };
+        for (index, byte) in from[done..done + count].iter().enumerate() {
+            // SAFETY: as in `gather`.
+            unsafe { iovec.base().add(index).write_volatile(*byte) };
+        }
         done += count;
     }
     done
@@ -345,7 +366,7 @@ mod tests {
             assert!(memory.resolve(at + 1, 16, align).is_none(), "{at:#x}: aligned for us alone");
         }
         assert!(memory.table(0x1010, 4).host.is_none(), "read piece by piece instead");
-        assert!(memory.descriptor(memory.table(0x1010, 4), 3).is_some());
+        assert!(memory.table(0x1010, 4).get(3).is_some());
     }
 
     #[test]

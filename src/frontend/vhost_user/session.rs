@@ -112,7 +112,7 @@ impl Session {
     /// Whether the VMM took memory away that it had shown.
     fn is_lost(&self) -> bool {
         let inflight = self.shared.inflight.lock().unwrap_or_else(PoisonError::into_inner);
-        self.memory().as_ref().is_some_and(Memory::is_lost)
+        self.memory().as_ref().is_some_and(|memory| memory.is_lost())
             || inflight.as_ref().is_some_and(Inflight::is_lost)
     }
 
@@ -143,7 +143,7 @@ impl Session {
         if indirect { most } else { smallest.unwrap_or(most).min(most) }
     }
 
-    fn memory(&self) -> MutexGuard<'_, Option<Memory>> {
+    fn memory(&self) -> MutexGuard<'_, Option<Arc<Memory>>> {
         self.shared.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -263,7 +263,7 @@ impl VhostUserBackend for Session {
         // The old table's mappings live until the last vring that uses them has drained.
         let charges = std::mem::take(&mut *self.charges.lock().unwrap_or_else(PoisonError::into_inner));
         let mappings = table.memory().into_inner();
-        let memory = Memory::guarded(mappings, &self.socket, self.memory().as_ref(), charges);
+        let memory = Memory::guarded(mappings, &self.socket, self.memory().as_deref(), charges);
         let memory = memory.map_err(|error| {
             self.shared.device.log().error("memory", format_args!("{error}"));
             io::Error::new(io::ErrorKind::InvalidInput, error)
@@ -271,7 +271,7 @@ impl VhostUserBackend for Session {
         for vring in self.vrings() {
             vring.stop(StopMode::Restart);
         }
-        *self.memory() = Some(memory);
+        *self.memory() = Some(Arc::new(memory));
         for vring in self.vrings() {
             vring.start();
         }

@@ -56,8 +56,8 @@ pub(super) struct Shared {
     /// Virtio features the driver accepted.
     pub features: AtomicU64,
     /// The memory table in force; `None` before the first.
-    pub memory: Mutex<Option<Memory>>,
-    /// Where the vrings note what is in flight; `None` for a VMM that keeps no such inflight_log.
+    pub memory: Mutex<Option<Arc<Memory>>>,
+    /// Where the vrings note what is in flight; `None` for a VMM that keeps no such log.
     pub inflight: Mutex<Option<Inflight>>,
 }
 

@@ -7,7 +7,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::memory::{DescriptorTable, Memory, gather, read};
+use super::memory::{DescriptorTable, gather, read};
 use crate::block::{Iovec, Op, SECTOR_SHIFT};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -48,11 +48,12 @@ pub struct Range {
     pub unmap: bool,
 }
 
-/// A tag's memory for chains. It grows to the longest one seen, and is then used again and again.
+/// A tag's memory for chains, which are in a guest's memory that stays for `'m`. It grows to the longest one seen, and is
+/// then used again and again.
 #[derive(Default)]
-pub struct Scratch {
+pub struct Scratch<'m> {
     /// The chain's ranges; [`Parsed::Transfer`] says which are data.
-    pub iovecs: Vec<Iovec<'static>>,
+    pub iovecs: Vec<Iovec<'m>>,
     /// The ranges of a discard or write-zeroes, last first.
     pub ranges: Vec<Range>,
 }
@@ -81,9 +82,9 @@ pub enum Parsed {
 
 /// A chain that made sense.
 #[derive(Debug)]
-pub struct Chain {
+pub struct Chain<'m> {
     /// One byte for the status.
-    pub status: Iovec<'static>,
+    pub status: Iovec<'m>,
     /// What it asks for.
     pub request: Parsed,
 }
@@ -95,16 +96,15 @@ pub struct Chain {
 /// What its driver is to be told, at its [`status_byte`], of one that cannot be carried out.
 // On its own, the compiler keeps its loop in registers: 8 instructions for each segment.
 #[inline(never)]
-pub fn parse(
-    memory: &Memory,
-    table: DescriptorTable,
+pub fn parse<'m>(
+    table: DescriptorTable<'m>,
     head: u16,
     indirect: bool,
-    scratch: &mut Scratch,
-) -> Result<Chain, Status> {
+    scratch: &mut Scratch<'m>,
+) -> Result<Chain<'m>, Status> {
     scratch.iovecs.clear();
     scratch.ranges.clear();
-    let readable = resolve(memory, table, head, indirect, &mut scratch.iovecs).ok_or(Status::IoErr)?;
+    let readable = resolve(table, head, indirect, &mut scratch.iovecs).ok_or(Status::IoErr)?;
     // The status is the last writable byte, whatever else that descriptor holds.
     let last = scratch.iovecs[readable..].last_mut().ok_or(Status::IoErr)?;
     let status = last.split_off(last.len() - 1);
@@ -114,21 +114,20 @@ pub fn parse(
 /// Resolves a chain to the ranges of its non-empty descriptors. How many of them are readable; the rest is
 /// writable. `None` for a chain that is too long, loops, leaves the table or the guest's memory, has a
 /// readable descriptor after a writable one, or nests indirect tables.
-fn resolve(
-    memory: &Memory,
-    table: DescriptorTable,
+fn resolve<'m>(
+    mut table: DescriptorTable<'m>,
     head: u16,
     indirect: bool,
-    iovecs: &mut Vec<Iovec<'static>>,
+    iovecs: &mut Vec<Iovec<'m>>,
 ) -> Option<usize> {
-    let mut table = table;
+    let memory = table.memory();
     let mut index = head;
     let mut in_indirect = false;
     let mut readable = 0;
     let mut writable = false;
     // A loop in the chain runs into this bound, too.
     for _ in 0..MAX_IOVECS {
-        let descriptor = memory.descriptor(table, index)?;
+        let descriptor = table.get(index)?;
         if descriptor.refers_to_indirect_table() {
             let len = descriptor.len() as usize;
             let count = len / size_of::<Descriptor>();
@@ -166,10 +165,10 @@ fn resolve(
 /// Where the status of a chain goes that [`parse`] refuses. Its end is looked for whatever is wrong on the way; `None`
 /// where it cannot be reached, so that nothing can be told.
 #[cold]
-pub fn status_byte(memory: &Memory, table: DescriptorTable, head: u16) -> Option<Iovec<'static>> {
-    let place = status_place(memory, table, head)?;
+pub fn status_byte(table: DescriptorTable<'_>, head: u16) -> Option<Iovec<'_>> {
+    let place = status_place(table, head)?;
     let mut status = None;
-    memory.split(place, 1, |byte| {
+    table.memory().split(place, 1, |byte| {
         status = Some(byte);
         true
     });
@@ -181,13 +180,13 @@ pub fn status_byte(memory: &Memory, table: DescriptorTable, head: u16) -> Option
 /// `None` where there is none, or where it is not clear which one it is: the chain loops, leaves its table, or its table
 /// is not in the guest's memory; an indirect table has another one in it, or a descriptor after it; or the last
 /// descriptor of all is writable and empty, and may well have been meant for the status.
-fn status_place(memory: &Memory, mut table: DescriptorTable, head: u16) -> Option<u64> {
+fn status_place(mut table: DescriptorTable<'_>, head: u16) -> Option<u64> {
     // A chain is no longer than its vring (virtio 1.3 section 2.7.5.3.1), even where it is too long for us; and one
     // that loops runs into this bound.
     let bound = usize::from(table.len()).max(MAX_IOVECS) + 1;
     let (mut index, mut in_indirect, mut last) = (head, false, None);
     for _ in 0..bound {
-        let descriptor = memory.descriptor(table, index)?;
+        let descriptor = table.get(index)?;
         let (at, len, writable) =
             (descriptor.addr().0, u64::from(descriptor.len()), descriptor.is_write_only());
         if descriptor.refers_to_indirect_table() {
@@ -195,7 +194,7 @@ fn status_place(memory: &Memory, mut table: DescriptorTable, head: u16) -> Optio
                 return None;
             }
             let count = len / size_of::<Descriptor>() as u64;
-            table = memory.table(at, u16::try_from(count).unwrap_or(u16::MAX));
+            table = table.memory().table(at, u16::try_from(count).unwrap_or(u16::MAX));
             (index, in_indirect) = (0, true);
             continue;
         }
@@ -213,7 +212,7 @@ fn status_place(memory: &Memory, mut table: DescriptorTable, head: u16) -> Optio
 /// The header: `struct virtio_blk_outhdr`.
 const HEADER: usize = 16;
 
-fn understand(readable: usize, scratch: &mut Scratch) -> Result<Parsed, Status> {
+fn understand(readable: usize, scratch: &mut Scratch<'_>) -> Result<Parsed, Status> {
     let iovecs = &mut scratch.iovecs;
     let (header, first) = header(&mut iovecs[..readable]).ok_or(Status::IoErr)?;
     let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);

@@ -1,6 +1,7 @@
 //! Chains of every legal layout, and of many others, in a guest's memory.
 
 use super::*;
+use crate::frontend::vhost_user::memory::Memory;
 use proptest::prelude::*;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -30,8 +31,8 @@ struct Guest {
 }
 
 /// What is told of a chain, and where.
-struct Outcome {
-    status: Option<Iovec<'static>>,
+struct Outcome<'m> {
+    status: Option<Iovec<'m>>,
     request: Result<Parsed, Status>,
 }
 
@@ -83,13 +84,13 @@ impl Guest {
 
     /// Parses, and checks what holds for any chain whatever: nothing is written, and every range that comes
     /// out is the guest's.
-    fn parse(&self, head: u16, indirect: bool) -> (Outcome, Scratch) {
+    fn parse(&self, head: u16, indirect: bool) -> (Outcome<'_>, Scratch<'_>) {
         let before = self.all();
         let mut scratch = Scratch::default();
         let table = self.memory.table(TABLE, TABLE_LEN);
-        let chain = match parse(&self.memory, table, head, indirect, &mut scratch) {
+        let chain = match parse(table, head, indirect, &mut scratch) {
             Ok(Chain { status, request }) => Outcome { status: Some(status), request: Ok(request) },
-            Err(told) => Outcome { status: status_byte(&self.memory, table, head), request: Err(told) },
+            Err(told) => Outcome { status: status_byte(table, head), request: Err(told) },
         };
         assert!(self.all() == before, "the parser wrote to the guest's memory");
         if let Some(status) = &chain.status {

@@ -13,8 +13,8 @@ use crate::frontend::vhost_user::request::{Chain, Parsed, Scratch, Status, parse
 #[derive(Default)]
 pub(super) struct Held {
     head: u16,
-    scratch: Scratch,
-    chain: Option<Result<Chain, Status>>,
+    scratch: Scratch<'static>,
+    chain: Option<Result<Chain<'static>, Status>>,
 }
 
 /// How far it has come.
@@ -64,8 +64,8 @@ impl Vring {
             let mut held = self.held.borrow_mut();
             held.head = head;
             // One that is not there needs no reading: `take` gives the vring up.
-            held.chain = (head < self.size())
-                .then(|| parse(&self.setup.memory, self.table, head, self.indirect, &mut held.scratch));
+            held.chain =
+                (head < self.size()).then(|| parse(self.table, head, self.indirect, &mut held.scratch));
             self.hold.set(Hold::Waits);
         }
         if self.held.borrow().asks().is_some_and(|(op, bytes)| !admit(op, bytes)) {
@@ -77,7 +77,7 @@ impl Vring {
 
     /// The chain that was let in. It moves into the memory of its tag.
     #[cold]
-    pub(super) fn let_in(&self, state: &mut TagState) -> Result<Chain, Status> {
+    pub(super) fn let_in(&self, state: &mut TagState) -> Result<Chain<'static>, Status> {
         self.hold.set(Hold::Nothing);
         let mut held = self.held.borrow_mut();
         std::mem::swap(&mut held.scratch, &mut state.scratch);

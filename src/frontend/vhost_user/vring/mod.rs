@@ -15,7 +15,7 @@ mod stop;
 
 use super::eventfd::{CallFd, signal_error};
 use super::inflight::InflightLog;
-use super::memory::{DescriptorTable, scatter, write_byte};
+use super::memory::{DescriptorTable, Memory, scatter, write_byte};
 use super::request::{Parsed, Range, Scratch, Status, parse, status_byte};
 use super::split_ring::{Avail, Used};
 use crate::block::{Data, Errno, Flags, Instance, Iovec, Op, Request, SECTOR};
@@ -26,6 +26,7 @@ pub use start::VringSetup;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::Poll;
 pub use stop::{StopMode, Stopped};
 
@@ -44,7 +45,8 @@ const NOBODY: u16 = u16::MAX;
 /// few requests in flight keeps few slots warm, whichever descriptors it uses.
 pub struct Vring {
     setup: VringSetup,
-    table: DescriptorTable,
+    /// In the memory that [`VringSetup::memory`] keeps.
+    table: DescriptorTable<'static>,
     /// Indirect tables were negotiated.
     indirect: bool,
     avail: Avail,
@@ -97,6 +99,14 @@ pub struct Vring {
     /// A request that was looked at before it is taken.
     held: RefCell<Held>,
     hold: Cell<Hold>,
+}
+
+/// The guest's memory for as long as a vring is: its table, and what its requests are resolved to.
+fn kept(memory: &Arc<Memory>) -> &'static Memory {
+    // SAFETY: a vring keeps its `VringSetup::memory` and never replaces it, so the reference outlives no use of it by the
+    // vring. What is resolved with it goes to the vring's own fields, and to the `TagState` of its slots: those are private,
+    // are followed by methods of this vring alone, and are lent to a request for no longer than the vring is borrowed.
+    unsafe { &*Arc::as_ptr(memory) }
 }
 
 impl Vring {
@@ -279,7 +289,7 @@ impl Vring {
         self.head_in_flight[head as usize].replace(0)
     }
 
-    /// InflightLog what a request that succeeded means for others that a crash of the volume's server would lose. Before it is
+    /// Logs what a request that succeeded means for others that a crash of the volume's server would lose. Before it is
     /// acknowledged. Costs a comparison for volumes without one.
     fn remember(&self, state: &TagState) {
         let (Some(server), Some(inflight_log)) = (&self.server, &self.inflight_log) else { return };
@@ -299,7 +309,7 @@ impl Vring {
         let chain = if self.hold.get() == Hold::LetIn {
             self.let_in(state)
         } else {
-            parse(&self.setup.memory, self.table, head, self.indirect, &mut state.scratch)
+            parse(self.table, head, self.indirect, &mut state.scratch)
         };
         let parsed = match chain {
             Ok(chain) => {
@@ -324,7 +334,7 @@ impl Vring {
     /// Ends a request whose chain cannot be carried out.
     #[cold]
     fn refuse(&self, tag: u16, head: u16, state: &mut TagState, told: Status) {
-        state.status = status_byte(&self.setup.memory, self.table, head);
+        state.status = status_byte(self.table, head);
         if state.status.is_none() {
             // A used element would say that all went well: drivers leave 0 in the byte that we cannot find.
             self.keep(tag, head);
@@ -339,7 +349,7 @@ impl Vring {
 /// What a tag keeps: its chain, and how far it got with it.
 #[derive(Default)]
 pub struct TagState {
-    scratch: Scratch,
+    scratch: Scratch<'static>,
     head: u16,
     status: Option<Iovec<'static>>,
     parsed: Option<Parsed>,

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{NOBODY, PASS_BYTES, Vring};
+use super::{NOBODY, PASS_BYTES, Vring, kept};
 use crate::frontend::vhost_user::config_space;
 use crate::frontend::vhost_user::device::Device;
 use crate::frontend::vhost_user::eventfd::CallFd;
@@ -23,7 +23,7 @@ pub struct VringSetup {
     /// What requests need of the device.
     pub device: Arc<Device>,
     /// The VMM's memory, kept until the vring is gone.
-    pub memory: Memory,
+    pub memory: Arc<Memory>,
     /// Descriptors: a power of two, 1 to 32768.
     pub size: u16,
     /// Descriptor table.
@@ -112,7 +112,7 @@ impl Vring {
             return setup.refuse("its used ring is not in the guest's memory");
         };
         let next_used = used.idx();
-        let table = memory.table(setup.desc_table, size);
+        let table = kept(memory).table(setup.desc_table, size);
         let server = setup.device.geometry().server.clone();
         let mark = setup.inflight.as_ref().map_or(QueueMark::default(), InflightQueue::mark);
         let doubtful = server.as_ref().is_some_and(|server| mark.is_doubtful(server.get()));

@@ -113,7 +113,7 @@ impl Driver {
         VringSetup {
             index: 0,
             device: Arc::new(device),
-            memory: Memory::new(self.memory.clone()).unwrap(),
+            memory: Arc::new(Memory::new(self.memory.clone()).unwrap()),
             size: self.size,
             desc_table: DESC,
             avail_ring: AVAIL,
