@@ -8,6 +8,8 @@
 
 #![forbid(unsafe_code)]
 
+use super::error::OpenError;
+use super::error::ResizeError;
 use super::fault::FaultConfig;
 use super::file::FileConfig;
 use super::identity::Identity;
@@ -16,9 +18,7 @@ use super::memory::MemoryConfig;
 use super::nbd::NbdConfig;
 use super::node::{Edge, Leaf};
 use super::null::NullConfig;
-use super::resize::ResizeError;
 use super::transfer;
-use super::volume::OpenError;
 use crate::block::{Data, Errno, Flags, Geometry, Op, Request, SECTOR};
 use crate::ring::{Core, Io, Ring};
 use serde::Deserialize;

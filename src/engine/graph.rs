@@ -7,25 +7,8 @@
 
 use super::config::VolumeConfig;
 use super::driver::Open;
-use super::volume::OpenError;
+use super::error::{GraphError, MAX_DEPTH, OpenError};
 use std::collections::BTreeMap;
-
-/// The most volumes that stand one on the other. Each costs a request an allocation, and the stack a few frames.
-pub const MAX_DEPTH: usize = 32;
-
-/// Why a volume cannot stand on what it names.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum GraphError {
-    /// Nobody of that name.
-    #[error("there is no volume {0:?}")]
-    Missing(String),
-    /// It stands on itself, over these.
-    #[error("a circle: {}", .0.join(" stands on "))]
-    Circle(Vec<String>),
-    /// More than [`MAX_DEPTH`].
-    #[error("more than {MAX_DEPTH} volumes stand one on the other")]
-    Deep,
-}
 
 /// The volume of this name and those that it stands on, from the top.
 ///

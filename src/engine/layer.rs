@@ -3,12 +3,12 @@
 #![forbid(unsafe_code)]
 
 use super::driver::{AnyStore, Capabilities, Open, Opened, Opens, Store};
-use super::graph::GraphError;
+use super::error::GraphError;
+use super::error::OpenError;
+use super::error::ResizeError;
 use super::identity::Identity;
 use super::losses::Losses;
 use super::node::Edge;
-use super::resize::ResizeError;
-use super::volume::OpenError;
 use crate::block::{Capacity, Errno, Geometry, GeometryError, Request, SECTOR};
 use crate::ring::{Core, Io, Ring};
 use std::path::Path;

@@ -1,12 +1,12 @@
 //! A volume in this process's memory: fast, and gone with it.
 
-use super::config::{DEFAULT_BLOCK, check_size};
 use super::driver::{AnyStore, Capabilities, Driver, Open, Opened, Store, Summary};
+use super::error::OpenError;
+use super::error::ResizeError;
 use super::identity::Identity;
 use super::losses::Losses;
 use super::node::Leaf;
-use super::resize::ResizeError;
-use super::volume::OpenError;
+use super::settings::{DEFAULT_BLOCK, check_size};
 use crate::block::{Data, DiscardLimits, Errno, Geometry, GeometryError, Iovec, Size};
 use crate::ring::{Core, Io, Mapping, PASS_WORK, Ring};
 use std::fmt;

@@ -11,6 +11,7 @@
 mod channel;
 pub mod config;
 mod driver;
+mod error;
 mod submit;
 pub mod fault;
 pub mod file;
@@ -19,6 +20,7 @@ pub mod graph;
 mod identity;
 mod layer;
 pub mod limits;
+mod flushers;
 mod losses;
 mod memory;
 pub mod nbd;
@@ -26,6 +28,7 @@ mod node;
 mod null;
 mod policy;
 mod resize;
+mod settings;
 #[cfg(test)]
 mod tests;
 mod transfer;
@@ -33,9 +36,11 @@ mod volume;
 
 pub use channel::VolumeChannel;
 pub use driver::Capabilities;
+pub use error::{GraphError, OpenError, ResizeError};
+pub use flushers::{Flushers, QueueStart};
 pub use identity::Identity;
-pub use losses::{Flusher, Flushers, QueueStart};
+pub use losses::Flusher;
 pub use policy::PolicyState;
-pub use resize::{Exports, ResizeError, Resized};
+pub use resize::{Exports, Resized};
 pub use submit::submit;
-pub use volume::{OpenError, Opener, Volume};
+pub use volume::{Opener, Volume};

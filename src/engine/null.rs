@@ -3,13 +3,13 @@
 //! A write is forgotten, and a read leaves the data as it is: what comes back is whatever the buffer held.
 //! For measuring only.
 
-use super::config::{DEFAULT_BLOCK, check_size};
 use super::driver::{AnyStore, Capabilities, Driver, Open, Opened, Store, Summary};
+use super::error::OpenError;
+use super::error::ResizeError;
 use super::identity::Identity;
 use super::losses::Losses;
 use super::node::Leaf;
-use super::resize::ResizeError;
-use super::volume::OpenError;
+use super::settings::{DEFAULT_BLOCK, check_size};
 use crate::block::{Data, Errno, Geometry, Size};
 use crate::ring::{Core, Io, Ring};
 use std::fmt;

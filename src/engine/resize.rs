@@ -11,9 +11,9 @@
 //!   or a request does not end in time, the capacity and the exports go back, and the store was never touched.
 
 use super::driver::Store;
+use super::error::ResizeError;
 use super::volume::Volume;
-use crate::block::{Geometry, GeometryError, SECTOR};
-use std::io;
+use crate::block::{Geometry, SECTOR};
 use std::sync::mpsc::Sender;
 use std::sync::{MutexGuard, TryLockError};
 
@@ -42,74 +42,6 @@ pub struct Resized {
     pub from: u64,
     /// Capacity now.
     pub to: u64,
-}
-
-/// Why the size of a volume did not change.
-#[derive(Debug, thiserror::Error)]
-pub enum ResizeError {
-    /// It is served read-only.
-    #[error("the volume is read-only")]
-    ReadOnly,
-    /// A size that ends within a block.
-    #[error("{bytes} bytes are not whole blocks of {block}")]
-    Unaligned {
-        /// Asked for.
-        bytes: u64,
-        /// The volume's logical block.
-        block: u32,
-    },
-    /// No size for a disk.
-    #[error(transparent)]
-    Geometry(#[from] GeometryError),
-    /// What lies beyond the new end would be lost, or is lost already.
-    #[error(
-        "it would shrink from {from} to {to} bytes, and a file system on it lose its end: that must be forced"
-    )]
-    Shrinks {
-        /// Bytes there are.
-        from: u64,
-        /// Bytes there would be.
-        to: u64,
-    },
-    /// Such a volume cannot have another size.
-    #[error("{0}")]
-    Fixed(&'static str),
-    /// An export cannot show another size. Nothing has changed.
-    #[error("{0}")]
-    Export(String),
-    /// The volume has grown, but an export goes on showing the old size.
-    #[error("the volume has {to} bytes now, but not everybody sees them: {reason}")]
-    Untold {
-        /// Bytes now.
-        to: u64,
-        /// Which export, and why.
-        reason: String,
-    },
-    /// Another change has not ended. Nothing has changed.
-    #[error("another change of its size is under way: its store may not answer")]
-    UnderWay,
-    /// It cannot be cut yet. Nothing has changed.
-    #[error("requests beyond the new end do not complete")]
-    Busy,
-    /// A server offers more than the connections have that are in use. Nothing has changed.
-    #[error(
-        "its server offers {asked} bytes to new connections, and those in use have {offered}: \
-         restart either for the rest"
-    )]
-    Connections {
-        /// Bytes that a new connection has.
-        asked: u64,
-        /// Bytes that all the others have.
-        offered: u64,
-    },
-    /// The store does not do it. Nothing has changed.
-    #[error("{what}: {source}")]
-    Store {
-        /// What was asked of it.
-        what: &'static str,
-        /// The kernel's answer.
-        source: io::Error,
-    },
 }
 
 impl Volume {

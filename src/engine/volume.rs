@@ -3,18 +3,17 @@
 use super::channel::VolumeChannel;
 use super::config::{OnError, PolicyConfig, TopologyConfig, VolumeConfig};
 use super::driver::{AnyStore, Capabilities, Open, Opened, Store};
+use super::error::OpenError;
 use super::file;
-use super::graph::{self, GraphError};
+use super::graph;
 use super::identity::Identity;
 use super::limits::Limits;
 use super::losses::Losses;
-use super::nbd;
 use super::node::Edge;
 use super::policy::{Policy, PolicyState};
-use crate::block::{Geometry, GeometryError};
+use crate::block::Geometry;
 use crate::ring::{Core, Ring};
 use std::collections::BTreeMap;
-use std::io;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
@@ -113,75 +112,6 @@ impl Opener {
             None => error.is_unreachable() && (waited_for || others) || error.may_be_its_clients() && others,
         }
     }
-}
-
-/// Why a volume could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// See [`file::Error`].
-    #[error("volume {name}: {path}")]
-    File {
-        /// Of the volume.
-        name: String,
-        /// Of the file.
-        path: String,
-        /// What was wrong with it.
-        source: file::Error,
-    },
-    /// See [`nbd::Error`].
-    #[error("volume {name}: {uri}")]
-    Nbd {
-        /// Of the volume.
-        name: String,
-        /// Of the server.
-        uri: String,
-        /// What was wrong with it.
-        source: nbd::Error,
-    },
-    /// A size or block size that no disk can have.
-    #[error("volume {name}")]
-    Geometry {
-        /// Of the volume.
-        name: String,
-        /// What was wrong with it.
-        source: GeometryError,
-    },
-    /// The store's blocks are larger than its clients are to be told.
-    #[error("volume {name}: physical-block={asked}: its logical block has {needed} bytes")]
-    PhysicalBlock {
-        /// Of the volume.
-        name: String,
-        /// As configured.
-        asked: u32,
-        /// The logical block.
-        needed: u32,
-    },
-    /// What it stands on cannot be.
-    #[error("volume {name}")]
-    Graph {
-        /// Of the volume.
-        name: String,
-        /// What was wrong with it.
-        source: GraphError,
-    },
-    /// A volume that it stands on could not be opened.
-    #[error("volume {name} stands on another")]
-    Base {
-        /// Of the volume that was to be opened.
-        name: String,
-        /// Of the other one.
-        source: Box<OpenError>,
-    },
-    /// No memory.
-    #[error("volume {name}: {bytes} bytes of memory cannot be reserved")]
-    Memory {
-        /// Of the volume.
-        name: String,
-        /// Asked for.
-        bytes: u64,
-        /// The kernel's answer.
-        source: io::Error,
-    },
 }
 
 impl OpenError {

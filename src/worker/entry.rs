@@ -1,5 +1,6 @@
 //! A queue's entry in its worker.
 
+use super::ExportVolume;
 use super::slow_requests::CurrentRequest;
 use super::throttle::Admission;
 use crate::engine::{Flusher, Flushers, VolumeChannel};
@@ -16,6 +17,20 @@ const MOST_SLOTS: usize = 4096;
 
 /// What each queue gets all the same, so that none waits for another.
 const LEAST_SLOTS: usize = 32;
+
+/// Names a queue on its worker until it is [stopped](WorkerHandle::stop), or has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueId(pub(super) u32);
+
+/// A queue of an export that is to be served.
+pub struct NewQueue {
+    /// What it is of.
+    pub export: ExportVolume,
+    /// Its number in the export: which of the flushers it is.
+    pub number: usize,
+    /// Writes are refused.
+    pub read_only: bool,
+}
 
 /// What is to be done with a queue when it has drained; with `None` if there is no such queue.
 pub(super) type Finish = Box<dyn FnOnce(Option<&AnyQueue>)>;

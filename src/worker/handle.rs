@@ -1,6 +1,7 @@
 //! What the rest of the process speaks to a worker through.
 
 use super::ExportVolume;
+use super::entry::{NewQueue, QueueId};
 use super::mailbox::{Mailbox, OnWorker};
 use crate::block::Errno;
 use crate::engine::Volume;
@@ -19,20 +20,6 @@ use std::time::Duration;
 #[derive(Clone)]
 pub struct WorkerHandle {
     mailbox: Arc<Mailbox>,
-}
-
-/// Names a queue on its worker until it is [stopped](WorkerHandle::stop), or has ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct QueueId(pub(super) u32);
-
-/// A queue of an export that is to be served.
-pub struct NewQueue {
-    /// What it is of.
-    pub export: ExportVolume,
-    /// Its number in the export: which of the flushers it is.
-    pub number: usize,
-    /// Writes are refused.
-    pub read_only: bool,
 }
 
 /// A queue that is served.

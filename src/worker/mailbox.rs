@@ -1,7 +1,6 @@
 //! How messages reach a worker that may be asleep in its ring.
 
-use super::entry::Finish;
-use super::{NewQueue, QueueId};
+use super::entry::{Finish, NewQueue, QueueId};
 use crate::engine::{Volume, VolumeChannel};
 use crate::frontend::AnyQueue;
 use crate::ring::{Core, Uring};

@@ -16,8 +16,9 @@ mod slow_requests;
 mod throttle;
 
 use crate::engine::{Flushers, Volume};
+pub use entry::{NewQueue, QueueId};
 use event_loop::EventLoop;
-pub use handle::{NewQueue, QueueId, ServedQueue, WorkerHandle};
+pub use handle::{ServedQueue, WorkerHandle};
 use mailbox::Mailbox;
 use std::io;
 use std::sync::Arc;

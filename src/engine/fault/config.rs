@@ -4,10 +4,10 @@
 
 use super::{Fault, FaultStore};
 use crate::block::{Errno, Op, Size};
-use crate::engine::config::yes;
 use crate::engine::driver::{AnyStore, Driver, Open, Summary};
+use crate::engine::error::OpenError;
 use crate::engine::layer;
-use crate::engine::volume::OpenError;
+use crate::engine::settings::yes;
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 use std::fmt;
 use std::marker::PhantomData;

@@ -4,10 +4,10 @@
 
 use super::{Error, FileStore, examine};
 use crate::block::Causes;
-use crate::engine::config::{check_block_size, yes};
 use crate::engine::driver::{AnyStore, Driver, Need, Open, Opened, Summary};
+use crate::engine::error::OpenError;
 use crate::engine::nbd::uri::is_uri;
-use crate::engine::volume::OpenError;
+use crate::engine::settings::{check_block_size, yes};
 use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};

@@ -4,8 +4,8 @@
 
 use super::{FileOps, FileStore};
 use crate::engine::driver::{Capabilities, Store};
+use crate::engine::error::ResizeError;
 use crate::engine::losses::Losses;
-use crate::engine::resize::ResizeError;
 use crate::ring::{Core, Ring};
 use std::rc::Rc;
 use std::sync::mpsc::Sender;

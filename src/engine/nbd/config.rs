@@ -4,10 +4,10 @@
 
 use super::uri::Uri;
 use super::{Error, NbdStore, Target};
-use crate::engine::config::yes;
 use crate::engine::driver::{AnyStore, Driver, Need, Open, Opened, Opens, Summary};
+use crate::engine::error::OpenError;
 use crate::engine::identity::Identity;
-use crate::engine::volume::OpenError;
+use crate::engine::settings::yes;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

@@ -5,8 +5,8 @@
 use super::{NbdOps, NbdStore};
 use crate::block::Causes;
 use crate::engine::driver::{Capabilities, Store};
+use crate::engine::error::ResizeError;
 use crate::engine::losses::Losses;
-use crate::engine::resize::ResizeError;
 use crate::ring::{Core, Ring};
 use std::io;
 use std::rc::Rc;

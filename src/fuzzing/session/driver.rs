@@ -1,7 +1,7 @@
 //! What the hostile guest writes into its memory, and what it finds there.
 
 use super::super::Input;
-use super::guest::{AVAIL, BASE, FILE, Guest, USED, writable};
+use super::guest::{AVAIL, BASE, Guest, USED, address, writable};
 use std::thread;
 use std::time::Duration;
 
@@ -180,17 +180,6 @@ impl Guest<'_> {
             }
         }
         self.rings[index].used = next;
-    }
-}
-
-/// A guest address, mostly one where there is something.
-pub(super) fn address(input: &mut Input) -> u64 {
-    let value = u64::from(input.u16());
-    match input.u8() & 15 {
-        0 => input.u64(),
-        1 => BASE + FILE - (value & 0xff),
-        2 | 3 => BASE + 0x20000 + value,
-        _ => BASE + value,
     }
 }
 

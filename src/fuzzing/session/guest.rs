@@ -1,7 +1,6 @@
 //! The hostile VMM and its guest: what each deed does.
 
 use super::super::Input;
-use super::driver::address;
 use super::messages::{Wire, code};
 use super::world::{Ended, MEMORY, SHAPE, World};
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
@@ -452,4 +451,15 @@ impl Drop for Guest<'_> {
 /// Whether one can be added to a counter without a wait.
 pub(super) fn writable(event: &EventFd) -> bool {
     poll(&mut [PollFd::new(event.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO) == Ok(1)
+}
+
+/// A guest address, mostly one where there is something.
+pub(super) fn address(input: &mut Input) -> u64 {
+    let value = u64::from(input.u16());
+    match input.u8() & 15 {
+        0 => input.u64(),
+        1 => BASE + FILE - (value & 0xff),
+        2 | 3 => BASE + 0x20000 + value,
+        _ => BASE + value,
+    }
 }

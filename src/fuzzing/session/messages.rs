@@ -1,6 +1,5 @@
 //! Messages of the vhost-user protocol as bytes, and their answers.
 
-use super::world::PATIENCE;
 use crate::frontend::vhost_user::protocol::{Interest, Receive, Vmm, Wake, Wakeups};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -8,6 +7,7 @@ use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 use std::time::Instant;
 
 pub(super) mod code {
@@ -31,6 +31,9 @@ pub(super) mod code {
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
 }
+
+/// Nothing takes longer, unless it hangs.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Requests that have an answer by themselves.
 const QUESTIONS: [u32; 7] = [1, 11, 15, 17, 24, 31, 36];

@@ -1,7 +1,6 @@
 //! A VMM that behaves, on the same worker: it writes and reads one block each time it is asked to.
 
-use super::messages::{Wire, code};
-use super::world::PATIENCE;
+use super::messages::{PATIENCE, Wire, code};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;

@@ -1,5 +1,6 @@
 //! What all runs share: a worker, its volumes, and a neighbour on it.
 
+use super::messages::PATIENCE;
 use super::neighbour::Neighbour;
 use crate::engine::Volume;
 use crate::engine::config::{FileConfig, MemoryConfig, VolumeConfig};
@@ -18,9 +19,6 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-/// Nothing takes longer, unless it hangs.
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Queues, and descriptors in each, of every device here.
 pub(super) const SHAPE: Shape = Shape { queues: 2, queue_size: 64 };

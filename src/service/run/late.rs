@@ -4,10 +4,9 @@
 //! connection is refused, which all of them take better than a socket that takes them and says nothing (QEMU would hold
 //! up its whole machine). Their ublk disks are added, or taken over from a service that crashed, when the volume is there.
 
-use super::managed::configured;
 use super::{Error, Served, Shared, lock};
 use crate::block::Causes;
-use crate::engine::config::VolumeConfig;
+use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::engine::{Opener, Volume};
 use crate::frontend::ublk;
 use crate::frontend::ublk::config::UblkConfig;
@@ -17,6 +16,7 @@ use crate::service::exports::Export;
 use crate::service::exports::ublk::{Others, UblkExport, found};
 use crate::service::exports::vhost_user::Endpoint;
 use crate::service::status::{ExportStatus, UblkStatus, VhostUserStatus, VolumeStatus};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
@@ -268,5 +268,24 @@ impl Shared {
                 }
             }
         }
+    }
+}
+
+/// What the configuration says of a volume.
+pub(super) fn configured(name: &str, config: &VolumeConfig, policy: &PolicyConfig) -> VolumeStatus {
+    VolumeStatus {
+        name: name.into(),
+        driver: config.driver().into(),
+        target: config.target(),
+        size_bytes: 0,
+        block_size: 0,
+        read_only: config.summary().read_only,
+        policy: policy.on_error.name().into(),
+        paused: false,
+        waiting: 0,
+        unavailable: None,
+        limits: BTreeMap::new(),
+        group: None,
+        throttled_ms: 0,
     }
 }

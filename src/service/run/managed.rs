@@ -2,7 +2,6 @@
 
 use super::late::Waiting;
 use super::{Served, Shared, limits, lock};
-use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::engine::limits::LimitsChange;
 use crate::engine::{PolicyState, Volume, fault};
 use crate::service::control::{ControlError, ControlHandler};
@@ -11,7 +10,6 @@ use crate::service::status::{
     Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
 };
 use crate::worker::ExportVolume;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -149,24 +147,5 @@ impl Served {
             ..status
         };
         Served { export: ExportVolume::new(volume.clone(), 1), volume, status }
-    }
-}
-
-/// What the configuration says of a volume.
-pub(super) fn configured(name: &str, config: &VolumeConfig, policy: &PolicyConfig) -> VolumeStatus {
-    VolumeStatus {
-        name: name.into(),
-        driver: config.driver().into(),
-        target: config.target(),
-        size_bytes: 0,
-        block_size: 0,
-        read_only: config.summary().read_only,
-        policy: policy.on_error.name().into(),
-        paused: false,
-        waiting: 0,
-        unavailable: None,
-        limits: BTreeMap::new(),
-        group: None,
-        throttled_ms: 0,
     }
 }

@@ -254,7 +254,7 @@ impl Service {
             volumes: config
                 .roots()
                 .map(|(name, of)| {
-                    let status = managed::configured(name, of, &config.policies[name]);
+                    let status = late::configured(name, of, &config.policies[name]);
                     let served = volumes.remove(name).map(|volume| Served::new(volume, status));
                     (name.clone(), served.map_or_else(OnceLock::new, OnceLock::from))
                 })
