@@ -159,6 +159,20 @@ impl Memory {
         (found == len && aligned).then_some(host)
     }
 
+    /// All of `len` bytes from `at` on, if they lie in one region.
+    pub fn whole(&self, at: u64, len: u64) -> Option<Iovec<'_>> {
+        let (base, found) = self.contiguous(at, len)?;
+        // SAFETY: as in `split`.
+        (found == len).then(|| unsafe { Iovec::new(base, found as usize) })
+    }
+
+    /// The two words of 64 bits at `at`, as they stand there, if they lie aligned in one region.
+    pub fn words(&self, at: u64) -> Option<[u64; 2]> {
+        let words = self.resolve(at, 16, 8)?.cast_const().cast::<u64>();
+        // SAFETY: 16 bytes are mapped, and aligned for us too; volatile, for the guest may write to them meanwhile.
+        Some(unsafe { [words.read_volatile(), words.add(1).read_volatile()] })
+    }
+
     /// Resolves all of `len` bytes from `at` on, giving each region's part to `push`, which says whether it
     /// had room. False when it had not, or when the guest has no memory somewhere in the range.
     pub fn split<'m>(&'m self, mut at: u64, mut len: u64, mut push: impl FnMut(Iovec<'m>) -> bool) -> bool {

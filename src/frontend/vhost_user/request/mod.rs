@@ -7,6 +7,8 @@
 
 #![forbid(unsafe_code)]
 
+mod straight;
+
 use super::memory::{DescriptorTable, gather, read};
 use crate::block::{Iovec, Op, SECTOR_SHIFT};
 use virtio_bindings::virtio_blk::{
@@ -94,9 +96,23 @@ pub struct Chain<'m> {
 ///
 /// # Errors
 /// What its driver is to be told, at its [`status_byte`], of one that cannot be carried out.
+#[inline]
+pub fn parse<'m>(
+    table: DescriptorTable<'m>,
+    head: u16,
+    indirect: bool,
+    scratch: &mut Scratch<'m>,
+) -> Result<Chain<'m>, Status> {
+    match straight::straight(table, head, indirect, scratch) {
+        Some(chain) => Ok(chain),
+        None => parse_any(table, head, indirect, scratch),
+    }
+}
+
+/// Reads a chain of any layout.
 // On its own, the compiler keeps its loop in registers: 8 instructions for each segment.
 #[inline(never)]
-pub fn parse<'m>(
+fn parse_any<'m>(
     table: DescriptorTable<'m>,
     head: u16,
     indirect: bool,

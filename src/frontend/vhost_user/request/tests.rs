@@ -82,6 +82,26 @@ impl Guest {
         found.unwrap_or_else(|| panic!("{iovec:?} is outside the guest's memory"))
     }
 
+    /// What is read straight is what the general way makes of it.
+    fn both_ways(&self, table: DescriptorTable<'_>, head: u16, indirect: bool) {
+        let (mut short, mut long) = (Scratch::default(), Scratch::default());
+        let Some(straight) = straight::straight(table, head, indirect, &mut short) else { return };
+        let general = parse_any(table, head, indirect, &mut long).expect("it makes sense");
+        let (
+            Parsed::Transfer { op, sector, sectors, data },
+            Parsed::Transfer { op: op_too, sector: sector_too, sectors: sectors_too, data: data_too },
+        ) = (straight.request, general.request)
+        else {
+            panic!("no transfer was read straight");
+        };
+        assert_eq!((op, sector, sectors), (op_too, sector_too, sectors_too));
+        let places = |iovecs: &[Iovec<'_>]| {
+            iovecs.iter().map(|iovec| (self.address(iovec), iovec.len())).collect::<Vec<_>>()
+        };
+        assert_eq!(places(&short.iovecs[data]), places(&long.iovecs[data_too]));
+        assert_eq!(self.address(&straight.status), self.address(&general.status));
+    }
+
     /// Parses, and checks what holds for any chain whatever: nothing is written, and every range that comes
     /// out is the guest's.
     fn parse(&self, head: u16, indirect: bool) -> (Outcome<'_>, Scratch<'_>) {
@@ -93,6 +113,7 @@ impl Guest {
             Err(told) => Outcome { status: status_byte(table, head), request: Err(told) },
         };
         assert!(self.all() == before, "the parser wrote to the guest's memory");
+        self.both_ways(table, head, indirect);
         if let Some(status) = &chain.status {
             assert_eq!(status.len(), 1);
             self.address(status);
@@ -623,5 +644,27 @@ fn data_of_the_wrong_direction_is_refused() {
         let (chain, _) = guest.parse(0, false);
         assert_eq!(chain.request.err(), Some(Status::IoErr), "type {kind}");
         assert!(chain.status.is_some());
+    }
+}
+
+#[test]
+fn what_drivers_send_most_is_read_straight() {
+    for (kind, write, indirect) in [(0, false, false), (1, true, false), (0, false, true), (1, true, true)] {
+        let guest = Guest::new();
+        let table = if indirect { NESTED } else { TABLE };
+        guest.write(DATA, &header(kind, 5));
+        let way = if write { NEXT } else { NEXT | WRITE };
+        guest.put(table, 0, &Raw { addr: DATA, len: 16, flags: NEXT, next: 1 });
+        guest.put(table, 1, &Raw { addr: DATA + 4096, len: 1024, flags: way, next: 2 });
+        guest.put(table, 2, &Raw { addr: DATA + 512, len: 1, flags: WRITE, next: 0 });
+        if indirect {
+            guest.put(TABLE, 0, &Raw { addr: NESTED, len: 48, flags: INDIRECT, next: 0 });
+        }
+        let straight = |indirect| {
+            straight::straight(guest.memory.table(TABLE, TABLE_LEN), 0, indirect, &mut Scratch::default())
+        };
+        assert!(straight(true).is_some(), "{kind} {indirect}");
+        assert_eq!(straight(false).is_some(), !indirect, "only what was negotiated");
+        guest.parse(0, true);
     }
 }
