@@ -15,6 +15,8 @@ pub mod escape;
 pub mod users;
 // Requests, geometry, errors: the words every layer uses. No I/O.
 pub mod block;
+// What was done, and how long it took: counters with one writer each.
+pub mod stats;
 // The only owner of io_uring: operations, slots, the futures that wait for them.
 pub mod ring;
 // Volumes: file, memory, null, nbd.

@@ -13,7 +13,9 @@ mod remove;
 mod resize;
 mod resume;
 mod serve;
+mod stats;
 mod stop;
+mod top;
 
 use std::error::Error;
 use std::fmt;
@@ -44,6 +46,8 @@ enum Command {
     Serve(serve::Args),
     Features(features::Args),
     List(list::Args),
+    Stats(stats::Args),
+    Top(top::Args),
     Resize(resize::Args),
     Refresh(refresh::Args),
     Resume(resume::Args),
@@ -65,6 +69,8 @@ impl Cli {
             Command::Serve(args) => serve::run(&args),
             Command::Features(args) => features::run(&args),
             Command::List(args) => list::run(&args),
+            Command::Stats(args) => stats::run(&args),
+            Command::Top(args) => top::run(&args),
             Command::Resize(args) => resize::run(&args),
             Command::Refresh(args) => refresh::run(&args),
             Command::Resume(args) => resume::run(&args),

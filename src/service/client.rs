@@ -20,6 +20,7 @@ use tokio::net::UnixStream;
 
 use super::config::DEFAULT_CONTROL;
 use super::socket::is_served;
+use super::stats::Stats;
 use super::status::{
     ApiError, Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, Stopping,
 };
@@ -94,6 +95,14 @@ impl Client {
     /// See [`ClientError`].
     pub fn status(&self) -> Result<Status, ClientError> {
         self.ask(Method::GET, "/v1/status", Bytes::new())
+    }
+
+    /// What was done so far.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn stats(&self) -> Result<Stats, ClientError> {
+        self.ask(Method::GET, "/v1/stats", Bytes::new())
     }
 
     /// Asks for a clean stop and returns at once.

@@ -181,6 +181,14 @@ impl ExportStatus {
             ExportStatus::VhostUser(vhost_user) => &vhost_user.volume,
         }
     }
+
+    /// `ublk` or `vhost-user`.
+    pub fn frontend(&self) -> &'static str {
+        match self {
+            ExportStatus::Ublk(_) => "ublk",
+            ExportStatus::VhostUser(_) => "vhost-user",
+        }
+    }
 }
 
 /// The answer to `POST /v1/stop`.

@@ -6,6 +6,7 @@ use super::throttle::Admission;
 use crate::engine::{Flusher, Flushers, VolumeChannel};
 use crate::frontend::{AnyQueue, Queue};
 use crate::ring::Uring;
+use crate::stats::{ExportStats, QueueStats};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -39,12 +40,17 @@ pub(super) type Finish = Box<dyn FnOnce(Option<&AnyQueue>)>;
 #[derive(Clone)]
 pub(super) struct Client {
     pub flushers: Arc<Flushers>,
+    pub stats: Arc<ExportStats>,
     pub number: usize,
 }
 
 impl Client {
     pub fn flusher(&self) -> &Flusher {
         self.flushers.queue(self.number)
+    }
+
+    pub fn stats(&self) -> &QueueStats {
+        self.stats.queue(self.number)
     }
 
     /// Names the export: the address of what its queues have in common.

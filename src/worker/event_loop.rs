@@ -4,6 +4,7 @@ use super::affinity::Affinity;
 use super::busy_poll::BusyPoll;
 use super::entry::{Client, Finish, QueueEntry};
 use super::mailbox::{Mailbox, OnWorker};
+use super::meter::Meter;
 use super::slot::SlotContext;
 use super::slow_requests::SlowRequestLog;
 use super::throttle::ThrottleTimer;
@@ -14,6 +15,7 @@ use crate::frontend::{AnyQueue, Queue};
 use crate::ring::{
     Core, Cqe, Kind, Ring, Setup, Sqe, Target, Tasks, Uring, UserData, set_io_flusher, use_stack,
 };
+use crate::stats::{Count, WorkerStats};
 use std::cell::RefCell;
 use std::future::Future;
 use std::io;
@@ -57,6 +59,7 @@ pub(super) struct EventLoop<F, M> {
     /// Volumes that are or were in use here: the queues of one share what it keeps for a worker. That lives as long as the
     /// volume, because a connection may have to vouch for writes when all queues are gone that brought them.
     channels: Vec<(Weak<Volume>, Rc<VolumeChannel<Uring>>)>,
+    meter: Rc<Meter>,
     /// Queues to look at in each pass: kicked, or with requests in flight. Idle ones cost nothing.
     active: Vec<u32>,
     /// Queues that drain.
@@ -70,7 +73,13 @@ pub(super) struct EventLoop<F, M> {
 
 impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> EventLoop<F, M> {
     /// On the calling thread, which has made `core`.
-    pub fn new(core: Rc<Core<Uring>>, mailbox: Arc<Mailbox>, config: WorkerConfig, make: M) -> Self {
+    pub fn new(
+        core: Rc<Core<Uring>>,
+        mailbox: Arc<Mailbox>,
+        config: WorkerConfig,
+        stats: Arc<WorkerStats>,
+        make: M,
+    ) -> Self {
         EventLoop {
             tasks: Tasks::new(core.clone()),
             core,
@@ -81,6 +90,7 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> EventLoop<F, M> {
             busy_poll: BusyPoll::up_to(config.busy_poll),
             slow_requests: SlowRequestLog::new(config.slow_after),
             throttle: ThrottleTimer::new(),
+            meter: Rc::new(Meter::new(stats)),
             channels: Vec::new(),
             active: Vec::new(),
             stopping: Vec::new(),
@@ -114,7 +124,12 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> EventLoop<F, M> {
             if worked {
                 self.busy_poll.worked();
                 // With nothing to poll only a completion can bring more: one system call instead of two.
-                self.enter(self.active.is_empty() && self.core.is_quiet() && !self.quit);
+                if self.active.is_empty() && self.core.is_quiet() && !self.quit {
+                    self.sleep(|stats| &stats.busy);
+                } else {
+                    self.enter(false);
+                    self.meter.spent(|stats| &stats.busy);
+                }
                 continue;
             }
             let expects_more = self.expects_more();
@@ -122,12 +137,20 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> EventLoop<F, M> {
                 // Runs what the kernel has deferred, if it says that there is something.
                 self.enter(false);
                 std::hint::spin_loop();
+                self.meter.spent(|stats| &stats.polling);
             } else if self.arm_kicks() {
                 self.busy_poll.sleeps(expects_more);
-                self.enter(true);
+                self.sleep(|stats| &stats.polling);
             }
         }
         self.shut_down(cqes);
+    }
+
+    /// Waits for a completion. `before`: what the time up to now was spent on.
+    fn sleep(&self, before: impl Fn(&WorkerStats) -> &Count) {
+        self.meter.spent(before);
+        self.enter(true);
+        self.meter.spent(|stats| &stats.asleep);
     }
 
     fn enter(&self, wait: bool) {
@@ -183,6 +206,7 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> EventLoop<F, M> {
                 admission: entry.admission.clone(),
                 tag,
                 current,
+                meter: self.meter.clone(),
                 entry: at,
                 alive: entry.alive.clone(),
                 finished: self.finished.clone(),
@@ -363,7 +387,7 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> OnWorker for EventLoop<F, 
         ended: Sender<()>,
     ) -> QueueId {
         let NewQueue { export, number, .. } = new;
-        let client = Client { flushers: export.flushers, number };
+        let client = Client { flushers: export.flushers, stats: export.stats, number };
         let sibling = self.entries.iter().flatten().find(|entry| entry.client.export() == client.export());
         let entry = QueueEntry {
             channel,

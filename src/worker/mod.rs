@@ -11,11 +11,13 @@ mod entry;
 mod event_loop;
 mod handle;
 mod mailbox;
+mod meter;
 mod slot;
 mod slow_requests;
 mod throttle;
 
 use crate::engine::{Flushers, Volume};
+use crate::stats::{ExportStats, WorkerStats};
 pub use entry::{NewQueue, QueueId};
 use event_loop::EventLoop;
 pub use handle::{ServedQueue, WorkerHandle};
@@ -31,6 +33,7 @@ use std::time::Duration;
 pub struct Worker {
     number: usize,
     handle: WorkerHandle,
+    stats: Arc<WorkerStats>,
     thread: Option<JoinHandle<()>>,
     /// Disconnected at its end.
     alive: Receiver<()>,
@@ -57,13 +60,15 @@ pub struct ExportVolume {
     pub volume: Arc<Volume>,
     /// The flushers of the export, one for each of its queues.
     pub flushers: Arc<Flushers>,
+    /// What is counted of it.
+    pub stats: Arc<ExportStats>,
 }
 
 impl ExportVolume {
     /// The volume for a new export of so many queues.
     pub fn new(volume: Arc<Volume>, queues: u16) -> ExportVolume {
         let flushers = Arc::new(Flushers::new(&volume, queues));
-        ExportVolume { volume, flushers }
+        ExportVolume { volume, flushers, stats: Arc::new(ExportStats::new(queues)) }
     }
 }
 
@@ -74,7 +79,8 @@ impl Worker {
     /// When the kernel refuses the thread or its ring.
     pub fn start(number: usize, config: WorkerConfig) -> io::Result<Worker> {
         let mailbox = Arc::new(Mailbox::new()?);
-        let inside = mailbox.clone();
+        let (inside, stats) = (mailbox.clone(), Arc::<WorkerStats>::default());
+        let counted = stats.clone();
         let (ready, made) = channel();
         let (life, alive) = channel();
         let thread = thread::Builder::new().name(format!("ringblk-{number}")).spawn(move || {
@@ -83,7 +89,7 @@ impl Worker {
             match event_loop::ring(config) {
                 Ok(core) => {
                     let _ = ready.send(Ok(()));
-                    EventLoop::new(core, inside, config, slot::slot_task).run();
+                    EventLoop::new(core, inside, config, counted, slot::slot_task).run();
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -91,7 +97,12 @@ impl Worker {
             }
         })?;
         made.recv().map_err(|_| handle::gone())??;
-        Ok(Worker { number, handle: WorkerHandle::new(mailbox), thread: Some(thread), alive })
+        Ok(Worker { number, handle: WorkerHandle::new(mailbox), stats, thread: Some(thread), alive })
+    }
+
+    /// How it spends its time.
+    pub fn stats(&self) -> &Arc<WorkerStats> {
+        &self.stats
     }
 
     /// What speaks to this worker.

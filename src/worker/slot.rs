@@ -1,6 +1,7 @@
 //! A slot: one request after the other, for as long as its queue lives. Here a frontend meets a volume.
 
 use super::entry::Client;
+use super::meter::Meter;
 use super::slow_requests::CurrentRequest;
 use super::throttle::Admission;
 use crate::engine::{VolumeChannel, submit};
@@ -18,6 +19,7 @@ pub(super) struct SlotContext {
     pub admission: Rc<Admission>,
     pub tag: u16,
     pub current: Rc<CurrentRequest>,
+    pub meter: Rc<Meter>,
     /// Its queue's number in the worker.
     pub entry: u32,
     /// Slots of this queue that have not ended.
@@ -28,16 +30,19 @@ pub(super) struct SlotContext {
 
 /// A slot's life. Everything that happens to a request happens on its way through here.
 async fn serve<S: Source<Uring>>(slot: &SlotContext, source: &S) {
-    let SlotContext { io, channel, client, admission, tag, current, .. } = slot;
-    let flusher = client.flusher();
+    let SlotContext { io, channel, client, admission, tag, current, meter, .. } = slot;
+    let (flusher, stats) = (client.flusher(), client.stats());
     let (tag, mut state) = (*tag, S::State::default());
     io.set_tag(tag);
     io.set_group(client.export());
     while let Some(request) = source.next(io, tag, &mut state).await {
         admission.pass(io, source, &request).await;
         current.begin(&request);
+        stats.begin();
+        let begun = meter.recent();
         let result = submit(channel, io, flusher, &request).await;
         current.end();
+        stats.end(request.op, request.len(), meter.read().saturating_sub(begun), result);
         source.complete(tag, &mut state, result);
     }
 }

@@ -25,6 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{sleep, timeout};
 
 use super::socket::SocketFile;
+use super::stats::Stats;
 use super::status::{Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop};
 use crate::engine::limits::LimitsChange;
 use crate::log_limit::LogLimit;
@@ -49,6 +50,8 @@ const ACCEPT_REST: Duration = Duration::from_millis(200);
 pub trait ControlHandler: Send + Sync {
     /// How things are.
     fn status(&self) -> Status;
+    /// What was done so far.
+    fn stats(&self) -> Stats;
     /// Begins a clean stop. Asking again changes nothing.
     ///
     /// # Errors
@@ -188,6 +191,7 @@ mod tests {
     use super::*;
     use crate::service::client::{Client, ClientError};
     use crate::service::socket::Access;
+    use crate::service::stats::ExportStats;
     use crate::service::status::sample;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
@@ -206,6 +210,13 @@ mod tests {
     impl ControlHandler for Fake {
         fn status(&self) -> Status {
             sample()
+        }
+
+        fn stats(&self) -> Stats {
+            let counts = crate::stats::Counts::default();
+            let exports =
+                sample().exports.iter().map(|status| ExportStats::new(status, counts.clone())).collect();
+            Stats { uptime_ns: 7, exports, workers: Vec::new() }
         }
 
         fn request_stop(&self, wanted: &Stop) -> Result<(), ControlError> {

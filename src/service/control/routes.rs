@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Bytes};
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use nix::unistd::Uid;
 use serde::Serialize;
@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use super::{BODY_TIME, ControlError, ControlHandler};
+use crate::service::metrics::{Format, render};
 use crate::service::status::{ApiError, Stopping};
 
 type Answer = Response<Full<Bytes>>;
@@ -34,12 +35,16 @@ struct Route {
 struct Call {
     /// What stood for `NAME`; empty where the path has none.
     name: String,
+    /// What the client wants to read.
+    accept: String,
     body: Bytes,
 }
 
 /// Every endpoint. A path may be there with several methods.
 const ROUTES: &[Route] = &[
     Route { path: "/v1/status", method: Method::GET, answer: status },
+    Route { path: "/v1/stats", method: Method::GET, answer: stats },
+    Route { path: "/metrics", method: Method::GET, answer: metrics },
     Route { path: "/v1/stop", method: Method::POST, answer: stop },
     Route { path: "/v1/volumes/NAME/resize", method: Method::POST, answer: resize },
     Route { path: "/v1/volumes/NAME/refresh", method: Method::POST, answer: refresh },
@@ -52,6 +57,20 @@ const ROUTES: &[Route] = &[
 fn status(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     call.without_body()?;
     Ok(json(StatusCode::OK, &managed.status()))
+}
+
+fn stats(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
+    call.without_body()?;
+    Ok(json(StatusCode::OK, &managed.stats()))
+}
+
+fn metrics(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
+    call.without_body()?;
+    let format = Format::accepted(&call.accept);
+    let text = render(&managed.status(), &managed.stats(), format);
+    let mut answer = Response::new(Full::new(Bytes::from(text)));
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
+    Ok(answer)
 }
 
 fn stop(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
@@ -122,6 +141,8 @@ where
         Ok(found) => found,
         Err(answer) => return *answer,
     };
+    let accept =
+        request.headers().get(ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default().to_owned();
     let body = match timeout(BODY_TIME, Limited::new(request.into_body(), MAX_BODY).collect()).await {
         Ok(Ok(body)) => body.to_bytes(),
         Err(_) => return refused(StatusCode::REQUEST_TIMEOUT, "the body does not come".into()),
@@ -131,7 +152,7 @@ where
         }
         Ok(Err(error)) => return refused(StatusCode::BAD_REQUEST, format!("the body: {error}")),
     };
-    let call = Call { name, body };
+    let call = Call { name, accept, body };
     match tokio::task::spawn_blocking(move || (route.answer)(&*managed, &call)).await {
         Ok(Ok(answer)) => answer,
         Ok(Err(refusal)) => match refusal {

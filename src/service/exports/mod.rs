@@ -5,6 +5,7 @@ pub mod ublk;
 pub mod vhost_user;
 
 use super::status::ExportStatus;
+use crate::stats::ExportStats;
 pub use placement::Placement;
 use std::time::Instant;
 use ublk::UblkExport;
@@ -44,6 +45,14 @@ impl Export {
         match self {
             Export::Ublk(export) => ExportStatus::Ublk(export.status()),
             Export::VhostUser(export) => ExportStatus::VhostUser(export.status()),
+        }
+    }
+
+    /// What is counted of it.
+    pub fn stats(&self) -> &ExportStats {
+        match self {
+            Export::Ublk(export) => export.stats(),
+            Export::VhostUser(export) => export.stats(),
         }
     }
 

@@ -6,9 +6,11 @@ use crate::engine::limits::LimitsChange;
 use crate::engine::{PolicyState, Volume, fault};
 use crate::service::control::{ControlError, ControlHandler};
 use crate::service::exports::{Export, ShutdownMode};
+use crate::service::stats::{ExportStats, Stats, WorkerTime};
 use crate::service::status::{
     Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
 };
+use crate::stats::Clock;
 use crate::worker::ExportVolume;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,6 +29,16 @@ impl ControlHandler for Shared {
                 let waiting = waiting.values().flat_map(Waiting::export_status).collect::<Vec<_>>();
                 lock(&self.exports).iter().map(Export::status).chain(waiting).collect()
             },
+        }
+    }
+
+    fn stats(&self) -> Stats {
+        let exports = lock(&self.exports);
+        let exports = exports.iter().map(|export| ExportStats::new(&export.status(), export.stats().read()));
+        Stats {
+            uptime_ns: Clock::get().now(),
+            exports: exports.collect(),
+            workers: self.worker_stats.iter().map(|stats| WorkerTime::from(&**stats)).collect(),
         }
     }
 

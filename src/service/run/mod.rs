@@ -26,6 +26,7 @@ use crate::frontend::ublk::prepare_directories;
 use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::ring;
+use crate::stats::{Clock, WorkerStats};
 use crate::worker::{ExportVolume, Worker, WorkerConfig, WorkerHandle};
 use arrivals::Arrivals;
 use late::{Waiting, WaitingExport};
@@ -109,6 +110,8 @@ pub enum Error {
 /// cleanly.
 pub fn run(config: Config) -> Result<(), Error> {
     raise_open_files();
+    // Before the sandbox: it reads what may not be read later.
+    Clock::get();
     let runtime = ring::runtime().map_err(Error::Control)?;
     // Signals first: from here on one asks for a clean end, whatever is being made.
     let mut signals = runtime.block_on(async { Signals::new() }).map_err(Error::Control)?;
@@ -173,6 +176,7 @@ struct Shared {
     workers: Mutex<Vec<Worker>>,
     /// Ways to them.
     handles: Vec<WorkerHandle>,
+    worker_stats: Vec<Arc<WorkerStats>>,
     /// The last flushes are under way.
     flushing: AtomicBool,
     placement: Placement,
@@ -264,6 +268,7 @@ impl Service {
             arrivals: Arc::default(),
             growth: Mutex::default(),
             handles: workers.iter().map(|worker| worker.handle().clone()).collect(),
+            worker_stats: workers.iter().map(|worker| worker.stats().clone()).collect(),
             flushing: AtomicBool::new(false),
             workers: Mutex::new(workers),
             placement,

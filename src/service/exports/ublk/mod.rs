@@ -10,6 +10,7 @@ use crate::frontend::ublk::config::{Recovery, UblkConfig, ZeroCopy};
 use crate::frontend::ublk::features::{self, Features, NoZeroCopy};
 use crate::frontend::ublk::{self, Claim, Device, DeviceSpec, Found, NoResize, Record, StableName};
 use crate::service::status::UblkStatus;
+use crate::stats::ExportStats;
 use crate::worker::{ExportVolume, NewQueue, WorkerHandle};
 use shut_down::Phase;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ pub struct UblkExport {
     name: StableName,
     status: UblkStatus,
     volume: Arc<Volume>,
+    stats: Arc<ExportStats>,
     handles: Vec<WorkerHandle>,
     features: Features,
     recovery: Recovery,
@@ -168,14 +170,33 @@ impl UblkExport {
             waiting: false,
         };
         let (volume, handles) = (volume.clone(), handles.to_vec());
+        // Until there are queues.
+        let stats = Arc::new(ExportStats::new(0));
         let (ends, phase, claim) = (Vec::new(), Phase::Live, None);
-        Ok(UblkExport { device, name, status, volume, handles, features, recovery, ends, phase, claim })
+        Ok(UblkExport {
+            device,
+            name,
+            status,
+            volume,
+            stats,
+            handles,
+            features,
+            recovery,
+            ends,
+            phase,
+            claim,
+        })
     }
 
     /// How it runs.
     pub fn status(&self) -> UblkStatus {
         let memory = self.device.memory();
         UblkStatus { buffer_bytes: memory.bytes(), buffers_locked: memory.locked(), ..self.status.clone() }
+    }
+
+    /// What is counted of it.
+    pub fn stats(&self) -> &ExportStats {
+        &self.stats
     }
 
     /// Whether the disk can be given another size.
@@ -212,6 +233,7 @@ impl UblkExport {
         }
         let queues = self.device.queues();
         let export = ExportVolume::new(self.volume.clone(), queues.len().try_into().unwrap_or(u16::MAX));
+        self.stats = export.stats.clone();
         for (setup, handle) in queues.into_iter().zip(&self.handles) {
             let queue = setup.queue;
             let new = NewQueue { export: export.clone(), number: queue.into(), read_only: setup.read_only };

@@ -11,6 +11,7 @@ use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::frontend::vhost_user::protocol::{BackendChannel, NotifyResult, Shape};
 use crate::service::socket::{Access, SocketError, SocketFile};
 use crate::service::status::VhostUserStatus;
+use crate::stats::ExportStats;
 use crate::worker::{ExportVolume, WorkerHandle};
 use listener::Listener;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -84,6 +85,7 @@ pub struct VhostUserExport {
     /// Removed with the export.
     _endpoint: Endpoint,
     shared: Arc<Shared>,
+    stats: Arc<ExportStats>,
     ended: Receiver<()>,
 }
 
@@ -124,8 +126,10 @@ impl VhostUserExport {
             workers: config.workers.is_some().then_some(handles.len()),
             waiting: false,
         };
-        match begin(config, queues, &endpoint, volume, handles, memory) {
-            Ok((shared, ended)) => Ok(VhostUserExport { status, _endpoint: endpoint, shared, ended }),
+        let export = ExportVolume::new(volume.clone(), queues);
+        let stats = export.stats.clone();
+        match begin(config, queues, &endpoint, export, handles, memory) {
+            Ok((shared, ended)) => Ok(VhostUserExport { status, _endpoint: endpoint, shared, stats, ended }),
             Err(error) => Err((endpoint, error)),
         }
     }
@@ -135,6 +139,11 @@ impl VhostUserExport {
         let read = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
         let (connected, vmm_waiting) = (read(&self.shared.connected), read(&self.shared.waiting));
         VhostUserStatus { connected, vmm_waiting, ..self.status.clone() }
+    }
+
+    /// What is counted of it.
+    pub fn stats(&self) -> &ExportStats {
+        &self.stats
     }
 
     /// Tells the VMM, if there is one, that the volume's size has changed: it reads the new one itself.
@@ -174,7 +183,7 @@ fn begin(
     config: &VhostUserConfig,
     queues: u16,
     endpoint: &Endpoint,
-    volume: &Arc<Volume>,
+    export: ExportVolume,
     handles: Vec<WorkerHandle>,
     memory: Arc<MemoryShare>,
 ) -> io::Result<(Arc<Shared>, Receiver<()>)> {
@@ -187,14 +196,14 @@ fn begin(
     });
     let socket = config.socket.display().to_string();
     let device =
-        Arc::new(Device::new(&config.serial(), &socket, volume.geometry().clone(), config.read_only));
+        Arc::new(Device::new(&config.serial(), &socket, export.volume.geometry().clone(), config.read_only));
     let listener = endpoint.listener()?;
     // A connection may be gone again before it is accepted.
     listener.set_nonblocking(true)?;
     let listener = Listener {
         listener,
         device,
-        host: Arc::new(Workers::new(handles, ExportVolume::new(volume.clone(), queues))),
+        host: Arc::new(Workers::new(handles, export)),
         shape: Shape { queues, queue_size: config.queue_size },
         memory,
         shared: shared.clone(),
