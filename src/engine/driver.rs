@@ -489,6 +489,8 @@ drivers! {
         Fault(FaultConfig),
         /// Another volume, as it is.
         [cfg(test)] Pass(super::tests::layers::PassConfig),
+        /// Another volume, each request in two halves at once.
+        [cfg(test)] Halves(super::tests::layers::HalvesConfig),
         /// Another volume, from some sector on.
         [cfg(test)] Offset(super::tests::layers::OffsetConfig),
     ;

@@ -47,7 +47,7 @@ pub trait Layer {
     fn abandon(&self);
 
     /// Carries `request` out, wholly or with the error that stopped it, by as many requests to `below` as that takes, one
-    /// after the other. A flush that succeeds has flushed below.
+    /// after the other or [side by side](Io::join). A flush that succeeds has flushed below.
     async fn submit<R: Ring>(&self, io: &Io<R>, request: &Request<'_>, below: &Edge<R>) -> Result<(), Errno>;
 }
 

@@ -4,8 +4,8 @@ use super::fair::{FairQueue, Waiter};
 use super::{Cqe, Kind, Ring, Sqe, UserData};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::future::Future;
-use std::pin::Pin;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -18,6 +18,9 @@ pub struct Core<R> {
     ring: R,
     slots: RefCell<Vec<Slot>>,
     free: RefCell<Vec<u32>>,
+    /// Slots that are part of another slot's work ([`Io::join`]), and which one's. Few, and looked at only where a slot has no
+    /// future of its own.
+    children: RefCell<Vec<Child>>,
     ready: RefCell<VecDeque<u32>>,
     spawned: RefCell<Vec<(u32, Background)>>,
     in_flight: Cell<usize>,
@@ -50,6 +53,15 @@ impl Slot {
         Slot { generation: 0, state: State::Free, woken: false, rests: false, interrupted: false };
 }
 
+/// A slot whose news are its parent's.
+#[derive(Clone, Copy)]
+struct Child {
+    slot: u32,
+    parent: u32,
+    /// A part is at work in it; otherwise it is kept for the next one.
+    busy: bool,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Free,
@@ -67,6 +79,7 @@ impl<R: Ring> Core<R> {
             ring,
             slots: RefCell::default(),
             free: RefCell::default(),
+            children: RefCell::default(),
             ready: RefCell::default(),
             spawned: RefCell::default(),
             in_flight: Cell::new(0),
@@ -108,6 +121,9 @@ impl<R: Ring> Core<R> {
         }
         drop(slots);
         self.wake(slot);
+        for child in self.children_of(slot) {
+            self.interrupt(child);
+        }
     }
 
     /// Queues an operation that is no slot's: see [`Ring::push`].
@@ -179,7 +195,42 @@ impl<R: Ring> Core<R> {
         slot
     }
 
+    /// A slot for a part of what `parent` does.
+    fn take_child(&self, parent: u32) -> u32 {
+        let mut children = self.children.borrow_mut();
+        if let Some(spare) = children.iter_mut().find(|child| child.parent == parent && !child.busy) {
+            spare.busy = true;
+            return spare.slot;
+        }
+        let slot = self.allocate();
+        children.push(Child { slot, parent, busy: true });
+        slot
+    }
+
+    /// A part is over.
+    fn return_child(&self, slot: u32) {
+        let mut children = self.children.borrow_mut();
+        if let Some(child) = children.iter_mut().find(|child| child.slot == slot) {
+            child.busy = false;
+        }
+    }
+
+    /// Whose part a slot is, if it is one.
+    pub(super) fn parent(&self, slot: u32) -> Option<u32> {
+        self.children.borrow().iter().find(|child| child.slot == slot).map(|child| child.parent)
+    }
+
+    fn children_of(&self, parent: u32) -> Vec<u32> {
+        let children = self.children.borrow();
+        children.iter().filter(|child| child.parent == parent).map(|child| child.slot).collect()
+    }
+
+    /// Gives a slot back, with those that were parts of it.
     pub(super) fn release(&self, slot: u32) {
+        for child in self.children_of(slot) {
+            self.children.borrow_mut().retain(|other| other.slot != child);
+            self.release(child);
+        }
         let mut slots = self.slots.borrow_mut();
         slots[slot as usize].state = State::Free;
         slots[slot as usize].woken = false;
@@ -187,9 +238,10 @@ impl<R: Ring> Core<R> {
         self.free.borrow_mut().push(slot);
     }
 
-    /// Whether the kernel still has an operation of `slot`.
+    /// Whether the kernel still has an operation of `slot`, or of a part of it.
     pub(super) fn is_in_flight(&self, slot: u32) -> bool {
-        self.slots.borrow()[slot as usize].state == State::InFlight
+        let own = self.slots.borrow()[slot as usize].state == State::InFlight;
+        own || self.children_of(slot).into_iter().any(|child| self.is_in_flight(child))
     }
 
     /// Records a completion and says whose it is; `None` for one that is stale or nobody's.
@@ -207,7 +259,8 @@ impl<R: Ring> Core<R> {
     }
 }
 
-/// A slot's handle to its ring: what a request's future does its I/O with. One operation at a time.
+/// A slot's handle to its ring: what a request's future does its I/O with. One operation at a time; several by
+/// [`join`](Self::join).
 pub struct Io<R> {
     core: Rc<Core<R>>,
     slot: u32,
@@ -332,6 +385,56 @@ impl<R: Ring> Io<R> {
     /// Ends after `time`, or when the slot is interrupted.
     pub async fn rest_for(&self, time: Duration) {
         self.rest(&Sqe::Timeout { after: time }).await;
+    }
+
+    /// Does two things side by side, each with an `Io` of its own, and ends when both have ended. More than two: one of them
+    /// may join again.
+    ///
+    /// Each part has a slot whose news are this slot's: no allocation once there have been so many parts, no waker. Both are
+    /// polled whenever one has news. An interruption is theirs too.
+    pub async fn join<A, B>(
+        &self,
+        one: impl AsyncFnOnce(&Io<R>) -> A,
+        other: impl AsyncFnOnce(&Io<R>) -> B,
+    ) -> (A, B) {
+        let parts = [self.part(), self.part()];
+        let results = {
+            let (mut one, mut other) = (pin!(one(&parts[0])), pin!(other(&parts[1])));
+            let (mut first, mut second) = (None, None);
+            poll_fn(move |context| {
+                if first.is_none()
+                    && let Poll::Ready(result) = one.as_mut().poll(context)
+                {
+                    first = Some(result);
+                }
+                if second.is_none()
+                    && let Poll::Ready(result) = other.as_mut().poll(context)
+                {
+                    second = Some(result);
+                }
+                match (first.take(), second.take()) {
+                    (Some(first), Some(second)) => Poll::Ready((first, second)),
+                    unfinished => {
+                        (first, second) = unfinished;
+                        Poll::Pending
+                    }
+                }
+            })
+            .await
+        };
+        parts.iter().for_each(|part| self.core.return_child(part.slot));
+        results
+    }
+
+    /// A handle for a part of what this slot does.
+    fn part(&self) -> Io<R> {
+        let slot = self.core.take_child(self.slot);
+        let interrupted = self.is_interrupted();
+        self.core.slots.borrow_mut()[slot as usize].interrupted = interrupted;
+        let part = Io::new(&self.core, slot);
+        part.tag.set(self.tag.get());
+        part.group.set(self.group.get());
+        part
     }
 
     /// Waits for [`Core::wake`]; returns at once if it came since the last park.

@@ -60,9 +60,11 @@ impl<R: Ring, F: Future<Output = ()>> Tasks<R, F> {
         }
     }
 
-    /// Polls `slot`'s future, if it has one.
+    /// Polls `slot`'s future, or that of the slot whose part it is.
     pub fn poll(&mut self, slot: u32) {
-        let Some(place) = self.tasks.get_mut(slot as usize) else { return };
+        let Some(place @ Some(_)) = self.tasks.get_mut(slot as usize) else {
+            return self.core.parent(slot).map_or((), |parent| self.poll(parent));
+        };
         let context = &mut Context::from_waker(Waker::noop());
         let ended = match place {
             Some(Task::Slot(future)) => future.as_mut().poll(context).is_ready(),
@@ -154,6 +156,105 @@ mod tests {
         }
         settle(&core, &mut tasks);
         assert_eq!(results.each_ref().map(Cell::get), std::array::from_fn(|n| 2 * n as i32));
+    }
+
+    #[test]
+    fn parts_of_a_slot_work_side_by_side() {
+        use std::os::fd::AsRawFd;
+        let core = uring();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(100).unwrap();
+        let fd = Target::Fd(file.as_raw_fd());
+        let read = async |io: &Io<Uring>, len: usize| {
+            let mut bytes = [0u8; 100];
+            io.submit(&Sqe::Read { file: fd, range: Iovec::of(&mut bytes[..len]), offset: 0 }).await
+        };
+        let (done, most) = (Rc::<Cell<i32>>::default(), Rc::<Cell<usize>>::default());
+        let (sum, seen) = (done.clone(), most.clone());
+        let mut tasks = Tasks::new(core.clone());
+        tasks.add(|io| async move {
+            for _ in 0..10 {
+                let (one, (other, third)) = io
+                    .join(
+                        async |io| read(io, 10).await + read(io, 20).await,
+                        async |io| {
+                            io.join(
+                                async |io| read(io, 30).await,
+                                async |io| {
+                                    seen.set(seen.get().max(io.core().in_flight()));
+                                    read(io, 40).await
+                                },
+                            )
+                            .await
+                        },
+                    )
+                    .await;
+                sum.set(sum.get() + one + other + third);
+            }
+            // And by itself again.
+            sum.set(sum.get() + read(&io, 5).await);
+        });
+        settle(&core, &mut tasks);
+        assert_eq!((done.get(), most.get()), (1005, 2), "the third comes when two are with the kernel");
+        // One slot and the four parts that it had at once: no more were made, and all are free again.
+        let mut slots: Vec<_> = (0..6).map(|_| core.allocate()).collect();
+        slots.sort_unstable();
+        assert_eq!(slots, [0, 1, 2, 3, 4, 5]);
+        assert!(slots.iter().all(|slot| core.parent(*slot).is_none()));
+    }
+
+    #[test]
+    fn parts_hear_of_wakes_and_interruptions() {
+        const HOUR: std::time::Duration = std::time::Duration::from_secs(3600);
+        let core = uring();
+        let parked = Rc::<Cell<u32>>::default();
+        let (part, ended) = (parked.clone(), Rc::<Cell<bool>>::default());
+        let end = ended.clone();
+        let mut tasks = Tasks::new(core.clone());
+        let slot = tasks.add(|io| async move {
+            let rest = async |io: &Io<Uring>| {
+                io.rest_for(HOUR).await;
+                io.is_interrupted()
+            };
+            let woken = async |io: &Io<Uring>| {
+                part.set(io.slot());
+                io.park().await;
+                rest(io).await
+            };
+            let (one, other) = io.join(rest, woken).await;
+            // One that begins now is interrupted from the start.
+            let (late, _) = io.join(rest, async |_| ()).await;
+            end.set(one && other && late);
+        });
+        core.ring().enter(false).unwrap();
+        assert_ne!(parked.get(), slot);
+        core.wake(parked.get());
+        tasks.run_ready();
+        assert_eq!(core.in_flight(), 2, "both rest");
+        core.interrupt(slot);
+        settle(&core, &mut tasks);
+        assert!(ended.get());
+    }
+
+    #[test]
+    fn what_the_kernel_does_for_a_part_is_leaked_with_the_whole() {
+        let core = Core::new(SimRing::new(1, Faults::default()));
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let target = core.ring().register(std::os::fd::AsRawFd::as_raw_fd(&file));
+        let gone = Rc::<Cell<bool>>::default();
+        let witness = Witness(gone.clone());
+        let mut tasks = Tasks::new(core.clone());
+        let slot = tasks.add(|io| async move {
+            let mut bytes = Box::new([0u8; 4096]);
+            let read = Sqe::Read { file: target, range: Iovec::of(&mut *bytes), offset: 0 };
+            io.join(async |io| io.submit(&read).await, async |io| io.park().await).await;
+            drop(witness);
+        });
+        tasks.remove(slot);
+        assert!(!gone.get());
+        core.ring().enter(true).unwrap();
+        assert!(!gone.get());
     }
 
     #[test]

@@ -61,6 +61,13 @@ macro_rules! shift {
 
 shift!(PassConfig, "pass", Pass);
 shift!(OffsetConfig, "offset", Offset);
+shift!(HalvesConfig, "halves", Halves);
+
+impl Halves {
+    fn new(_: u32) -> Halves {
+        Halves
+    }
+}
 
 impl Pass {
     fn new(_: u32) -> Pass {
@@ -74,7 +81,7 @@ impl Offset {
     }
 }
 
-// RequestLabel a layer takes that changes nothing: begin
+// What a layer takes that changes nothing: begin
 pub struct Pass;
 
 #[rustfmt::skip]
@@ -93,7 +100,7 @@ impl Layer for Pass {
 }
 // end
 
-// RequestLabel one takes that shows its base from some sector on: begin
+// What one takes that shows its base from some sector on: begin
 pub struct Offset {
     sectors: u64,
 }
@@ -133,6 +140,42 @@ impl Layer for Offset {
 }
 // end
 
+/// Submits two halves of each request at once, and of each half two.
+pub struct Halves;
+
+#[rustfmt::skip]
+impl Layer for Halves {
+    // As a mirror or a stripe would: what one half failed with must not be taken for both.
+    fn geometry(&self, below: Geometry) -> Result<Geometry, GeometryError> { Ok(below) }
+    fn capabilities(&self, below: Capabilities) -> Capabilities { below }
+    fn bytes_below(&self, bytes: u64) -> u64 { bytes }
+    fn bytes_above(&self, bytes: u64) -> u64 { bytes }
+    fn losses(&self) -> Option<&Losses> { None }
+    fn switch(&self, _: bool) -> bool { false }
+    fn abandon(&self) {}
+
+    async fn submit<R: Ring>(&self, io: &Io<R>, request: &Request<'_>, below: &Edge<R>) -> Result<(), Errno> {
+        let Some((one, other)) = halves(request) else { return below.submit(io, request).await };
+        let quarters = async |io: &Io<R>, half: &Request<'_>| match halves(half) {
+            None => below.submit(io, half).await,
+            Some((one, other)) => {
+                let both = io.join(async |io| below.submit(io, &one).await, async |io| below.submit(io, &other).await);
+                let (one, other) = both.await;
+                one.and(other)
+            }
+        };
+        let (one, other) = io.join(async |io| quarters(io, &one).await, async |io| quarters(io, &other).await).await;
+        one.and(other)
+    }
+}
+
+/// A request in two, on whole blocks of 4 KiB.
+fn halves<'a>(request: &Request<'a>) -> Option<(Request<'a>, Request<'a>)> {
+    let half = request.sectors / 2 / 8 * 8;
+    let splits = request.op != Op::Flush && half > 0;
+    splits.then(|| (request.part(0, half), request.part(half, request.sectors - half)))
+}
+
 #[test]
 fn a_layer_takes_few_lines() {
     let text = include_str!("layers.rs");
@@ -143,21 +186,33 @@ fn a_layer_takes_few_lines() {
     }
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Pass,
+    Offset,
+    Halves,
+}
+
+fn kind() -> impl Strategy<Value = Kind> {
+    prop_oneof![Just(Kind::Pass), Just(Kind::Offset), Just(Kind::Halves)]
+}
+
 /// Settings of the volumes that stand one on the other, from the bottom up: each named by its number.
-fn volumes(leaf: VolumeConfig, layers: &[(bool, u32)]) -> (BTreeMap<String, VolumeConfig>, String) {
+fn volumes(leaf: VolumeConfig, layers: &[(Kind, u32)]) -> (BTreeMap<String, VolumeConfig>, String) {
     let mut volumes = BTreeMap::from([("0".to_owned(), leaf)]);
-    for (number, (offset, sectors)) in layers.iter().enumerate() {
+    for (number, (kind, sectors)) in layers.iter().enumerate() {
         let (base, sectors) = (number.to_string(), *sectors);
-        let layer = match offset {
-            true => VolumeConfig::Offset(OffsetConfig { base, sectors }),
-            false => VolumeConfig::Pass(PassConfig { base, sectors }),
+        let layer = match kind {
+            Kind::Offset => VolumeConfig::Offset(OffsetConfig { base, sectors }),
+            Kind::Pass => VolumeConfig::Pass(PassConfig { base, sectors }),
+            Kind::Halves => VolumeConfig::Halves(HalvesConfig { base, sectors }),
         };
         volumes.insert((number + 1).to_string(), layer);
     }
     (volumes, layers.len().to_string())
 }
 
-fn tree(leaf: VolumeConfig, layers: &[(bool, u32)]) -> Volume {
+fn tree(leaf: VolumeConfig, layers: &[(Kind, u32)]) -> Volume {
     let (volumes, top) = volumes(leaf, layers);
     let opener = Opener::new(&top, &volumes, PolicyConfig::default(), TopologyConfig::default());
     opener.unwrap().open(Duration::MAX).unwrap()
@@ -169,8 +224,8 @@ fn file(path: &Path) -> VolumeConfig {
 }
 
 /// Bytes that the layers take away in front.
-fn shifted(layers: &[(bool, u32)]) -> usize {
-    layers.iter().filter(|(offset, _)| *offset).map(|(_, sectors)| *sectors as usize * 512).sum()
+fn shifted(layers: &[(Kind, u32)]) -> usize {
+    layers.iter().filter(|(kind, _)| *kind == Kind::Offset).map(|(_, sectors)| *sectors as usize * 512).sum()
 }
 
 proptest! {
@@ -182,7 +237,7 @@ proptest! {
         plan in plan(),
         faults in faults(),
         seed: u64,
-        layers in prop::collection::vec((any::<bool>(), 0..50u32), 0..5),
+        layers in prop::collection::vec((kind(), 0..50u32), 0..5),
         in_memory: bool,
     ) {
         let (front, len) = (shifted(&layers), plan.len() * SHARE * 512);
