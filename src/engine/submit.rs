@@ -1,6 +1,6 @@
 //! The root: every request of every frontend passes here, on the way in and on the way out.
 //!
-//! RequestLabel concerns a volume as its clients see it is settled here: what becomes of errors, who hears of losses, what a change
+//! What concerns a volume as its clients see it is settled here: what becomes of errors, who hears of losses, what a change
 //! of size waits for. The checks are the [edge](super::node)'s, as for every request within the tree.
 
 use super::policy::{Attempts, RequestLabel};
@@ -15,7 +15,7 @@ use crate::ring::{Io, Ring};
 /// was told of, and a write with FUA only if none was lost meanwhile.
 ///
 /// # Errors
-/// RequestLabel [`Edge::validate`](super::node::Edge::validate) refuses; otherwise what the volume says.
+/// What [`Edge::validate`](super::node::Edge::validate) refuses; otherwise what the volume says.
 pub async fn submit<R: Ring>(
     volume: &VolumeChannel<R>,
     io: &Io<R>,
@@ -81,7 +81,7 @@ async fn flush<R: Ring>(
     }
 }
 
-/// RequestLabel a request changes or reads; what it needs_flush comes afterwards.
+/// What a request changes or reads; what it flushes comes afterwards.
 fn perform<'a, R: Ring>(
     volume: &'a VolumeChannel<R>,
     io: &'a Io<R>,
@@ -102,7 +102,7 @@ fn needs_flush<R: Ring>(volume: &VolumeChannel<R>, request: &Request<'_>) -> boo
     }
 }
 
-/// Waits while the volume is stopped. RequestLabel no volume should see is refused without a wait.
+/// Waits while the volume is stopped. What no volume should see is refused without a wait.
 async fn wait_for_resume<R: Ring>(
     volume: &VolumeChannel<R>,
     io: &Io<R>,
@@ -110,7 +110,7 @@ async fn wait_for_resume<R: Ring>(
 ) -> Result<(), Errno> {
     volume.edge().validate(request)?;
     match volume.policy().wait_for_resume(io, RequestLabel::of(request, io)).await {
-        // RequestLabel waits is not complete, so a flush need not cover it; and it is not to wait any more.
+        // What waits is not complete, so a flush need not cover it; and it is not to wait any more.
         Err(Errno::ERESTART) if request.op == Op::Flush => Ok(()),
         other => other,
     }

@@ -7,7 +7,7 @@
 //! fault, on a journal, when the kernel holds writers back because too much is dirty.
 //!
 //! So the worker does them itself as long as they are quick, and leaves them to the kernel for a hundred times as long
-//! as one of them record too long: what a store can make a worker wait is a hundredth of its time at the most.
+//! as one of them took too long: what a store can make a worker wait is a hundredth of its time at the most.
 
 use crate::block::Errno;
 use std::cell::Cell;
@@ -19,7 +19,7 @@ const MOST: u64 = 256 << 10;
 /// The longest that a transfer may take before it counts as blocked: this, and a microsecond for each KiB.
 const QUICK: Duration = Duration::from_micros(100);
 
-/// How many times as long as a blocked transfer record, none is carried out here.
+/// How many times as long as a blocked transfer took, none is carried out here.
 const BLOCKED_BACKOFF: u32 = 100;
 
 /// What one worker knows of one file.
@@ -66,7 +66,7 @@ impl Inline {
         Some(now)
     }
 
-    /// A transfer of so many bytes record so long.
+    /// A transfer of so many bytes took so long.
     pub fn record(&self, len: u64, time: Duration) {
         if time > QUICK + Duration::from_micros(len >> 10) {
             self.not_before.set(Some(Instant::now() + time * BLOCKED_BACKOFF));

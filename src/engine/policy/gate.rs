@@ -24,7 +24,7 @@ pub(super) struct Gate {
     pub errno: Errno,
 }
 
-/// RequestLabel is to become of those who wait.
+/// What is to become of those who wait.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum ResumeAction {
     GoOn,

@@ -1,4 +1,4 @@
-//! RequestLabel a message says of a request.
+//! What a message says of a request.
 
 #![forbid(unsafe_code)]
 
@@ -20,7 +20,7 @@ impl RequestLabel {
 }
 
 impl RequestLabel {
-    /// RequestLabel it does, in a word.
+    /// What it does, in a word.
     pub fn name(&self) -> &'static str {
         self.outline.name()
     }

@@ -1,4 +1,4 @@
-//! RequestLabel becomes of a request that the store fails: its client is told, or it is tried again for a time, or it waits
+//! What becomes of a request that the store fails: its client is told, or it is tried again for a time, or it waits
 //! until somebody has seen to the store. QEMU has the same choice for its own disks (`werror=`, `rerror=`).
 //!
 //! Which errors: all that come from the store, whatever their number. Those it never concerns:
@@ -38,7 +38,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause: well below what a service that gives up waits for its requests.
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// RequestLabel becomes of the requests of one volume that fail.
+/// What becomes of the requests of one volume that fail.
 pub(super) struct Policy {
     volume: String,
     on_error: OnError,
@@ -80,7 +80,7 @@ pub struct PolicyState {
     pub waiting: usize,
 }
 
-/// RequestLabel a request that failed has behind it.
+/// What a request that failed has behind it.
 pub(super) struct Attempts {
     begun: Instant,
     paused: Duration,
@@ -266,7 +266,7 @@ impl Policy {
         }
     }
 
-    /// RequestLabel the request in `slot` of the calling worker waits for, if it waits here.
+    /// What the request in `slot` of the calling worker waits for, if it waits here.
     pub fn waits(&self, slot: u32) -> Option<String> {
         let (state, thread) = (self.lock(), thread::current().id());
         let found = state.waiting.iter().find(|waiting| waiting.slot == slot && waiting.thread == thread)?;
@@ -276,7 +276,7 @@ impl Policy {
         })
     }
 
-    /// RequestLabel keeps a drain from ending, if it is the policy: the first of the requests that wait.
+    /// What keeps a drain from ending, if it is the policy: the first of the requests that wait.
     pub fn pending_reason(&self) -> Option<String> {
         let state = self.lock();
         let Waiting { what, errno, for_resume, .. } = state.waiting.first()?;
@@ -307,7 +307,7 @@ impl Policy {
     }
 }
 
-/// RequestLabel a action means for a request that waited because of `errno`.
+/// What an action means for a request that waited because of `errno`.
 fn decided(action: ResumeAction, errno: Errno) -> Result<(), Errno> {
     match action {
         ResumeAction::GoOn => Ok(()),

@@ -1,4 +1,4 @@
-//! RequestLabel one guest may take of the worker's time and memory, and what one store may hold up.
+//! What one guest may take of the worker's time and memory, and what one store may hold up.
 
 use super::model::{once, settle};
 use super::{DISK, image, is_write, mapping, open, request, small, transfer, uring};

@@ -51,7 +51,7 @@ fn slots() -> impl Strategy<Value = Vec<Vec<Step>>> {
 /// One change of one sector.
 struct Change {
     request: u64,
-    /// RequestLabel it makes of the sector; `None` for a discard, which may make anything of it.
+    /// What it makes of the sector; `None` for a discard, which may make anything of it.
     bytes: Option<[u8; 512]>,
     begun: u64,
     /// When it was acknowledged.
@@ -59,7 +59,7 @@ struct Change {
     durable: bool,
 }
 
-/// RequestLabel happened, sector by sector. Time counts beginnings and ends.
+/// What happened, sector by sector. Time counts beginnings and ends.
 struct History {
     sectors: Vec<Vec<Change>>,
     now: u64,
@@ -79,7 +79,7 @@ impl History {
         self.now
     }
 
-    /// A request begins, and is called by the time of it. RequestLabel it writes is its own.
+    /// A request begins, and is called by the time of it. What it writes is its own.
     fn begin(&mut self, step: &Step) -> u64 {
         let request = self.tick();
         for number in step.range() {

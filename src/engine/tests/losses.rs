@@ -52,7 +52,7 @@ impl World {
         file.losses()
     }
 
-    /// RequestLabel becomes of requests that are made at the same time, each by a queue of an export.
+    /// What becomes of requests that are made at the same time, each by a queue of an export.
     fn together(&self, requests: &[(usize, usize, Op, bool)]) -> Vec<Result<(), Errno>> {
         let mut tasks = Tasks::new(self.core.clone());
         let outcomes: Vec<Outcome> = requests.iter().map(|_| Outcome::default()).collect();
@@ -225,7 +225,7 @@ fn an_idle_queue_that_starts_again_is_no_new_driver() {
     assert_eq!(world.flush_both(), [Ok(()); 2]);
 }
 
-/// A guest that reboots, or wakes up, has its driver begin anew. RequestLabel it was not told of it still hears, and what one of
+/// A guest that reboots, or wakes up, has its driver begin anew. What it was not told of it still hears, and what one of
 /// its queues was told of it does not hear again.
 #[test]
 fn a_driver_answers_for_the_one_before_it() {

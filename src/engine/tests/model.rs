@@ -91,9 +91,9 @@ pub fn faults() -> impl Strategy<Value = Faults> {
     )
 }
 
-/// RequestLabel a test wants to know of a ring besides.
+/// What a test wants to know of a ring besides.
 pub trait Tested: Ring {
-    /// RequestLabel a power cut would leave of the volume, where that can be known.
+    /// What a power cut would leave of the volume, where that can be known.
     fn stable(&self) -> Option<Vec<u8>>;
 }
 
@@ -113,7 +113,7 @@ impl Tested for Uring {
 pub struct Model {
     bytes: Vec<u8>,
     sectors: Vec<Sector>,
-    /// Flushes that failed. RequestLabel is written while one fails may be lost without another word.
+    /// Flushes that failed. What is written while one fails may be lost without another word.
     failed_flushes: u32,
     /// Flushes that have not ended.
     flushing: u32,
@@ -160,7 +160,7 @@ impl<R: Tested> Run<R> {
         Run { front, ..self }
     }
 
-    /// RequestLabel a power cut would leave of the volume, where that can be known.
+    /// What a power cut would leave of the volume, where that can be known.
     fn stable(&self, io: &Io<R>) -> Option<Vec<u8>> {
         io.core().ring().stable().map(|mut store| store.split_off(self.front))
     }
@@ -243,7 +243,7 @@ impl<R: Tested> Run<R> {
             self.model.borrow().check_read(range, &collect(&found, &places));
         }
         if step.op == Op::Read && self.keeps {
-            // RequestLabel was read has been looked at, and a read that fails may leave anything there.
+            // What was read has been looked at, and a read that fails may leave anything there.
             lay_out(&vec![0; places.iter().map(|place| place.1).sum()], &places, &mut found);
             lay_out(&vec![0; places.iter().map(|place| place.1).sum()], &places, &mut expected);
         }
@@ -327,7 +327,7 @@ impl Model {
     }
 
     /// A flush ends. Whether it keeps its promise: when another flush is under way, the store's one error may
-    /// have been told to that one already. RequestLabel a failed flush should have written is never promised again.
+    /// have been told to that one already. What a failed flush should have written is never promised again.
     fn end_flush(&mut self, result: Result<(), Errno>) -> bool {
         self.flushing -= 1;
         if result.is_err() {
@@ -387,7 +387,7 @@ fn lay_out(bytes: &[u8], places: &[(usize, usize)], memory: &mut [u8]) {
     }
 }
 
-/// RequestLabel is at the places.
+/// What is at the places.
 fn collect(memory: &[u8], places: &[(usize, usize)]) -> Vec<u8> {
     places.iter().flat_map(|(at, len)| &memory[*at..][..*len]).copied().collect()
 }

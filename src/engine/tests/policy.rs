@@ -1,4 +1,4 @@
-//! RequestLabel becomes of requests that the store fails.
+//! What becomes of requests that the store fails.
 
 use super::*;
 use crate::engine::config::{OnError, PolicyConfig};
@@ -117,7 +117,7 @@ fn a_failed_sync_is_never_tried_again() {
 
 type Any = Pin<Box<dyn Future<Output = ()>>>;
 
-/// RequestLabel became of requests, by their sectors.
+/// What became of requests, by their sectors.
 type Ended = Vec<(u64, Result<(), Errno>)>;
 
 /// A volume that stops, on a file whose end can be cut off, and what became of the requests.
@@ -158,7 +158,7 @@ impl World {
         })
     }
 
-    /// Goes on until so many requests have ended, and so many wait. RequestLabel ended since the last call.
+    /// Goes on until so many requests have ended, and so many wait. What ended since the last call.
     fn until(&mut self, ended: usize, waiting: usize) -> Ended {
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut cqes = Vec::new();

@@ -1,4 +1,4 @@
-//! InflightLog taken, found again, and made up.
+//! Notes taken, found again, and made up.
 
 #![forbid(unsafe_code)]
 

@@ -35,7 +35,7 @@ impl Kept {
         bytes
     }
 
-    /// A worker for the vring, as a VMM has it made after a kill: it knows the used index, and has the inflight_log.
+    /// A worker for the vring, as a VMM has it made after a kill: it knows the used index, and has the in-flight log.
     fn worker(&self, driver: &Driver, seed: u64, faults: Faults) -> Worker {
         let file = self.file.try_clone().unwrap();
         let mut setup = driver.setup(device(), FEATURES);

@@ -93,7 +93,7 @@ fn what_was_not_taken_again_is_left_in_its_order() {
     }
 }
 
-/// InflightLog that come while the vring runs: what it has in flight is noted there too.
+/// Notes that come while the vring runs: what it has in flight is noted there too.
 #[test]
 fn what_goes_on_is_noted_in_new_notes() {
     let (mut driver, mut vring, heads) = six(None);
