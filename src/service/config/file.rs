@@ -110,22 +110,28 @@ impl<'a> Document<'a> {
         let DeValue::Table(volumes) = value.into_inner() else {
             return Err(self.error_at(at, "volumes are written as [volume.NAME] tables"));
         };
-        volumes
-            .into_iter()
-            .map(|(name, value)| {
-                let at = name.span().start;
-                let name = name.into_inner().into_owned();
-                Ok((name, self.volume(at, value)?))
-            })
-            .collect()
+        let mut found = Vec::new();
+        for (name, value) in volumes {
+            let at = name.span().start;
+            self.volume(name.into_inner().into_owned(), at, value, &mut found)?;
+        }
+        Ok(found)
     }
 
-    fn volume(&self, at: usize, value: Spanned<DeValue<'a>>) -> Result<Volume, ConfigError> {
+    /// Adds a volume to those found, after the one that it stands on where that is written in its own table.
+    fn volume(
+        &self,
+        name: String,
+        at: usize,
+        value: Spanned<DeValue<'a>>,
+        found: &mut Vec<(String, Volume)>,
+    ) -> Result<(), ConfigError> {
         let span = value.span();
         let DeValue::Table(mut table) = value.into_inner() else {
             return Err(self.error_at(at, "a volume is written as a [volume.NAME] table"));
         };
         let mut lines = self.key_lines(&table);
+        self.nested(&name, &mut table, found)?;
         let limits = table.remove(LimitsConfig::TABLE);
         if let Some(DeValue::Table(limits)) = limits.as_ref().map(Spanned::get_ref) {
             // No key of a volume has the name of a limit.
@@ -143,7 +149,7 @@ impl<'a> Document<'a> {
             // Let the one place that knows all drivers word it, and point at the word itself.
             let empty = table_value(DeTable::new(), driver_at.clone());
             return VolumeConfig::from_driver(&driver, empty)
-                .map(|volume| Item::new((volume, <_>::default(), <_>::default(), <_>::default()), origin))
+                .map(drop)
                 .map_err(|error| self.error(&error, driver_at.start));
         }
         let policy = self.common(&mut table, &PolicyConfig::KEYS, &span, at)?;
@@ -158,7 +164,26 @@ impl<'a> Document<'a> {
                 read.map_err(|error| self.error(&error, at))?
             }
         };
-        Ok(Item::new((volume, policy, topology, limits), origin))
+        found.push((name, Item::new((volume, policy, topology, limits), origin)));
+        Ok(())
+    }
+
+    /// A base that is a table is a volume of its own, named after what stands on it: `[volume.vm1.base]` is `vm1.base`.
+    fn nested(
+        &self,
+        name: &str,
+        table: &mut DeTable<'a>,
+        found: &mut Vec<(String, Volume)>,
+    ) -> Result<(), ConfigError> {
+        const KEY: &str = "base";
+        if !matches!(table.get(KEY).map(Spanned::get_ref), Some(DeValue::Table(_))) {
+            return Ok(());
+        }
+        let Some((key, value)) = table.remove_entry(KEY) else { return Ok(()) };
+        let (base, span) = (format!("{name}.{KEY}"), value.span());
+        self.volume(base.clone(), key.span().start, value, found)?;
+        table.insert(key, Spanned::new(span, DeValue::String(base.into())));
+        Ok(())
     }
 
     /// Takes the settings out of a volume's table that any driver has.
@@ -287,6 +312,47 @@ mod tests {
         assert_eq!(found.volumes[0].1.origin.place("block-size"), "r.toml:1");
         assert_eq!(found.ublk[0].origin.place(""), "r.toml:5");
         assert_eq!(found.ublk[0].origin.place("depth"), "r.toml:7");
+    }
+
+    #[test]
+    fn a_base_may_be_written_where_it_is_used() {
+        let text = "\
+[volume.vm1]
+driver = \"fault\"
+errors = \"1%\"
+[volume.vm1.base]
+driver = \"fault\"
+base = { driver = \"null\", size = \"1G\" }
+";
+        let found = parse(Path::new("r.toml"), text).unwrap();
+        let told = found.volumes.iter().map(|(name, item)| {
+            let (volume, ..) = &item.value;
+            (&**name, volume.summary().base.map(str::to_owned), item.origin.place("driver"))
+        });
+        let expected = [
+            ("vm1.base.base", None, "r.toml:6"),
+            ("vm1.base", Some("vm1.base.base"), "r.toml:5"),
+            ("vm1", Some("vm1.base"), "r.toml:2"),
+        ];
+        let expected = expected.map(|(name, base, place)| (name, base.map(str::to_owned), place.to_owned()));
+        assert_eq!(told.collect::<Vec<_>>(), expected);
+        // What is wrong in it is told of its own lines.
+        for (text, line, word) in [
+            ("[volume.a]\ndriver = \"fault\"\n[volume.a.base]\nsize = 3\n", 3, "driver"),
+            ("[volume.a]\ndriver = \"fault\"\n[volume.a.base]\ndriver = \"null\"\nsize = \"1Q\"\n", 5, "1Q"),
+            ("[volume.a]\ndriver = \"fault\"\nbase = 3\n", 3, "text in quotes"),
+            (
+                "[volume.a]\ndriver = \"null\"\nsize = 512\n[volume.a.base]\ndriver = \"null\"\nsize = 512\n",
+                4,
+                "base",
+            ),
+        ] {
+            let error = error(text);
+            assert!(
+                error.starts_with(&format!("r.toml:{line}: ")) && error.contains(word),
+                "{text}\n{error}"
+            );
+        }
     }
 
     #[test]
