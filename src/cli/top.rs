@@ -202,12 +202,15 @@ impl Look {
             short(bytes),
             workers.collect::<Vec<_>>().join(", ")
         );
-        let head =
-            ["R/s", "W/s", "OTHER/s", "R B/s", "W B/s", "P50", "P99", "P99.9", "DEPTH", "ERR/s", "EXPORT"];
+        let head = [
+            "VOLUME", "R/s", "W/s", "OTHER/s", "R B/s", "W B/s", "P50", "P99", "P99.9", "DEPTH", "ERR/s",
+            "EXPORT",
+        ];
         let mut rows = vec![head.map(String::from)];
         for row in &self.exports {
             let took = |time| duration(time, row.requests);
             rows.push([
+                row.volume.clone(),
                 short(row.read_iops),
                 short(row.write_iops),
                 short(row.other_iops),
@@ -408,8 +411,8 @@ mod tests {
         let expected = "\
 1 exports, 2.00k operations/s, 8.19MB/s; workers busy: 0: 50%
 
-R/s    W/s  OTHER/s  R B/s  W B/s  P50      P99      P99.9    DEPTH  ERR/s  EXPORT
-2.00k  0    0        8.19M  0      81.9 us  81.9 us  81.9 us  0      0      ublk:root
+VOLUME  R/s    W/s  OTHER/s  R B/s  W B/s  P50      P99      P99.9    DEPTH  ERR/s  EXPORT
+root    2.00k  0    0        8.19M  0      81.9 us  81.9 us  81.9 us  0      0      ublk:root
 ";
         assert_eq!(text, expected);
     }
