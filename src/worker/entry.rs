@@ -19,7 +19,7 @@ const MOST_SLOTS: usize = 4096;
 /// What each queue gets all the same, so that none waits for another.
 const LEAST_SLOTS: usize = 32;
 
-/// Names a queue on its worker until it is [stopped](WorkerHandle::stop), or has ended.
+/// Names a queue on its worker until it is [stopped](super::WorkerHandle::stop), or has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueId(pub(super) u32);
 

@@ -1,7 +1,7 @@
 //! A volume on an NBD server: any that speaks fixed newstyle, over a unix socket or TCP, with TLS or without.
 //!
 //! What is where: [`uri`] says where the server is, [`protocol`] reads and writes the bytes, [`handshake`] and [`connect`] make a connection
-//! (blocking, on the service thread and on helper threads alone), [`tls`] encrypts it, [`reconnect`] is such a helper, [`inflight`]
+//! (blocking, on the service thread and on helper threads alone), [`tls`] encrypts it, [`reconnect`] is such a helper, [`pending`]
 //! keeps the requests of a connection, [`unflushed`] what is not flushed yet, [`connection`] moves bytes on the
 //! worker's ring ([`exchange`] for the requests, [`tasks`] for itself), [`pool`] keeps a worker's connections
 //! alive, and [`ops`] makes requests out of operations.

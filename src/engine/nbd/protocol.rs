@@ -1,7 +1,7 @@
 //! The bytes of the NBD protocol: requests written, replies and option replies read. No I/O here.
 //!
 //! Names and values are those of the protocol document (`doc/proto.md` of the NBD project). What comes from
-//! the server is checked for form here and against the request it answers in [`inflight`](super::inflight).
+//! the server is checked for form here and against the request it answers in [`pending`](super::pending).
 
 #![forbid(unsafe_code)]
 #![allow(dead_code, reason = "a family of values is given whole, whichever of them we use")]
