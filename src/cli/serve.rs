@@ -94,6 +94,10 @@ pub(super) struct Args {
         "Where `ringblk list` and `ringblk stop` find the service [default: {DEFAULT_CONTROL}]"
     ))]
     control: Option<PathBuf>,
+    /// Where anybody who can connect may read /metrics, and / in a browser shows a status page; nothing can be changed
+    /// there [default: nowhere but /metrics on the control socket]
+    #[arg(long, value_name = "ADDRESS:PORT|SOCKET[,key=value...]")]
+    metrics: Option<String>,
     /// Whether the service gives up the rights that it does not need once it runs; log: system calls that would be
     /// refused are only logged by the kernel [default: on]
     #[arg(long, value_name = "on|off|log")]
@@ -147,6 +151,9 @@ fn load(args: &Args) -> Result<Config, ConfigError> {
     }
     if let Some(path) = &args.control {
         loader.set_control(path.clone());
+    }
+    if let Some(text) = &args.metrics {
+        loader.set_metrics_flag(text)?;
     }
     loader.finish()
 }

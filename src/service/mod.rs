@@ -8,6 +8,7 @@ pub mod control;
 mod exports;
 pub mod features;
 pub mod metrics;
+pub mod monitor;
 pub mod namespace;
 pub mod orphans;
 pub mod preflight;

@@ -16,7 +16,7 @@ use nix::unistd::{Gid, Uid, getgroups};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::config::Config;
+use super::config::{Config, MetricsAddress};
 use crate::engine::config::Need;
 use crate::engine::nbd;
 use crate::frontend::vhost_user::config::VhostUserConfig;
@@ -31,11 +31,15 @@ pub fn problems(config: &Config) -> Vec<String> {
         true => format!("control: {problem}"),
         false => format!("control: {problem} (another user than root gives --control SOCKET)"),
     });
+    let metrics = match &config.metrics {
+        Some(MetricsAddress::Unix(at)) => socket(&at.path).err().map(|problem| format!("metrics: {problem}")),
+        _ => None,
+    };
     let exports = config.vhost_user.iter().filter_map(|export| {
         let problem = socket(&export.socket).and_then(|()| owner(export));
         problem.err().map(|problem| format!("vhost-user {}: {problem}", export.volume))
     });
-    volumes.chain(control).chain(exports).collect()
+    volumes.chain(control).chain(metrics).chain(exports).collect()
 }
 
 /// What is missing of the volumes that are required, or of the others.

@@ -202,7 +202,7 @@ fn numeric_id(text: &str) -> Option<u32> {
 }
 
 /// Only a string: a bare 600 in a file would be read as decimal, and 400 would quietly become 0620.
-fn octal_mode<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
+pub(crate) fn octal_mode<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     struct ModeVisitor;
 
     impl Visitor<'_> for ModeVisitor {

@@ -38,6 +38,7 @@ pub(super) struct Found {
     pub poll_us: Option<Item<u32>>,
     pub slow_after: Option<Item<u64>>,
     pub control: Option<Item<PathBuf>>,
+    pub metrics: Option<Item<String>>,
     pub sandbox: Option<Item<SandboxMode>>,
     pub volumes: Vec<(String, Volume)>,
     pub ublk: Vec<Item<UblkConfig>>,
@@ -74,13 +75,14 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Found, ConfigError> {
             "poll-us" => found.poll_us = Some(document.scalar(at, value)?),
             "slow-after" => found.slow_after = Some(document.scalar(at, value)?),
             "control" => found.control = Some(document.scalar(at, value)?),
+            "metrics" => found.metrics = Some(document.scalar(at, value)?),
             "sandbox" => found.sandbox = Some(document.scalar(at, value)?),
             "volume" => found.volumes = document.volumes(at, value)?,
             "ublk" => found.ublk = document.exports("ublk", at, value)?,
             "vhost-user" => found.vhost_user = document.exports("vhost-user", at, value)?,
             other => {
                 let reason = format!(
-                    "unknown key \"{other}\", there are: workers, poll-us, slow-after, control, sandbox, [volume.NAME], [[ublk]], [[vhost-user]]"
+                    "unknown key \"{other}\", there are: workers, poll-us, slow-after, control, metrics, sandbox, [volume.NAME], [[ublk]], [[vhost-user]]"
                 );
                 return Err(document.error_at(at, reason));
             }

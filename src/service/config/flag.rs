@@ -10,6 +10,7 @@ use serde::de::value::{Error, MapDeserializer, StrDeserializer};
 use serde::de::{Deserializer, Error as _, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
+use super::MetricsAddress;
 use crate::engine::config::{LimitsConfig, PolicyConfig, TopologyConfig, VolumeConfig};
 use crate::engine::nbd::is_uri;
 use crate::frontend::ublk::config::UblkConfig;
@@ -49,6 +50,17 @@ pub(super) fn vhost_user(text: &str) -> Result<VhostUserConfig, String> {
     let (head, options) = parts.split_first().ok_or(form)?;
     let (volume, socket) = head.split_once('=').ok_or(form)?;
     read(&settings(&[("volume", volume), ("socket", socket)], options)?)
+}
+
+/// `ADDRESS:PORT`, or `PATH[,mode=OCTAL][,owner=USER:GROUP]`
+pub(super) fn metrics(text: &str) -> Result<MetricsAddress, String> {
+    if let Ok(address) = text.parse() {
+        return Ok(MetricsAddress::Tcp(address));
+    }
+    let form = "write ADDRESS:PORT with a numeric address (127.0.0.1:9123), or PATH[,mode=0660][,owner=USER:GROUP] with a / in it";
+    let parts = split(text)?;
+    let (path, options) = parts.split_first().filter(|(path, _)| path.contains('/')).ok_or(form)?;
+    Ok(MetricsAddress::Unix(read(&settings(&[("path", path)], options)?)?))
 }
 
 /// Splits at single commas and makes double ones single.

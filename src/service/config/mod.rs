@@ -9,6 +9,7 @@
 mod check;
 mod file;
 mod flag;
+mod metrics;
 mod origin;
 mod sandbox_mode;
 mod words;
@@ -23,6 +24,7 @@ use crate::engine::graph;
 use crate::frontend::ublk::config::UblkConfig;
 use crate::frontend::vhost_user::config::VhostUserConfig;
 
+pub use metrics::{MetricsAddress, MetricsSocket};
 use origin::{Item, Origin, printable};
 pub use sandbox_mode::SandboxMode;
 use words::plain;
@@ -40,6 +42,8 @@ pub struct Config {
     pub poll_us: u32,
     /// The control socket.
     pub control: PathBuf,
+    /// Where the service's numbers can be read, and nothing can be changed.
+    pub metrics: Option<MetricsAddress>,
     /// Seconds after which a request in flight is reported, up to [`Config::MAX_SLOW_AFTER`]; 0: never.
     pub slow_after: u64,
     /// What the service gives up once it runs.
@@ -133,6 +137,7 @@ pub struct Loader {
     poll_us: Option<Item<u32>>,
     slow_after: Option<Item<u64>>,
     control: Option<Item<PathBuf>>,
+    metrics: Option<Item<MetricsAddress>>,
     sandbox: Option<Item<SandboxMode>>,
     volumes: BTreeMap<String, Item<VolumeConfig>>,
     policies: BTreeMap<String, PolicyConfig>,
@@ -166,6 +171,10 @@ impl Loader {
         self.poll_us = self.poll_us.take().or(found.poll_us);
         self.slow_after = self.slow_after.take().or(found.slow_after);
         self.control = self.control.take().or(found.control);
+        if let (None, Some(Item { value, origin })) = (&self.metrics, found.metrics) {
+            let value = flag::metrics(&value).map_err(|reason| origin.key_error("metrics", reason))?;
+            self.metrics = Some(Item::new(value, origin));
+        }
         self.sandbox = self.sandbox.take().or(found.sandbox);
         for (name, volume) in found.volumes {
             self.add_volume(name, volume)?;
@@ -204,6 +213,17 @@ impl Loader {
         let origin = Origin::flag("--vhost-user", text);
         let export = flag::vhost_user(text).map_err(|reason| origin.error(reason))?;
         self.vhost_user.push(Item::new(export, origin));
+        Ok(())
+    }
+
+    /// Sets where the numbers can be read, over what a file said: `ADDRESS:PORT` or `PATH[,mode=OCTAL][,owner=USER:GROUP]`.
+    ///
+    /// # Errors
+    /// Text of another form.
+    pub fn set_metrics_flag(&mut self, text: &str) -> Result<(), ConfigError> {
+        let origin = Origin::flag("--metrics", text);
+        let address = flag::metrics(text).map_err(|reason| origin.error(reason))?;
+        self.metrics = Some(Item::new(address, origin));
         Ok(())
     }
 
@@ -248,6 +268,7 @@ impl Loader {
             poll_us: self.poll_us.map_or(Config::DEFAULT_POLL_US, |item| item.value),
             sandbox: self.sandbox.map_or_else(SandboxMode::default, |item| item.value),
             control: self.control.map_or_else(|| DEFAULT_CONTROL.into(), |item| item.value),
+            metrics: self.metrics.map(|item| item.value),
             slow_after: self.slow_after.map_or(Config::DEFAULT_SLOW_AFTER, |item| item.value),
             policies: self.policies,
             topologies: self.topologies,
@@ -285,6 +306,9 @@ impl fmt::Display for Config {
             None => writeln!(f, "workers: as many as CPUs, at most the queues")?,
         }
         writeln!(f, "control: {}", self.control.display())?;
+        if let Some(metrics) = &self.metrics {
+            writeln!(f, "metrics: {metrics}")?;
+        }
         writeln!(f, "sandbox: {}", self.sandbox)?;
         for (name, volume) in &self.volumes {
             let (topology, policy, limits) = (self.topologies[name], self.policies[name], &self.limits[name]);
@@ -326,6 +350,7 @@ mod tests {
 workers = 2
 slow-after = 20
 control = "/run/x/control.sock"
+metrics = "/run/x/metrics.sock,mode=0660,owner=:0"
 
 [volume.root]
 driver = "file"
@@ -382,6 +407,7 @@ workers = 1
         flags.set_workers(2);
         flags.set_slow_after(20);
         flags.set_control("/run/x/control.sock".into());
+        flags.set_metrics_flag("/run/x/metrics.sock,mode=0660,owner=:0").unwrap();
         for text in [
             "root=file:/srv/a,,b.img,direct=on,block-size=4096,iops-total=2000,iops-total-max=8000,iops-total-max-length=30,bps-write=100M",
             "scratch=memory:1G,physical-block=4096,group=small,iops-read=500,iops-size=8192",
@@ -430,7 +456,7 @@ workers = 1
         let mut loader = Loader::new();
         loader.add_text(Path::new("r.toml"), FILE).unwrap();
         let error = loader.add_volume_flag("root=null:1G").unwrap_err();
-        assert_eq!(error.to_string(), "--volume root=null:1G: volume \"root\" is already defined (r.toml:6)");
+        assert_eq!(error.to_string(), "--volume root=null:1G: volume \"root\" is already defined (r.toml:7)");
     }
 
     #[test]

@@ -96,9 +96,10 @@ pub(super) fn begin(
 impl Service {
     /// Answers on the control socket, once everything is there, until told to stop, and stops.
     pub(super) async fn until_stopped(self, mut signals: Signals) -> Result<(), Error> {
-        let Service { control, shared, begun } = self;
+        let Service { control, mut monitor, shared, begun } = self;
         let (gone, all_gone) = oneshot::channel::<()>();
         let (mut control, mut answering) = (Some(control), None);
+        let mut showing = None;
         let mut signalled = {
             let mut asked = pin!(shared.asked_to_stop(&mut signals));
             let early = tokio::select! {
@@ -124,6 +125,8 @@ impl Service {
                             let _ = all_gone.await;
                         }))
                     });
+                    showing =
+                        monitor.take().map(|monitor| tokio::task::spawn_local(monitor.serve(shared.clone())));
                     asked.await
                 }
             }
@@ -176,6 +179,11 @@ impl Service {
                 Ok(answered) => answered.map_err(Error::Control)?,
                 Err(error) => log::warn!("control: {error}"),
             }
+        }
+        if let Some(showing) = showing {
+            showing.abort();
+            // Until its socket is gone. An error is that it was aborted, as it was told to be.
+            let _ = showing.await;
         }
         if result.is_ok() {
             log::info!("stopped");

@@ -15,6 +15,7 @@ mod signals;
 use super::config::{Config, ConfigError, DEFAULT_CONTROL};
 use super::exports::vhost_user::{Endpoint, VhostUserExport, passed_sockets};
 use super::exports::{Export, Placement, ShutdownMode};
+use super::monitor::{Monitor, MonitorError};
 use super::namespace;
 use super::sandbox;
 use super::socket::{Access, SocketError, SocketFile};
@@ -92,6 +93,9 @@ pub enum Error {
     /// A clean stop that was given up.
     #[error("abandoned with requests in flight: {0}")]
     Abandoned(String),
+    /// The read-only address.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
     /// Writes that were acknowledged but not flushed may be lost.
     #[error("volume {name} could not be flushed")]
     Flush {
@@ -150,6 +154,7 @@ fn raise_open_files() {
 /// A running service.
 struct Service {
     control: SocketFile,
+    monitor: Option<Monitor>,
     shared: Arc<Shared>,
     /// Hears when every export is there that can be.
     begun: oneshot::Receiver<Result<(), Error>>,
@@ -214,6 +219,7 @@ impl Service {
             }
             other => other.into(),
         })?;
+        let monitor = config.metrics.as_ref().map(Monitor::bind).transpose()?;
         let mut endpoints = Vec::new();
         for export in &config.vhost_user {
             endpoints.push(Endpoint::open(export, &mut passed)?);
@@ -279,7 +285,7 @@ impl Service {
         };
         let shared = Arc::new(shared);
         let begun = life::begin(&shared, config, endpoints, memory, attempts)?;
-        Ok(Service { control, shared, begun })
+        Ok(Service { control, monitor, shared, begun })
     }
 }
 

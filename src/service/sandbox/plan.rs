@@ -2,7 +2,7 @@
 
 use crate::engine::config::Need;
 use crate::engine::nbd;
-use crate::service::config::{Config, SandboxMode};
+use crate::service::config::{Config, MetricsAddress, SandboxMode};
 use std::path::{Path, PathBuf};
 
 /// What [`enter`](super::enter()) leaves.
@@ -54,7 +54,12 @@ impl Plan {
                 Need::Server(uri) => plan.add_server(uri),
             }
         }
-        let sockets = config.vhost_user.iter().map(|export| &export.socket).chain([&config.control]);
+        let metrics = match &config.metrics {
+            Some(MetricsAddress::Unix(socket)) => Some(&socket.path),
+            _ => None,
+        };
+        let exports = config.vhost_user.iter().map(|export| &export.socket);
+        let sockets = exports.chain([&config.control]).chain(metrics);
         for socket in sockets {
             // As the socket itself was made: the working directory may be another one by the time it is removed.
             let directory = std::path::absolute(socket).ok();

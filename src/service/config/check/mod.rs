@@ -16,7 +16,7 @@ use crate::engine::graph;
 use crate::frontend::vhost_user::config::VhostUserConfig;
 
 use super::origin::{Item, Origin};
-use super::{Config, ConfigError, DEFAULT_CONTROL, Loader};
+use super::{Config, ConfigError, DEFAULT_CONTROL, Loader, MetricsAddress};
 
 /// Checks all that was collected.
 pub(super) fn check(loader: &Loader) -> Result<(), ConfigError> {
@@ -54,6 +54,9 @@ fn check_values(loader: &Loader) -> Result<(), ConfigError> {
     if let Some(Item { value, origin }) = &loader.control {
         // The rules of a vhost-user socket's path are those of any socket's.
         VhostUserConfig::new("", value).check().map_err(|(_, reason)| origin.key_error("control", reason))?;
+    }
+    if let Some(Item { value: MetricsAddress::Unix(socket), origin }) = &loader.metrics {
+        socket.check().map_err(|reason| origin.key_error("metrics", reason))?;
     }
     for (name, Item { value, origin }) in &loader.volumes {
         check_name(name).map_err(|reason| origin.error(reason))?;
@@ -196,6 +199,9 @@ fn check_socket_claims(loader: &Loader) -> Result<(), ConfigError> {
     let control = loader.control.as_ref().unwrap_or(&default);
     let what = control.value.display().to_string();
     sockets.claim(place_of(&control.value), "control", &what, &control.origin)?;
+    if let Some(Item { value: MetricsAddress::Unix(socket), origin }) = &loader.metrics {
+        sockets.claim(place_of(&socket.path), "metrics", &socket.path.display().to_string(), origin)?;
+    }
     for Item { value, origin } in &loader.vhost_user {
         let what = value.socket.display().to_string();
         sockets.claim(place_of(&value.socket), "socket", &what, origin)?;
