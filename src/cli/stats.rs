@@ -36,15 +36,16 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let stats = Client::new(&args.control).stats().map_err(Failure::failed)?;
-    let Stats { uptime_ns, mut exports, workers } = stats;
+    let Stats { uptime_ns, mut exports, mut volumes, workers } = stats;
     if let Some(volume) = &args.volume {
         exports.retain(|export| export.volume == *volume);
+        volumes.retain(|each| each.name == *volume);
         if exports.is_empty() {
             return Err(Failure::failed(format!("volume {volume:?} has no export that is served")));
         }
     }
     match args.json {
-        true => output::print_json(&Stats { uptime_ns, exports, workers }),
+        true => output::print_json(&Stats { uptime_ns, exports, volumes, workers }),
         false => output::print(&render(&exports)),
     }
 }

@@ -366,7 +366,8 @@ mod tests {
         let exports = sample().exports.into_iter().zip(counted);
         let exports = exports.map(|(status, counted)| ExportStats::new(&status, counted.read())).collect();
         let busy_ns = uptime_ns / 2;
-        Stats { uptime_ns, exports, workers: vec![WorkerTime { busy_ns, polling_ns: 0, asleep_ns: busy_ns }] }
+        let workers = vec![WorkerTime { busy_ns, polling_ns: 0, asleep_ns: busy_ns }];
+        Stats { uptime_ns, exports, workers, ..Stats::default() }
     }
 
     fn work(export: &stats::ExportStats, op: Op, times: u64, nanoseconds: u64) {

@@ -253,6 +253,11 @@ impl Volume {
         self.capabilities
     }
 
+    /// How often acknowledged writes were lost so far, as the store told, or may have been.
+    pub fn losses(&self) -> u64 {
+        self.epoch()
+    }
+
     /// Losses of acknowledged writes so far.
     pub(super) fn epoch(&self) -> u64 {
         let mut epoch = 0;

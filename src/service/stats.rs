@@ -14,6 +14,9 @@ pub struct Stats {
     pub uptime_ns: u64,
     /// Every export that is served, in the order of the status.
     pub exports: Vec<ExportStats>,
+    /// Every volume that is there.
+    #[serde(default)]
+    pub volumes: Vec<VolumeStats>,
     /// Every worker.
     pub workers: Vec<WorkerTime>,
 }
@@ -52,6 +55,19 @@ pub struct OperationStats {
     pub p999_ns: Option<u64>,
     /// How long they took.
     pub times: Times,
+}
+
+/// What became of one volume since the service began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStats {
+    /// Its name.
+    pub name: String,
+    /// How long its queues have waited for its limits, all together, in nanoseconds.
+    pub throttled_ns: u64,
+    /// How often its store told that acknowledged writes are lost.
+    pub losses: u64,
+    /// How often its size has changed.
+    pub resizes: u64,
 }
 
 /// How a worker spent its time, in nanoseconds.

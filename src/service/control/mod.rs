@@ -216,7 +216,7 @@ mod tests {
             let counts = crate::stats::Counts::default();
             let exports =
                 sample().exports.iter().map(|status| ExportStats::new(status, counts.clone())).collect();
-            Stats { uptime_ns: 7, exports, workers: Vec::new() }
+            Stats { uptime_ns: 7, exports, ..Stats::default() }
         }
 
         fn request_stop(&self, wanted: &Stop) -> Result<(), ControlError> {

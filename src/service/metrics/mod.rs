@@ -7,7 +7,7 @@
 
 mod text;
 
-use super::stats::{ExportStats, OperationStats, Stats};
+use super::stats::{ExportStats, OperationStats, Stats, VolumeStats};
 use super::status::{ExportStatus, Status};
 use text::Labels;
 pub use text::{Format, Text};
@@ -19,7 +19,7 @@ pub fn render(status: &Status, stats: &Stats, format: Format) -> String {
     text.sample(&[("version", &status.version)], 1);
     text.gauge("ringblk_uptime_seconds", "Time since the service began.");
     text.sample(&[], seconds(stats.uptime_ns));
-    volumes(&mut text, status);
+    volumes(&mut text, status, &stats.volumes);
     clients(&mut text, status);
     exports(&mut text, &stats.exports);
     text.counter("ringblk_worker_seconds", "What the workers spent their time on.");
@@ -34,7 +34,7 @@ pub fn render(status: &Status, stats: &Stats, format: Format) -> String {
     text.finish()
 }
 
-fn volumes(text: &mut Text, status: &Status) {
+fn volumes(text: &mut Text, status: &Status, stats: &[VolumeStats]) {
     let volumes = &status.volumes;
     text.gauge("ringblk_volume_size_bytes", "Capacity.");
     for volume in volumes {
@@ -59,8 +59,16 @@ fn volumes(text: &mut Text, status: &Status) {
         "ringblk_volume_throttled_seconds",
         "How long the volume's queues have waited for its limits.",
     );
-    for volume in volumes {
-        text.sample(&[("volume", &volume.name)], volume.throttled_ms as f64 / 1e3);
+    for volume in stats {
+        text.sample(&[("volume", &volume.name)], seconds(volume.throttled_ns));
+    }
+    text.counter("ringblk_volume_losses", "How often the store told that acknowledged writes are lost.");
+    for volume in stats {
+        text.sample(&[("volume", &volume.name)], volume.losses);
+    }
+    text.counter("ringblk_volume_resizes", "Changes of its size.");
+    for volume in stats {
+        text.sample(&[("volume", &volume.name)], volume.resizes);
     }
 }
 
@@ -134,7 +142,8 @@ mod tests {
         counted.queue(0).begin();
         let exports =
             sample().exports.iter().map(|status| ExportStats::new(status, counted.read())).collect();
-        Stats { uptime_ns: 1_500_000_000, exports, workers: vec![Default::default()] }
+        let volume = VolumeStats { name: "root".into(), throttled_ns: 2_500_000_000, losses: 2, resizes: 3 };
+        Stats { uptime_ns: 1_500_000_000, exports, volumes: vec![volume], workers: vec![Default::default()] }
     }
 
     #[test]
@@ -163,6 +172,18 @@ mod tests {
         assert_eq!(of("bucket", "le=\"0.000004096\""), Some("2"));
         assert_eq!(of("bucket", "le=\"+Inf\""), Some("3"));
         assert_eq!((of("count", ""), of("sum", "")), (Some("3"), Some("0.000076")));
+    }
+
+    #[test]
+    fn volumes_tell_what_became_of_them() {
+        let text = render(&sample(), &stats(), Format::Prometheus);
+        for line in [
+            "throttled_seconds_total{volume=\"root\"} 2.5",
+            "losses_total{volume=\"root\"} 2",
+            "resizes_total{volume=\"root\"} 3",
+        ] {
+            assert!(text.contains(&format!("\nringblk_volume_{line}\n")), "{line}: {text}");
+        }
     }
 
     #[test]

@@ -72,6 +72,10 @@ impl Text {
     fn family(&mut self, name: &str, sample: &str, kind: &str, help: &str) {
         self.line(format_args!("# HELP {name} {help}"));
         self.line(format_args!("# TYPE {name} {kind}"));
+        let unit = name.rsplit('_').next().filter(|unit| ["seconds", "bytes"].contains(unit));
+        if let (Format::OpenMetrics, Some(unit)) = (self.format, unit) {
+            self.line(format_args!("# UNIT {name} {unit}"));
+        }
         sample.clone_into(&mut self.name);
     }
 
@@ -142,6 +146,17 @@ mod tests {
             (";;,,application/openmetrics-text", Format::OpenMetrics),
         ] {
             assert_eq!(Format::accepted(accept), format, "{accept}");
+        }
+    }
+
+    #[test]
+    fn only_openmetrics_tells_the_unit() {
+        for (format, units) in [(Format::Prometheus, 0), (Format::OpenMetrics, 2)] {
+            let mut text = Text::new(format);
+            text.counter("a_bytes", "Help.");
+            text.gauge("b_seconds", "Help.");
+            text.gauge("c_requests", "Help.");
+            assert_eq!(text.finish().matches("# UNIT ").count(), units);
         }
     }
 

@@ -6,14 +6,14 @@ use crate::engine::limits::LimitsChange;
 use crate::engine::{PolicyState, Volume, fault};
 use crate::service::control::{ControlError, ControlHandler};
 use crate::service::exports::{Export, ShutdownMode};
-use crate::service::stats::{ExportStats, Stats, WorkerTime};
+use crate::service::stats::{ExportStats, Stats, VolumeStats, WorkerTime};
 use crate::service::status::{
     Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
 };
 use crate::stats::Clock;
 use crate::worker::ExportVolume;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 impl ControlHandler for Shared {
     fn status(&self) -> Status {
@@ -38,6 +38,7 @@ impl ControlHandler for Shared {
         Stats {
             uptime_ns: Clock::get().now(),
             exports: exports.collect(),
+            volumes: self.all_served().map(Served::stats).collect(),
             workers: self.worker_stats.iter().map(|stats| WorkerTime::from(&**stats)).collect(),
         }
     }
@@ -148,6 +149,17 @@ impl Shared {
 }
 
 impl Served {
+    /// What became of it so far.
+    fn stats(&self) -> VolumeStats {
+        let volume = &self.volume;
+        VolumeStats {
+            name: volume.name().into(),
+            throttled_ns: u64::try_from(volume.limits().throttled().as_nanos()).unwrap_or(u64::MAX),
+            losses: volume.losses(),
+            resizes: self.resizes.load(Ordering::Relaxed),
+        }
+    }
+
     /// A volume that was opened. `status`: what is known of it from the configuration.
     pub(super) fn new(volume: Volume, status: VolumeStatus) -> Served {
         let volume = Arc::new(volume);
@@ -158,6 +170,6 @@ impl Served {
             unavailable: None,
             ..status
         };
-        Served { export: ExportVolume::new(volume.clone(), 1), volume, status }
+        Served { export: ExportVolume::new(volume.clone(), 1), volume, status, resizes: AtomicU64::new(0) }
     }
 }

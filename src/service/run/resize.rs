@@ -31,6 +31,11 @@ impl Shared {
         let exports = Exports { shared: self, volume };
         let resized = how(volume, &exports)
             .map_err(|error| ControlError::Impossible(format!("volume {name}: {error}")))?;
+        if resized.from != resized.to
+            && let Some(served) = self.served(name)
+        {
+            served.resizes.fetch_add(1, Ordering::Relaxed);
+        }
         Ok(Resized { volume: name.into(), from_bytes: resized.from, size_bytes: resized.to })
     }
 }
