@@ -8,11 +8,13 @@ use common::service::{Service, Setup};
 use common::trial::{run_trials, trial};
 use common::vmm::everyday;
 use ringblk::service::monitor::MAX_CLIENTS;
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
@@ -22,6 +24,7 @@ fn main() -> ExitCode {
         trial("a_unix_socket_has_its_mode_and_goes_with_the_service", Ok(()), |()| unix()),
         trial("hostile_clients_hold_nobody_up", Ok(()), |()| hostile()),
         trial("an_address_that_is_taken_is_told_of", Ok(()), |()| taken()),
+        trial("the_board_the_alerts_and_the_documents_know_the_metrics", Ok(()), |()| names()),
         trial("promtool_has_no_objections", promtool(), objections),
     ];
     run_trials(trials)
@@ -116,8 +119,7 @@ fn unix() {
 fn hostile() {
     let (service, address) = start(Setup::new().volume("a", "memory:8M").vhost_user("a", "a", ""));
     let (_vmm, mut queue) = everyday(&service.path("a"));
-    let open = || fs::read_dir(format!("/proc/{}/fd", service.pid())).unwrap().count();
-    let before = open();
+    let before = service.descriptors();
     // Some say nothing, some stop in the middle, some do not read what they have asked for.
     let mut crowd: Vec<_> = (0..3 * MAX_CLIENTS).map(|_| TcpStream::connect(address).unwrap()).collect();
     for (number, stream) in crowd.iter_mut().enumerate() {
@@ -127,7 +129,7 @@ fn hostile() {
     }
     let (head, _) = get(address, "/metrics");
     assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
-    assert!(open() <= before + MAX_CLIENTS, "as many as it pleases them");
+    assert!(service.descriptors() <= before + MAX_CLIENTS, "as many as it pleases them");
     assert_eq!((queue.read(0, 8).0, service.status().stopping), (0, false));
     // All are hung up on: the first at once, for those that came after them, and the last when their time is over.
     for mut stream in crowd {
@@ -150,8 +152,8 @@ fn taken() {
     assert!(status == 2 && said.contains("--metrics local:1: write ADDRESS:PORT"), "{said}");
 }
 
-/// What `promtool check` says of a text or a file, which is to be nothing.
-fn objections(promtool: String) {
+/// The metrics of a service that has something of everything.
+fn of_everything() -> String {
     let setup = Setup::new()
         .volume("good", "memory:8M")
         .volume("bad", "fault:good,errors=100%,operations=write")
@@ -164,15 +166,80 @@ fn objections(promtool: String) {
     assert_eq!((queue.read(0, 8).0, queue.write(0, &[1; 512]), queue.one(Op::Flush, &[]).0), (0, 1, 0));
     let (_, text) = get(address, "/metrics");
     assert!(text.contains("ringblk_export_errors_total{"), "{text}");
-    let mut check = Command::new(&promtool)
-        .args(["check", "metrics", "--extended"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    check.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-    let output = check.wait_with_output().unwrap();
+    text
+}
+
+/// Runs promtool in the directory of the rules; it is to succeed, and to say nothing against anything.
+fn run_promtool(promtool: &str, args: &[&str], input: &str) {
+    let mut command = Command::new(promtool);
+    command.args(args).current_dir(contrib().join("prometheus"));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.is_empty(), "{said}\n{text}");
+    assert!(output.status.success() && said.is_empty(), "{said}{}", String::from_utf8_lossy(&output.stdout));
+}
+
+fn contrib() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib")
+}
+
+/// Promtool looks at names, types and help, at the alerts, whether they come when they should, and at what the board asks for.
+fn objections(promtool: String) {
+    run_promtool(&promtool, &["check", "metrics"], &of_everything());
+    run_promtool(&promtool, &["check", "rules", "ringblk.rules.yml"], "");
+    run_promtool(&promtool, &["test", "rules", "ringblk.rules.test.yml"], "");
+    let rules = board().into_iter().enumerate().map(|(number, expression)| {
+        let expression = expression
+            .replace("$__rate_interval", "5m")
+            .replace("$__range", "1h")
+            .replace("$instance", ".*")
+            .replace("$volume", ".*");
+        serde_json::json!({"record": format!("board:{number}"), "expr": expression})
+    });
+    let rules = serde_json::json!({"groups": [{"name": "board", "rules": rules.collect::<Vec<_>>()}]});
+    let file = tempfile::Builder::new().suffix(".yml").tempfile().unwrap();
+    fs::write(file.path(), rules.to_string()).unwrap();
+    run_promtool(&promtool, &["check", "rules", file.path().to_str().unwrap()], "");
+}
+
+/// What the board asks Prometheus for.
+fn board() -> Vec<String> {
+    let board = fs::read_to_string(contrib().join("grafana/ringblk.json")).unwrap();
+    let board: serde_json::Value = serde_json::from_str(&board).unwrap();
+    let panels = board["panels"].as_array().unwrap();
+    let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().unwrap());
+    let found: Vec<_> = targets.map(|target| target["expr"].as_str().unwrap().to_owned()).collect();
+    assert!(found.len() >= panels.len());
+    found
+}
+
+fn names() {
+    let rules = fs::read_to_string(contrib().join("prometheus/ringblk.rules.yml")).unwrap();
+    let docs = fs::read_to_string(contrib().join("../docs/monitoring.md")).unwrap();
+    let metrics = of_everything();
+    let shown: BTreeSet<&str> = metrics
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.split(['{', ' ']).next())
+        .collect();
+    for text in board().iter().chain([&rules, &docs]) {
+        for word in text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_') {
+            let is_metric = word.starts_with("ringblk_") && !word.ends_with("ringblk_");
+            let of_histogram = |name: &&str| name.strip_suffix("_count") == Some(word);
+            assert!(
+                !is_metric || shown.contains(word) || shown.iter().any(of_histogram),
+                "{word} is no metric"
+            );
+        }
+    }
+    // And the other way round: what is shown is told of.
+    for name in shown {
+        let family = ["_bucket", "_count", "_sum"].iter().find_map(|suffix| name.strip_suffix(suffix));
+        assert!(
+            docs.contains(&format!("`{}`", family.unwrap_or(name))),
+            "{name} is not in docs/monitoring.md"
+        );
+    }
 }
