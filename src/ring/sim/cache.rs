@@ -37,14 +37,14 @@ impl Cache {
     }
 
     /// Writes back the sectors of `range` as they are.
-    pub fn write_back_range(&mut self, stable: &mut [u8], range: Range<usize>) {
+    pub fn write_back_range(&mut self, stable: &mut Vec<u8>, range: Range<usize>) {
         for sector in range.start / SECTOR..range.end.div_ceil(SECTOR) {
             self.sectors.remove(&sector).into_iter().flatten().for_each(|piece| piece.write_back(stable));
         }
     }
 
     /// Writes back, of each sector, everything up to the last piece that `must` be, in order.
-    pub fn write_back(&mut self, stable: &mut [u8], mut must: impl FnMut(&Moment) -> bool) {
+    pub fn write_back(&mut self, stable: &mut Vec<u8>, mut must: impl FnMut(&Moment) -> bool) {
         for pieces in self.sectors.values_mut() {
             let last = pieces.iter().map(|piece| must(&piece.seen)).collect::<Vec<_>>();
             let count = last.iter().rposition(|must| *must).map_or(0, |last| last + 1);
@@ -64,7 +64,8 @@ impl Cache {
 }
 
 impl Piece {
-    fn write_back(self, stable: &mut [u8]) {
+    fn write_back(self, stable: &mut Vec<u8>) {
+        stable.resize(stable.len().max(self.at + self.bytes.len()), 0);
         stable[self.at..][..self.bytes.len()].copy_from_slice(&self.bytes);
     }
 }

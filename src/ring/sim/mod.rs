@@ -14,8 +14,8 @@
 //!   next one succeeds without it.
 //! - Time stands still, until a wait finds nothing else to happen: then it goes on to the first timeout that is due. Or a
 //!   test [moves it](SimRing::advance).
-//! - A write, hole or zero range past the end of a file is a bug of ours, and panics. So does a wait for
-//!   something that will never come.
+//! - A write, hole or zero range past the end of a file is a bug of ours, and panics, but for writes to files that
+//!   [may grow](SimRing::let_grow). So does a wait for something that will never come.
 
 mod cache;
 
@@ -99,6 +99,8 @@ struct State {
     losses: u64,
     /// The time, in nanoseconds.
     clock: u64,
+    /// What files may grow to.
+    most: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -145,6 +147,7 @@ impl SimRing {
             log: Vec::new(),
             losses: 0,
             clock: 0,
+            most: 0,
         };
         SimRing { state: RefCell::new(state) }
     }
@@ -152,6 +155,12 @@ impl SimRing {
     /// Changes what goes wrong from now on.
     pub fn set_faults(&self, faults: Faults) {
         self.state.borrow_mut().faults = faults;
+    }
+
+    /// Lets writes past the end make a file longer, up to so many bytes; then there is no space. What a cut leaves of it is as
+    /// long as what is stable.
+    pub fn let_grow(&self, most: usize) {
+        self.state.borrow_mut().most = most;
     }
 
     /// How many of the operations pushed so far were such.
@@ -461,7 +470,15 @@ impl State {
             return Err(EOPNOTSUPP);
         }
         let (count, error) = self.how_much(iovecs, offset, true)?;
+        let most = self.most;
         let file = self.file(file)?;
+        let end = offset as usize + count;
+        if end > file.bytes.len() && most > 0 {
+            if end > most {
+                return Err(ENOSPC);
+            }
+            file.bytes.resize(end, 0);
+        }
         let whole = file.range(offset, count as u64);
         let mut at = whole.start;
         for iovec in iovecs {
