@@ -20,15 +20,16 @@ const SECTORS: u64 = 24;
 /// The most sectors of a request.
 const MOST: u32 = 6;
 
+/// A request of one slot.
 #[derive(Clone, Debug)]
-struct Step {
+pub struct Step {
     op: Op,
     flags: Flags,
     sector: u64,
     sectors: u32,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step(all: u64) -> impl Strategy<Value = Step> {
     let op = prop_oneof![
         5 => Just(Op::Write),
         2 => Just(Op::Flush),
@@ -36,7 +37,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Op::WriteZeroes),
     ];
     let flags = (prop::bool::weighted(0.3), any::<bool>()).prop_map(|(fua, unmap)| Flags { fua, unmap });
-    (op, flags, 0..SECTORS - u64::from(MOST), 1..=MOST).prop_map(|(op, flags, sector, sectors)| match op {
+    (op, flags, 0..all - u64::from(MOST), 1..=MOST).prop_map(|(op, flags, sector, sectors)| match op {
         Op::Flush => Step { op, flags: Flags::default(), sector: 0, sectors: 0 },
         Op::Write => Step { op, flags: Flags { unmap: false, ..flags }, sector, sectors },
         Op::Discard => Step { op, flags: Flags::default(), sector, sectors },
@@ -44,8 +45,9 @@ fn step() -> impl Strategy<Value = Step> {
     })
 }
 
-fn slots() -> impl Strategy<Value = Vec<Vec<Step>>> {
-    prop::collection::vec(prop::collection::vec(step(), 1..16), 1..8)
+/// What a few slots ask for, of a disk with so many sectors.
+pub fn slots(sectors: u64) -> impl Strategy<Value = Vec<Vec<Step>>> {
+    prop::collection::vec(prop::collection::vec(step(sectors), 1..16), 1..8)
 }
 
 /// One change of one sector.
@@ -60,13 +62,13 @@ struct Change {
 }
 
 /// What happened, sector by sector. Time counts beginnings and ends.
-struct History {
+pub struct History {
     sectors: Vec<Vec<Change>>,
     now: u64,
 }
 
 impl History {
-    fn new(bytes: &[u8]) -> History {
+    pub fn new(bytes: &[u8]) -> History {
         let first = |bytes: &[u8]| {
             let bytes = Some(bytes.try_into().unwrap());
             vec![Change { request: 0, bytes, begun: 0, ended: Some(0), durable: true }]
@@ -111,8 +113,16 @@ impl History {
         }
     }
 
+    /// The power stays, and whoever worked is gone: what was acknowledged is there.
+    pub fn killed(mut self) -> History {
+        for change in self.sectors.iter_mut().flatten() {
+            change.durable |= change.ended.is_some();
+        }
+        self
+    }
+
     /// Holds against it what the cut has left.
-    fn check(&self, left: &[u8]) {
+    pub fn check(&self, left: &[u8]) {
         for (number, (changes, found)) in self.sectors.iter().zip(left.chunks_exact(512)).enumerate() {
             let newest_begin = changes.iter().filter(|of| of.durable).map(|of| of.begun).max().unwrap();
             let may_stay = |of: &&Change| of.ended.is_none_or(|ended| ended >= newest_begin);
@@ -167,6 +177,21 @@ async fn live(
     }
 }
 
+/// Has all slots work on the volume at once, up to so many completions.
+pub fn work_until_cut(
+    core: &Rc<Core<SimRing>>,
+    volume: &Rc<VolumeChannel<SimRing>>,
+    history: &Rc<RefCell<History>>,
+    slots: Vec<Vec<Step>>,
+    cut_after: usize,
+) {
+    let mut tasks = Tasks::new(core.clone());
+    for steps in slots {
+        tasks.add(|io| live(io, core.clone(), volume.clone(), history.clone(), steps));
+    }
+    run_until_cut(core, &mut tasks, cut_after);
+}
+
 /// Runs everything up to so many completions.
 fn run_until_cut<F: Future<Output = ()>>(
     core: &Core<SimRing>,
@@ -192,7 +217,7 @@ proptest! {
 
     #[test]
     fn what_was_promised_survives_a_power_cut(
-        slots in slots(),
+        slots in slots(SECTORS),
         faults in faults(),
         seed: u64,
         retry: bool,
@@ -209,11 +234,7 @@ proptest! {
         let core = Core::new(SimRing::new(seed, faults));
         let channel = Rc::new(volume.attach(&core, false));
         let history = Rc::new(RefCell::new(History::new(&bytes)));
-        let mut tasks = Tasks::new(core.clone());
-        for steps in slots {
-            tasks.add(|io| live(io, core.clone(), channel.clone(), history.clone(), steps));
-        }
-        run_until_cut(&core, &mut tasks, cut_after);
+        work_until_cut(&core, &channel, &history, slots, cut_after);
         core.ring().power_cut(written_back);
         history.borrow().check(&core.ring().contents().unwrap());
     }

@@ -1,10 +1,10 @@
 //! The volumes against a byte array, over the simulated ring and over the kernel's ring.
 
 mod bounds;
-mod crash;
+pub(super) mod crash;
 pub(super) mod layers;
 mod losses;
-mod model;
+pub(super) mod model;
 mod policy;
 mod resize;
 

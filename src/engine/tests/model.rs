@@ -140,8 +140,10 @@ pub struct Run<R: Ring> {
     faults: Faults,
     /// A null volume keeps nothing.
     keeps: bool,
-    /// Bytes of the store in front of the volume's.
-    front: usize,
+    /// The volume's bytes, of those of its store.
+    view: Box<dyn Fn(Vec<u8>) -> Vec<u8>>,
+    /// A store that fails once may have requests fail that have nothing to do with it.
+    gives_up: bool,
     done: Cell<usize>,
 }
 
@@ -152,17 +154,28 @@ impl<R: Tested> Run<R> {
         let sectors = vec![sector; bytes.len() / 512];
         let model = RefCell::new(Model { bytes, sectors, failed_flushes: 0, flushing: 0, writes: 0 });
         let flusher = Flusher::default();
-        Run { volume, model, flusher, faults, keeps, front: 0, done: Cell::new(0) }
+        let view = Box::new(|store| store);
+        Run { volume, model, flusher, faults, keeps, view, gives_up: false, done: Cell::new(0) }
     }
 
     /// The same where the volume begins so many bytes into its store.
     pub fn after(self, front: usize) -> Run<R> {
-        Run { front, ..self }
+        self.seen(move |mut store| store.split_off(front))
+    }
+
+    /// The same where `view` gives the volume's bytes of its store's.
+    pub fn seen(self, view: impl Fn(Vec<u8>) -> Vec<u8> + 'static) -> Run<R> {
+        Run { view: Box::new(view), ..self }
+    }
+
+    /// The same where a store that fails once is not trusted any more.
+    pub fn giving_up(self) -> Run<R> {
+        Run { gives_up: true, ..self }
     }
 
     /// What a power cut would leave of the volume, where that can be known.
     fn stable(&self, io: &Io<R>) -> Option<Vec<u8>> {
-        io.core().ring().stable().map(|mut store| store.split_off(self.front))
+        io.core().ring().stable().map(&self.view)
     }
 
     /// Carries `plan` out, checking every step, and then reads everything back, through a ring that makes no
@@ -287,7 +300,13 @@ impl<R: Tested> Run<R> {
         let Faults { io_error, no_space, sync_error, no_punch, .. } = self.faults;
         let changes = matches!(step.op, Op::Write | Op::Discard | Op::WriteZeroes);
         let syncs = step.op == Op::Flush || step.flags.fua;
+        let fails = io_error > 0 || no_space > 0 || sync_error > 0;
         let explained = match result {
+            result if self.gives_up => match result {
+                Ok(()) => true,
+                Err(Errno::EIO | Errno::ENOSPC) => fails,
+                Err(_) => false,
+            },
             Ok(()) => step.op != Op::Discard || len == 0 || !no_punch,
             // A sync also tells what an earlier one, or a durable write, was told.
             Err(Errno::EIO) => io_error > 0 || (sync_error > 0 || no_space > 0) && syncs,
