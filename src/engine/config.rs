@@ -14,6 +14,7 @@ pub use super::limits::LimitsConfig;
 pub use super::memory::MemoryConfig;
 pub use super::nbd::NbdConfig;
 pub use super::null::NullConfig;
+pub use super::qcow2::Qcow2Config;
 use crate::block::Geometry;
 use std::fmt;
 use std::time::Duration;

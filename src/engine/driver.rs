@@ -18,6 +18,7 @@ use super::memory::MemoryConfig;
 use super::nbd::NbdConfig;
 use super::node::{Edge, Leaf};
 use super::null::NullConfig;
+use super::qcow2::Qcow2Config;
 use super::transfer;
 use crate::block::{Data, Errno, Flags, Geometry, Op, Request, SECTOR};
 use crate::ring::{Core, Io, Ring};
@@ -487,6 +488,8 @@ drivers! {
     layers:
         /// Another volume, with faults: for testers.
         Fault(FaultConfig),
+        /// A qcow2 image, alone or over another volume.
+        Qcow2(Qcow2Config),
         /// Another volume, as it is.
         [cfg(test)] Pass(super::tests::layers::PassConfig),
         /// Another volume, each request in two halves at once.

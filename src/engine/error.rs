@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{file, nbd};
+use super::{file, nbd, qcow2};
 use crate::block::GeometryError;
 use std::io;
 
@@ -31,6 +31,16 @@ pub enum OpenError {
         uri: String,
         /// What was wrong with it.
         source: nbd::Error,
+    },
+    /// See [`qcow2::Error`].
+    #[error("volume {name}: {path}")]
+    Qcow2 {
+        /// Of the volume.
+        name: String,
+        /// Of the image.
+        path: String,
+        /// What was wrong with it.
+        source: qcow2::Error,
     },
     /// A size or block size that no disk can have.
     #[error("volume {name}")]

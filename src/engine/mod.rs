@@ -27,6 +27,7 @@ pub mod nbd;
 mod node;
 mod null;
 mod policy;
+pub mod qcow2;
 mod resize;
 mod settings;
 #[cfg(test)]

@@ -120,6 +120,7 @@ impl OpenError {
         match self {
             OpenError::File { name, .. }
             | OpenError::Nbd { name, .. }
+            | OpenError::Qcow2 { name, .. }
             | OpenError::Geometry { name, .. }
             | OpenError::PhysicalBlock { name, .. }
             | OpenError::Graph { name, .. }

@@ -243,6 +243,12 @@ pub fn zeroes(len: u64) -> Iovec<'static> {
     unsafe { Iovec::new(ZEROES.0.as_ptr().cast_mut(), len) }
 }
 
+/// Makes a range zero.
+pub fn clear(iovec: Iovec<'_>) {
+    // SAFETY: what an iovec names may be written to for as long as it is borrowed: the promise of `Iovec::new`.
+    unsafe { std::ptr::write_bytes(iovec.base(), 0, iovec.len()) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -34,7 +34,7 @@ mod task;
 mod uring;
 
 pub use self::core::{Core, Io, PASS_WORK, Park};
-pub use buffer::{Mapping, zeroes};
+pub use buffer::{Mapping, clear, zeroes};
 pub use command::CommandRing;
 pub use file_size::ignore_file_size_signal;
 pub use flusher::set_io_flusher;

@@ -104,7 +104,7 @@ fn open(config: &FileConfig) -> Result<Opened, Error> {
     Ok(Opened { geometry, identity, tail: volume.tail(), store: AnyStore::File(volume) })
 }
 
-fn check_path(path: &Path) -> Result<(), String> {
+pub(in crate::engine) fn check_path(path: &Path) -> Result<(), String> {
     if path.as_os_str().is_empty() {
         return Err("must not be empty".into());
     }

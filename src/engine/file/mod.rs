@@ -8,8 +8,10 @@ mod ops;
 mod probe;
 mod store;
 
+pub(super) use config::check_path;
 pub use config::{FileConfig, ImageFormat};
 pub use lock::{Access, try_take};
+pub(super) use open::read_plainly;
 pub use open::{Opening, format};
 pub(super) use ops::FileOps;
 
@@ -152,6 +154,11 @@ impl FileStore {
     /// Bytes behind the last whole block when it was opened.
     pub fn tail(&self) -> u64 {
         self.tail
+    }
+
+    /// Itself, for what is done while nobody is served.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Whether it goes past the page cache.

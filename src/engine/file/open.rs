@@ -196,6 +196,18 @@ pub fn format(file: &File) -> Option<Format> {
     found
 }
 
+/// Reads all of `buffer` from a file that nobody does I/O on yet, whatever direct I/O would ask of its memory.
+///
+/// # Errors
+/// The kernel's; `UnexpectedEof` where the file ends before.
+pub(in crate::engine) fn read_plainly(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    let flags = fcntl_getfl(file)?;
+    fcntl_setfl(file, flags - OFlags::DIRECT)?;
+    let read = file.read_exact_at(buffer, offset);
+    fcntl_setfl(file, flags)?;
+    read
+}
+
 /// Fills as much of `buffer` as there is. `None` when it cannot be read.
 fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> Option<usize> {
     let mut done = 0;

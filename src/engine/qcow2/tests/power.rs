@@ -1,0 +1,106 @@
+//! Whatever the ring does, an image keeps what it was given; and when the power goes, it is whole and has what was promised.
+
+use super::*;
+use crate::engine::tests::crash::{History, slots, work_until_cut};
+use crate::engine::tests::model::{Run, SHARE, faults, plan};
+use crate::ring::Core;
+use crate::ring::sim::{Faults, SimRing};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// What an image may grow to in these tests.
+const MOST: usize = 64 << 20;
+
+/// Sectors of the disk whose power is cut.
+const SECTORS: u64 = 96;
+
+fn is_whole(image: &[u8]) {
+    let report = look_through(image);
+    assert_eq!(report.errors, Vec::<String>::new());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(192))]
+
+    #[test]
+    fn an_image_keeps_what_it_was_given(
+        plan in plan(),
+        faults in faults(),
+        seed: u64,
+        kind in kind(5 * SHARE as u64 * 512),
+        base in base(),
+        crowded: bool,
+    ) {
+        let made = Rc::new(Made::new(&kind, base, crowded));
+        let volume = made.open();
+        let core = Core::new(SimRing::new(seed, faults));
+        core.ring().let_grow(MOST);
+        let view = {
+            let made = made.clone();
+            move |image: Vec<u8>| {
+                is_whole(&image);
+                made.disk(&image)
+            }
+        };
+        let run = Run::new(volume.attach(&core, false), made.bytes.clone(), faults, true).seen(view).giving_up();
+        run.run(&core, &plan, |ring| ring.set_faults(Faults::default()));
+        is_whole(&core.ring().contents().unwrap());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn a_power_cut_leaves_an_image_whole(
+        slots in slots(SECTORS),
+        faults in faults(),
+        seed: u64,
+        kind in kind(SECTORS * 512),
+        base in base(),
+        crowded: bool,
+        cut_after in 0..250usize,
+        written_back in 0..=100u8,
+        lost in prop_oneof![3 => Just(0), 1 => 1..40u8],
+    ) {
+        let made = Made::new(&kind, base, crowded);
+        let volume = made.open();
+        // Whole sectors.
+        let core = Core::new(SimRing::new(seed, Faults { direct: Some((1, 512)), lost, ..faults }));
+        core.ring().let_grow(MOST);
+        let channel = Rc::new(volume.attach(&core, false));
+        let history = Rc::new(RefCell::new(History::new(&made.bytes)));
+        work_until_cut(&core, &channel, &history, slots, cut_after);
+        core.ring().power_cut(written_back);
+        let left = core.ring().contents().unwrap();
+        is_whole(&left);
+        history.borrow().check(&made.disk(&left));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// The service is killed at any moment, and nothing of what was written to the file goes with it.
+    #[test]
+    fn what_was_acknowledged_survives_a_kill(
+        slots in slots(SECTORS),
+        faults in faults(),
+        seed: u64,
+        kind in kind(SECTORS * 512),
+        base in base(),
+        crowded: bool,
+        cut_after in 0..250usize,
+    ) {
+        let made = Made::new(&kind, base, crowded);
+        let volume = made.open();
+        let core = Core::new(SimRing::new(seed, Faults { direct: Some((1, 512)), ..faults }));
+        core.ring().let_grow(MOST);
+        let channel = Rc::new(volume.attach(&core, false));
+        let history = Rc::new(RefCell::new(History::new(&made.bytes)));
+        work_until_cut(&core, &channel, &history, slots, cut_after);
+        let left = core.ring().contents().unwrap();
+        is_whole(&left);
+        history.replace(History::new(&[])).killed().check(&made.disk(&left));
+    }
+}
