@@ -119,6 +119,11 @@ impl Failure {
         Failure { status: 2, cause: cause.into() }
     }
 
+    /// It worked, and what was found has a status of its own.
+    fn of(status: u8, cause: impl Into<Box<dyn Error + Send + Sync>>) -> Failure {
+        Failure { status, cause: cause.into() }
+    }
+
     /// The status to end the process with.
     pub fn exit_code(&self) -> ExitCode {
         ExitCode::from(self.status)

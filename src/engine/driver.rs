@@ -198,6 +198,10 @@ pub trait Store: Sized {
     /// Has the layers of this name, here and below, do their work or stand aside. How many there are.
     fn switch(&self, layer: &str, on: bool) -> usize;
 
+    /// Nothing more is asked of it, and everything is flushed: what it took in advance goes back to where it is kept. Whoever
+    /// asks for something all the same may be refused.
+    fn close(&self);
+
     /// Lends it to the worker that `core` belongs to.
     fn attach<R: Ring>(&self, core: &Rc<Core<R>>) -> Self::Channel<R>;
 }
@@ -369,6 +373,10 @@ macro_rules! drivers {
 
             fn switch(&self, layer: &str, on: bool) -> usize {
                 each_store!(self, store => Store::switch(store, layer, on))
+            }
+
+            fn close(&self) {
+                each_store!(self, store => Store::close(store))
             }
 
             fn attach<R: Ring>(&self, core: &Rc<Core<R>>) -> AnyChannel<R> {

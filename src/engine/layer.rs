@@ -145,6 +145,10 @@ impl<L: Layer> Store for Over<L> {
         usize::from(own) + self.base.store.switch(layer, on)
     }
 
+    fn close(&self) {
+        self.base.store.close();
+    }
+
     fn attach<R: Ring>(&self, core: &Rc<Core<R>>) -> OverChannel<R, L> {
         let below = [Edge::new(self.base.geometry.clone(), AnyStore::attach(&self.base.store, core))];
         OverChannel { layer: self.layer.clone(), below }

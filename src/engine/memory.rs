@@ -214,6 +214,8 @@ impl Store for Memory {
         0
     }
 
+    fn close(&self) {}
+
     fn attach<R: Ring>(&self, _: &Rc<Core<R>>) -> Memory {
         self.clone()
     }

@@ -105,6 +105,8 @@ impl Store for Null {
         0
     }
 
+    fn close(&self) {}
+
     fn attach<R: Ring>(&self, _: &Rc<Core<R>>) -> Null {
         Null
     }

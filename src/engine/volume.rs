@@ -266,6 +266,12 @@ impl Volume {
         epoch
     }
 
+    /// To be called once nobody asks for anything any more, and everything is flushed: what it took in advance of where it is kept
+    /// goes back. Waits for the store.
+    pub fn close(&self) {
+        self.store.close();
+    }
+
     /// Has the layers of this name, wherever they are below, do their work or stand aside. How many there are.
     pub(super) fn switch(&self, layer: &str, on: bool) -> usize {
         self.store.switch(layer, on)

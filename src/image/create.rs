@@ -25,12 +25,37 @@ pub fn create(path: &Path, size: Size, preallocate: bool) -> Result<(), ImageErr
         )));
     }
     let new = NewFile::create(path, bytes)?;
+    fill(path, new, async move |file: &File| {
+        if preallocate {
+            file.fallocate(0, bytes, 0).await.map_err(ImageError::system("reserve space for", path))?;
+        }
+        Ok(())
+    })
+}
+
+/// Makes an image with these bytes at its start, for its owner alone (mode 0600).
+///
+/// # Errors
+/// A `path` that exists, the system's refusal, a signal.
+pub(super) fn create_with(path: &Path, bytes: Vec<u8>) -> Result<(), ImageError> {
+    is_path(path)?;
+    let new = NewFile::create(path, bytes.len() as u64)?;
+    fill(path, new, async move |file: &File| {
+        let (written, _) = file.write_all_at(bytes, 0).await;
+        written.map_err(ImageError::system("write", path))
+    })
+}
+
+/// Has `with` fill a new file, makes it durable, and gives it its name.
+fn fill(
+    path: &Path,
+    new: NewFile,
+    with: impl AsyncFnOnce(&File) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
     let file = File::from_std(new.handle()?);
     run(path, async move {
         let fill = async {
-            if preallocate {
-                file.fallocate(0, bytes, 0).await.map_err(ImageError::system("reserve space for", path))?;
-            }
+            with(&file).await?;
             file.sync_all().await.map_err(ImageError::system("flush", path))
         };
         unless_interrupted(fill)

@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use super::extents::Extents;
+use super::qcow2::header;
 use super::store::{Reading, Store};
 use super::{ImageError, is_path};
 use crate::block::{Format, SECTOR, Size};
 use crate::engine::file::format;
+use crate::engine::qcow2::Header;
 
 pub use super::store::Kind;
 
@@ -34,6 +36,9 @@ pub struct Info {
     /// Logical block of a block device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub logical_block: Option<u32>,
+    /// What its header says, if it looks like qcow2 and is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub qcow2: Option<Qcow2>,
     /// Only for files.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub layout: Option<Layout>,
@@ -41,6 +46,78 @@ pub struct Info {
 
 /// [`Info::format`] of what looks like no other.
 const RAW: &str = "raw";
+
+/// Of what is served by the driver of that name.
+const QCOW2: &str = "qcow2";
+
+/// What the header of a qcow2 image says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Qcow2 {
+    /// 2 or 3.
+    pub version: u32,
+    /// Of the disk.
+    pub virtual_size_bytes: u64,
+    /// Space is taken in such pieces.
+    pub cluster_bytes: u64,
+    /// Each 32nd of a cluster is mapped by itself.
+    pub extended_l2: bool,
+    /// Bits of a refcount.
+    pub refcount_bits: u32,
+    /// Of clusters that are compressed.
+    pub compression: String,
+    /// What it stands on, in its own words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_file: Option<String>,
+    /// The format of that, likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backing_format: Option<String>,
+    /// Snapshots within it.
+    pub internal_snapshots: u32,
+    /// It was not closed as it should be.
+    pub dirty: bool,
+    /// Somebody found it damaged.
+    pub corrupt: bool,
+}
+
+impl From<Header> for Qcow2 {
+    fn from(header: Header) -> Qcow2 {
+        Qcow2 {
+            version: header.version,
+            virtual_size_bytes: header.size,
+            cluster_bytes: header.cluster(),
+            extended_l2: header.extended_l2,
+            refcount_bits: 1 << header.refcount_order,
+            compression: header.compression.to_string(),
+            backing_file: header.backing,
+            backing_format: header.backing_format,
+            internal_snapshots: header.snapshots,
+            dirty: header.dirty,
+            corrupt: header.corrupt,
+        }
+    }
+}
+
+impl fmt::Display for Qcow2 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let size = self.virtual_size_bytes;
+        writeln!(f, "disk:       {} ({size} bytes)", Size(size).approx())?;
+        let parts = if self.extended_l2 { ", in 32 parts each" } else { "" };
+        writeln!(f, "clusters:   {}{parts}", Size(self.cluster_bytes))?;
+        if let Some(name) = &self.backing_file {
+            let format = self.backing_format.as_deref().unwrap_or("a format that is not said");
+            // Anybody may have written these.
+            writeln!(f, "stands on:  {} ({})", name.escape_debug(), format.escape_debug())?;
+        }
+        if self.internal_snapshots > 0 {
+            writeln!(f, "snapshots:  {} within the image", self.internal_snapshots)?;
+        }
+        match (self.dirty, self.corrupt) {
+            (false, false) => Ok(()),
+            (true, false) => writeln!(f, "state:      not closed as it should be"),
+            (_, true) => writeln!(f, "state:      marked as damaged"),
+        }
+    }
+}
 
 /// How a file is laid out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -62,11 +139,15 @@ pub struct Layout {
 pub fn info(path: &Path, force_share: bool) -> Result<Info, ImageError> {
     is_path(path)?;
     let store = Store::open_to_look(path, Reading { force_share, raw: true })?;
+    let looks = format(&store.file);
+    // One that only looks like it has none.
+    let qcow2 = header(&store.file, path).ok().filter(|_| looks == Some(Format::Qcow2));
     let logical_block = store.logical_block().map_err(ImageError::system("find the block size of", path))?;
     Ok(Info {
         path: path.to_owned(),
         kind: store.kind,
-        format: format(&store.file).as_ref().map_or_else(|| RAW.to_owned(), Format::to_string),
+        format: looks.as_ref().map_or_else(|| RAW.to_owned(), Format::to_string),
+        qcow2: qcow2.map(Qcow2::from),
         size_bytes: store.size,
         sector_aligned: store.size.is_multiple_of(SECTOR),
         aligned_4k: store.size.is_multiple_of(4096),
@@ -107,7 +188,11 @@ impl fmt::Display for Info {
         }
         match &*self.format {
             RAW => writeln!(f, "format:     raw")?,
+            QCOW2 => writeln!(f, "format:     qcow2")?,
             other => writeln!(f, "format:     {other}, which is not served or copied without format=raw")?,
+        }
+        if let Some(qcow2) = &self.qcow2 {
+            write!(f, "{qcow2}")?;
         }
         writeln!(f, "size:       {}", bytes(self.size_bytes))?;
         if let Some(layout) = &self.layout {

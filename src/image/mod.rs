@@ -1,4 +1,4 @@
-//! Offline jobs on raw images: make one, look at one, copy one. No service is needed and none is asked.
+//! Offline jobs on images: make one, look at one, check one, copy one. No service is needed and none is asked.
 //!
 //! What makes or copies runs on `tokio-uring`'s runtime, started here, so these functions block and must not be called
 //! from inside another runtime. A new image appears under its name complete or not at all: it is written out of sight and
@@ -17,6 +17,7 @@ mod extents;
 mod info;
 mod interrupt;
 mod nbd;
+mod qcow2;
 mod scratch;
 mod store;
 mod target;
@@ -29,6 +30,7 @@ use std::path::{Path, PathBuf};
 pub use copy::{CopyOptions, CopySummary, Progress, copy};
 pub use create::create;
 pub use info::{Info, Kind, info};
+pub use qcow2::{Backing, BackingFormat, check, create_qcow2};
 pub use store::Reading;
 
 use crate::block::Format;

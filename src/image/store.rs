@@ -92,6 +92,16 @@ impl Store {
         }
     }
 
+    /// Opens an image to change it in place, and keeps everybody off meanwhile.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn open_to_mend(path: &Path) -> Result<Store, ImageError> {
+        look(path)?;
+        let opening = Opening { write: true, ..opening(path, Access::Write) };
+        Store::new(path, opening.open().map_err(refusal(path, "an image in use is not repaired"))?)
+    }
+
     /// Opens a block device for writing, and for nobody else: the kernel refuses one that is mounted or in use.
     ///
     /// # Errors

@@ -104,6 +104,12 @@ impl Model {
         }
     }
 
+    /// The sectors from `first` on that hold these bytes.
+    pub fn of(seed: u64, first: u64, bytes: Vec<u8>) -> Model {
+        let sectors = bytes.len() / 512;
+        Model { known: vec![true; sectors], bytes, ..Model::new(seed, first, 0) }
+    }
+
     /// Asks only whether requests succeed.
     pub fn blind(self) -> Model {
         Model { blind: true, ..self }

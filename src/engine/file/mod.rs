@@ -11,7 +11,7 @@ mod store;
 pub(super) use config::check_path;
 pub use config::{FileConfig, ImageFormat};
 pub use lock::{Access, try_take};
-pub(super) use open::read_plainly;
+pub(super) use open::plainly;
 pub use open::{Opening, format};
 pub(super) use ops::FileOps;
 

@@ -196,16 +196,16 @@ pub fn format(file: &File) -> Option<Format> {
     found
 }
 
-/// Reads all of `buffer` from a file that nobody does I/O on yet, whatever direct I/O would ask of its memory.
+/// Does something with a file that nobody else does I/O on: whatever direct I/O would ask of its memory.
 ///
 /// # Errors
-/// The kernel's; `UnexpectedEof` where the file ends before.
-pub(in crate::engine) fn read_plainly(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+/// Those of `act`, and the kernel's.
+pub(in crate::engine) fn plainly<T>(file: &File, act: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
     let flags = fcntl_getfl(file)?;
     fcntl_setfl(file, flags - OFlags::DIRECT)?;
-    let read = file.read_exact_at(buffer, offset);
+    let done = act(file);
     fcntl_setfl(file, flags)?;
-    read
+    done
 }
 
 /// Fills as much of `buffer` as there is. `None` when it cannot be read.

@@ -59,6 +59,8 @@ impl Store for FileStore {
         0
     }
 
+    fn close(&self) {}
+
     fn attach<R: Ring>(&self, core: &Rc<Core<R>>) -> FileOps<R> {
         FileOps::new(core, self.clone())
     }

@@ -65,6 +65,8 @@ impl Store for NbdStore {
         0
     }
 
+    fn close(&self) {}
+
     fn attach<R: Ring>(&self, core: &Rc<Core<R>>) -> NbdOps<R> {
         NbdOps::new(core, self)
     }

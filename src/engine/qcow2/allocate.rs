@@ -2,9 +2,10 @@
 //!
 //! What a crash may leave is a cluster that is counted and not used, never one that is used and not counted. So:
 //!
-//! - Clusters are taken a batch at a time: they are counted, the counts are made durable, and only then are they the image's
+//! - Clusters are taken a batch at a time: they are counted, the counts are written, and only then are they the image's
 //!   [reserve](super::image::State::reserve), from which writes take what they need without waiting for the store. All of a
-//!   reserve reads zero.
+//!   reserve reads zero. The counts, and the zeroes, are durable before anything in the image points there: what is written
+//!   before tables are is made durable before that ([`flush`](super::flush)).
 //! - A cluster is given up when no entry in memory points at it. Once no entry on stable storage does
 //!   ([`flush`](super::flush)), and every request is over that began before that, its count goes down, its blocks go back to the
 //!   file system, and only then may it be taken again, which makes it read zero once more.
@@ -55,7 +56,7 @@ impl<R: Ring> ImageOps<R> {
         Some(taken)
     }
 
-    /// Counts at most `most` free clusters in a row, durably, and makes them read zero.
+    /// Counts at most `most` free clusters in a row, and makes them read zero.
     async fn allocate(&self, io: &Io<R>, owner: &mut Refcounts, most: u64) -> Result<Range<u64>, Errno> {
         let found = self.find(io, owner, most).await?;
         let layout = self.image.layout;
@@ -64,7 +65,6 @@ impl<R: Ring> ImageOps<R> {
         }
         owner.first_free = found.end;
         self.write_counts(io, owner).await?;
-        self.sync(io).await?;
         self.zero_clusters(io, found.clone(), layout).await?;
         Ok(found)
     }

@@ -5,9 +5,11 @@
 #![forbid(unsafe_code)]
 
 use super::entry::{COPIED, Entry, Layout};
-use super::header::{Header, HeaderError, LOOK};
+use super::header::{Header, HeaderError};
 use super::refcounts::Refcounts;
+use crate::block::Size;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -41,7 +43,6 @@ pub enum CheckError {
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "kebab-case")]
 pub struct Report {
     /// Of what is wrong, the first hundred.
     pub errors: Vec<String>,
@@ -61,14 +62,27 @@ pub struct Report {
     pub image_end_offset: u64,
 }
 
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.errors.iter().try_for_each(|error| writeln!(f, "error:      {error}"))?;
+        writeln!(f, "corrupted:  {}", self.corruptions)?;
+        match self.leaks_fixed {
+            0 => writeln!(f, "leaked:     {} clusters", self.leaks)?,
+            fixed => writeln!(f, "leaked:     {} clusters, {fixed} of them free again", self.leaks)?,
+        }
+        let (allocated, total) = (self.allocated_clusters, self.total_clusters);
+        writeln!(f, "allocated:  {allocated} of {total} clusters, {} compressed", self.compressed_clusters)?;
+        let end = self.image_end_offset;
+        writeln!(f, "end:        {} ({end} bytes)", Size(end).approx())
+    }
+}
+
 /// Looks an image through; with `repair`, leaks are counted as free from then on.
 ///
 /// # Errors
 /// See [`CheckError`]. What is merely wrong is in the report.
 pub fn check(file: &File, repair: bool) -> Result<Report, CheckError> {
-    let mut head = Vec::new();
-    read_up_to(file, &mut head, LOOK, 0)?;
-    let header = Header::parse(&head)?;
+    let header = Header::read(file).map_err(CheckError::Read)??;
     if header.snapshots > 0 {
         return Err(CheckError::Beyond("internal snapshots"));
     }

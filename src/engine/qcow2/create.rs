@@ -4,10 +4,6 @@
 
 use super::header::{Compression, Header, HeaderError, MAX_L1_BYTES, in_range};
 use super::refcounts::Refcounts;
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::Path;
 
 /// What a new image is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,29 +52,14 @@ pub enum CreateError {
         /// Of a cluster.
         cluster: u64,
     },
-    /// The kernel's answer.
-    #[error("cannot be written")]
-    Write(#[from] io::Error),
 }
 
 impl NewImage {
-    /// Makes the file, which must not be there yet, durably and whole: where anything fails, it is gone again.
+    /// All bytes of the image: a few clusters.
     ///
     /// # Errors
     /// See [`CreateError`].
-    pub fn create(&self, path: &Path) -> Result<(), CreateError> {
-        let bytes = self.bytes()?;
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
-        let written = write(&file, path, &bytes);
-        if written.is_err() {
-            // It was ours, and is of no use.
-            let _ = std::fs::remove_file(path);
-        }
-        Ok(written?)
-    }
-
-    /// All bytes of the image: a few clusters.
-    pub(super) fn bytes(&self) -> Result<Vec<u8>, CreateError> {
+    pub fn bytes(&self) -> Result<Vec<u8>, CreateError> {
         if !self.size.is_multiple_of(512) {
             return Err(CreateError::Size(self.size));
         }
@@ -163,13 +144,6 @@ impl Place {
     }
 }
 
-fn write(file: &File, path: &Path, bytes: &[u8]) -> io::Result<()> {
-    file.write_all_at(bytes, 0)?;
-    file.sync_all()?;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(directory.unwrap_or(Path::new(".")))?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -209,13 +183,5 @@ mod tests {
             ..NewImage::default()
         };
         assert!(named.bytes().unwrap_err().to_string().contains("room"));
-    }
-
-    #[test]
-    fn a_file_that_is_there_is_left_alone() {
-        let there = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(there.path(), b"mine").unwrap();
-        assert!(NewImage::default().create(there.path()).is_err());
-        assert_eq!(std::fs::read(there.path()).unwrap(), b"mine");
     }
 }

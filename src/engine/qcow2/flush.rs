@@ -2,10 +2,11 @@
 //!
 //! 1. What the new entries point at becomes durable: data, copies, tables that are still empty. (That it is counted is
 //!    durable since it was taken: see [`allocate`](super::allocate).)
-//! 2. The changed slices of tables of second level are written, and made durable where a table of them is new.
-//! 3. The changed entries of first level are written: now the image is *saved*. It has all that was acknowledged, should this
-//!    process be killed, and is whole, should the power go.
-//! 4. They become durable, too. Only now nothing in the image points at what was given up in memory before 1.
+//! 2. The changed slices of tables of second level are written, and the changed entries of first level. In whichever order these
+//!    become durable, what they lead to is: a table of second level that is new reads zero where its slices have not come, and
+//!    that is what there was before. Now the image is *saved*. It has all that was acknowledged, should this process be killed,
+//!    and is whole, should the power go.
+//! 3. They become durable, too. Only now nothing in the image points at what was given up in memory before 1.
 //!
 //! A request that has changed tables is over when the image is saved, a flush when all is durable. The requests that come
 //! while it is being saved are saved together, with the next one: a first write costs its share of one `fdatasync(2)`. A flush
@@ -139,16 +140,9 @@ impl<R: Ring> Writing<'_, R> {
     async fn write(&self, io: &Io<R>) -> Result<(), Errno> {
         let Some(changes) = &self.changes else { return Ok(()) };
         self.ops.sync(io).await?;
-        if !changes.slices.is_empty() {
-            for (tag, _, bytes) in &changes.slices {
-                self.ops.write_table(io, *tag, &mut bytes.clone()).await?;
-            }
-        }
-        if !changes.l1.is_empty() {
-            self.ops.sync(io).await?;
-            for (offset, bytes) in &changes.l1 {
-                self.ops.write_table(io, *offset, &mut bytes.clone()).await?;
-            }
+        let slices = changes.slices.iter().map(|(tag, _, bytes)| (*tag, bytes));
+        for (offset, bytes) in slices.chain(changes.l1.iter().map(|(offset, bytes)| (*offset, bytes))) {
+            self.ops.write_table(io, offset, &mut bytes.clone()).await?;
         }
         Ok(())
     }

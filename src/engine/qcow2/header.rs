@@ -1,18 +1,21 @@
 //! The header of a qcow2 image: what its first cluster says of the rest (QEMU's `docs/interop/qcow2.rst`, "Header").
 //!
-//! Bytes in, a checked value out, and nothing else: an image comes from anybody, so every number is looked at before
+//! Bytes in, a checked value out: an image comes from anybody, so every number is looked at before
 //! anything is made of it. What we do not know is refused by its name, never guessed.
 
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 
 /// `QFI\xfb`.
 pub const MAGIC: [u8; 4] = [b'Q', b'F', b'I', 0xfb];
 
 /// Bytes that are read to find a header: more than all its fields, extensions and the backing file's name take together as
 /// far as we look at them, and no more than the smallest image has. Rounded up to a cluster by whoever reads.
-pub const LOOK: usize = 64 << 10;
+const LOOK: usize = 64 << 10;
 
 /// The largest table of first level in bytes, as QEMU has it (`QCOW_MAX_L1_SIZE`).
 pub const MAX_L1_BYTES: u64 = 32 << 20;
@@ -146,6 +149,24 @@ impl Fields<'_> {
 }
 
 impl Header {
+    /// The header of an image in a file.
+    ///
+    /// # Errors
+    /// The kernel's (outer), and what is wrong with the image (inner).
+    pub fn read(file: &File) -> io::Result<Result<Header, HeaderError>> {
+        let mut head = vec![0; LOOK];
+        let mut there = 0;
+        while there < LOOK {
+            match file.read_at(&mut head[there..], there as u64) {
+                Ok(0) => break,
+                Ok(count) => there += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Header::parse(&head[..there]))
+    }
+
     /// Reads the header that an image begins with: its first [`LOOK`] bytes, or all there are.
     ///
     /// # Errors

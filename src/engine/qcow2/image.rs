@@ -6,12 +6,13 @@ use super::cache::{Cache, SLICE, Spot, State as SliceState};
 use super::claims::{Claims, Pins};
 use super::entry::{COPIED, Entry, Layout, Place};
 use super::error::Error;
-use super::header::{Header, LOOK};
+use super::header::Header;
 use super::refcounts::Refcounts;
 use crate::block::{DiscardLimits, Geometry, SECTOR};
-use crate::engine::file::{FileConfig, FileStore, ImageFormat, read_plainly};
+use crate::engine::file::{FileConfig, FileStore, ImageFormat, plainly};
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -51,7 +52,7 @@ pub struct Image {
 #[derive(Default)]
 pub struct State {
     pub claims: Claims,
-    /// Numbers of clusters that are ours to use: their refcounts are 1 on stable storage, and they read zero.
+    /// Numbers of clusters that are ours to use: their refcounts are 1 in the image, and they read zero.
     pub reserve: Vec<Range<u64>>,
     /// Slices with changes that nobody writes yet.
     pub dirty: Vec<Spot>,
@@ -91,9 +92,7 @@ impl Image {
         let config = FileConfig { format: Some(ImageFormat::Raw), ..config.clone() };
         let (file, geometry) = FileStore::open(&config).map_err(Error::File)?;
         let file_end = file.size().map_err(Error::Read)?;
-        let mut head = vec![0; LOOK.min(usize::try_from(file_end).unwrap_or(LOOK))];
-        read_plainly(file.file(), &mut head, 0).map_err(Error::Read)?;
-        let header = Header::parse(&head)?;
+        let header = plainly(file.file(), Header::read).map_err(Error::Read)??;
         if file.is_direct() && header.cluster() >> 5 < u64::from(geometry.logical_block) {
             // Each unit, and what is packed, is read by itself.
             return Err(Error::Direct);
@@ -183,9 +182,14 @@ impl Image {
         self.broken.load(Ordering::Relaxed)
     }
 
+    /// Refuses writes from now on. False where they were refused before.
+    pub fn refuse_writes(&self) -> bool {
+        !self.broken.swap(true, Ordering::Relaxed)
+    }
+
     /// Refuses writes from now on: nothing that is in the image is to become worse.
     pub fn give_up(&self, why: std::fmt::Arguments<'_>) {
-        if !self.broken.swap(true, Ordering::Relaxed) {
+        if self.refuse_writes() {
             log::error!("{}: {why}: it takes no more writes", self.name);
         }
     }
@@ -366,7 +370,7 @@ fn words(file: &FileStore, offset: u64, len: u64, end: u64, what: &'static str) 
         return Err(Error::CutOff(what));
     }
     let mut bytes = vec![0; len as usize];
-    read_plainly(file.file(), &mut bytes, offset).map_err(Error::Read)?;
+    plainly(file.file(), |file| file.read_exact_at(&mut bytes, offset)).map_err(Error::Read)?;
     Ok(bytes.chunks_exact(8).map(|bytes| u64::from_be_bytes(bytes.try_into().unwrap_or_default())).collect())
 }
 

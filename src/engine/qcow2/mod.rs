@@ -1,6 +1,6 @@
 //! A qcow2 image (QEMU's `docs/interop/qcow2.rst`), alone or over another volume.
 //!
-//! - [`header`] and [`entry`] say what the bytes mean, and touch no file.
+//! - [`header`] and [`entry`] say what the bytes mean.
 //! - An [`Image`](image::Image) is what all workers share: the table of first level, a [cache](cache) of slices of those of
 //!   second level, and under short locks what changes.
 //! - A [`Qcow2Channel`](channel::Qcow2Channel) is one worker's use of it. Reads, and [writes](write) to clusters that the disk
@@ -18,6 +18,7 @@ mod cache;
 mod channel;
 mod check;
 mod claims;
+mod close;
 mod compressed;
 mod config;
 mod create;

@@ -84,6 +84,13 @@ impl Store for Qcow2Store {
         self.base.as_ref().map_or(0, |base| base.store.switch(layer, on))
     }
 
+    fn close(&self) {
+        self.image.close();
+        if let Some(base) = &self.base {
+            base.store.close();
+        }
+    }
+
     fn attach<R: Ring>(&self, core: &Rc<Core<R>>) -> Qcow2Channel<R> {
         // Its own file first: it is the first that the worker's ring knows.
         let base = |base: &Opened| Edge::new(base.geometry.clone(), AnyStore::attach(&base.store, core));

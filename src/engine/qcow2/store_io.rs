@@ -20,13 +20,20 @@ const BUSY: Duration = Duration::from_micros(100);
 pub struct ImageOps<R: Ring> {
     pub image: Arc<Image>,
     pub file: FileOps<R>,
-    /// For tables, and for what is copied on a first write.
+    /// For tables and for what is unpacked: whoever has a buffer of it waits for the store alone.
     pub pool: Pool<R>,
+    /// For what is copied on a first write: whoever has one may wait for one of the others.
+    pub copies: Pool<R>,
 }
 
 impl<R: Ring> ImageOps<R> {
     pub fn new(core: &Rc<Core<R>>, image: &Arc<Image>) -> ImageOps<R> {
-        ImageOps { image: image.clone(), file: FileOps::new(core, image.file.clone()), pool: Pool::new(core) }
+        ImageOps {
+            image: image.clone(),
+            file: FileOps::new(core, image.file.clone()),
+            pool: Pool::new(core),
+            copies: Pool::new(core),
+        }
     }
 
     /// Fills `data` from the file; what lies past its end is zero.

@@ -253,7 +253,7 @@ impl<R: Ring> Qcow2Channel<R> {
         let mut at = from.start;
         while at < from.end {
             let step = (from.end - at).min(Pool::<R>::BYTES as u64);
-            let buffer = self.ops.pool.take(io).await?;
+            let buffer = self.ops.copies.take(io).await?;
             let whole = [buffer.iovec(step as usize)];
             Box::pin(self.read(io, Data::of(&whole), step, at)).await?;
             self.ops.file.write(io, Data::of(&whole), step, host + (at - from.start), false).await?;

@@ -418,6 +418,9 @@ impl Shared {
                 result = Err(Error::Flush { name: name.into(), source });
             }
         }
+        if result.is_ok() && left.abandoned.is_empty() {
+            self.all_served().for_each(|served| served.export.volume.close());
+        }
         self.flushing.store(false, Ordering::Relaxed);
         if !left.abandoned.is_empty() {
             return Err(Error::Abandoned(left.abandoned.join("; ")));
