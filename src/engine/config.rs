@@ -226,8 +226,8 @@ mod tests {
 
     #[test]
     fn unknown_drivers_and_keys_are_refused() {
-        let error = read("qcow2", "{}").unwrap_err();
-        assert!(error.contains("\"qcow2\"") && error.contains("memory"), "{error}");
+        let error = read("vmdk", "{}").unwrap_err();
+        assert!(error.contains("\"vmdk\"") && error.contains("memory"), "{error}");
         for &(driver, target) in DRIVERS {
             assert_eq!(VolumeConfig::target_key(driver), Some(target));
             let error = read(driver, "{}").unwrap_err();
@@ -235,7 +235,7 @@ mod tests {
             let error = read(driver, r#"{"colour": "red"}"#).unwrap_err();
             assert!(error.contains("colour"), "{driver}: {error}");
         }
-        assert_eq!(VolumeConfig::target_key("qcow2"), None);
+        assert_eq!(VolumeConfig::target_key("vmdk"), None);
     }
 
     #[test]

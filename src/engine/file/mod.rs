@@ -64,8 +64,11 @@ pub enum Error {
     InUse(String),
     /// It is no raw image, and nobody has said to take it for one.
     #[error(
-        "is a {0} image, not a raw one: convert it (qemu-img convert -O raw), or serve its bytes as they are with \
-         format=raw"
+        "is a {0} image, not a raw one: {way}, or serve its bytes as they are with format=raw",
+        way = match .0 {
+            Format::Qcow2 => "serve it by its driver (qcow2:PATH)",
+            _ => "convert it (qemu-img convert -O raw)",
+        }
     )]
     Format(Format),
     /// Direct I/O does not work there.

@@ -13,15 +13,16 @@
 #![forbid(unsafe_code)]
 
 use super::entry::Layout;
-use super::refcounts::{Owner, Refcounts};
+use super::owner::Owner;
+use super::refcounts::Refcounts;
 use super::store_io::ImageOps;
 use crate::block::Errno;
 use crate::engine::node::Leaf;
 use crate::ring::{Io, Ring};
 use std::ops::Range;
 
-/// Bytes of clusters that are taken at once.
-const BATCH: u64 = 4 << 20;
+/// Bytes of clusters that are taken at once. Few in tests, so that they come to the end of them.
+const BATCH: u64 = if cfg!(test) { 8 << 10 } else { 4 << 20 };
 
 /// The most clusters at once.
 const MOST: u64 = 1024;

@@ -21,7 +21,8 @@
 #![forbid(unsafe_code)]
 
 use super::cache::Spot;
-use super::refcounts::{Owner, Refcounts};
+use super::owner::Owner;
+use super::refcounts::Refcounts;
 use super::store_io::ImageOps;
 use crate::block::Errno;
 use crate::ring::{Io, Ring};

@@ -1,11 +1,11 @@
 //! A qcow2 image (QEMU's `docs/interop/qcow2.rst`), alone or over another volume.
 //!
 //! - [`header`] and [`entry`] say what the bytes mean.
-//! - An [`Image`](image::Image) is what all workers share: the table of first level, a [cache](cache) of slices of those of
+//! - An [`Image`](image::Image) is what all workers share: the table of first level, a [`cache`] of slices of those of
 //!   second level, and under short locks what changes.
-//! - A [`Qcow2Channel`](channel::Qcow2Channel) is one worker's use of it. Reads, and [writes](write) to clusters that the disk
-//!   has, are a look at the tables and the file's own operation: no lock, no copy. [First writes](write) and
-//!   [zeroes](zeroes) change the tables in memory; a [flush](flush) brings the changes to the image, in an order that no
+//! - A [`Qcow2Channel`](channel::Qcow2Channel) is one worker's use of it. Reads, and [writes](mod@write) to clusters that the disk
+//!   has, are a look at the tables and the file's own operation: no lock, no copy. [First writes](mod@write) and
+//!   [`zeroes`] change the tables in memory; a [`flush`] brings the changes to the image, in an order that no
 //!   power cut can spoil; and [allocate] says when a cluster is free.
 //!
 //! Tables take at most `cache` bytes of memory (8 bytes for each cluster of 64 KiB that is at work: 128 MiB for a TiB), and
@@ -27,6 +27,8 @@ mod error;
 mod flush;
 mod header;
 mod image;
+mod owner;
+mod read_packed;
 mod refcounts;
 mod store;
 mod store_io;

@@ -1,18 +1,13 @@
 //! How often each cluster of an image is used: the refcount table and its blocks, and which clusters are free.
 //!
-//! One request at a time has this, across its waits for the store ([`Owner`]); what it does to the image in which order is
+//! One request at a time has this, across its waits for the store ([`Owner`](super::owner::Owner)); what it does to the image in which order is
 //! said in [`allocate`](super::allocate).
 
 #![forbid(unsafe_code)]
 
-use super::claims::until;
 use super::header::Header;
-use super::image::Image;
-use crate::block::Errno;
-use crate::ring::{Io, Ring};
 use std::collections::BTreeMap;
-use std::ops::{Deref, DerefMut, Range};
-use std::sync::PoisonError;
+use std::ops::Range;
 
 /// Bytes of blocks that are kept in memory, but for the one that is at work.
 const KEPT: usize = 1 << 20;
@@ -163,45 +158,6 @@ impl Refcounts {
         if let Some(block) = self.blocks.get_mut(&index) {
             block.used = latest + 1;
         }
-    }
-}
-
-/// The counts, as long as one request has them.
-pub struct Owner<'a> {
-    image: &'a Image,
-    refcounts: Option<Box<Refcounts>>,
-}
-
-impl<'a> Owner<'a> {
-    /// Waits for them.
-    ///
-    /// # Errors
-    /// `EROFS` where the image has none, because it is only read; see [`until`].
-    pub async fn of<R: Ring>(io: &Io<R>, image: &'a Image) -> Result<Owner<'a>, Errno> {
-        let take = || image.owner.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let refcounts = Some(until(io, take).await?);
-        Ok(Owner { image, refcounts })
-    }
-}
-
-impl Drop for Owner<'_> {
-    fn drop(&mut self) {
-        *self.image.owner.lock().unwrap_or_else(PoisonError::into_inner) = self.refcounts.take();
-    }
-}
-
-impl Deref for Owner<'_> {
-    type Target = Refcounts;
-
-    fn deref(&self) -> &Refcounts {
-        // It is there until it is dropped.
-        self.refcounts.as_deref().unwrap_or_else(|| unreachable!("an owner has what it owns"))
-    }
-}
-
-impl DerefMut for Owner<'_> {
-    fn deref_mut(&mut self) -> &mut Refcounts {
-        self.refcounts.as_deref_mut().unwrap_or_else(|| unreachable!("an owner has what it owns"))
     }
 }
 

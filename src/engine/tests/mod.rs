@@ -68,17 +68,17 @@ fn small(faults: Faults) -> (Rc<Core<SimRing>>, Rc<VolumeChannel<SimRing>>) {
     (core, channel)
 }
 
-fn request(op: Op, sector: u64, sectors: u32) -> Request<'static> {
+pub(super) fn request(op: Op, sector: u64, sectors: u32) -> Request<'static> {
     Request { op, flags: Flags::default(), sector, sectors, data: Data::None }
 }
 
 /// A read or write of the whole of `memory`, which is leaked: a test has little.
 /// Memory of requests that have no end.
-fn mapping(len: usize) -> &'static Mapping {
+pub(super) fn mapping(len: usize) -> &'static Mapping {
     Box::leak(Box::new(Mapping::anonymous(len).unwrap()))
 }
 
-fn transfer(op: Op, sector: u64, memory: &'static Mapping) -> Request<'static> {
+pub(super) fn transfer(op: Op, sector: u64, memory: &'static Mapping) -> Request<'static> {
     let iovecs = vec![memory.iovec(0, memory.len())].leak();
     Request { data: Data::of(iovecs), ..request(op, sector, memory.len() as u32 / 512) }
 }

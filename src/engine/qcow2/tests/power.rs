@@ -1,10 +1,12 @@
 //! Whatever the ring does, an image keeps what it was given; and when the power goes, it is whole and has what was promised.
 
 use super::*;
+use crate::block::Op;
 use crate::engine::tests::crash::{History, slots, work_until_cut};
-use crate::engine::tests::model::{Run, SHARE, faults, plan};
+use crate::engine::tests::model::{Run, SHARE, faults, once, plan};
+use crate::engine::tests::{mapping, request, transfer};
 use crate::ring::Core;
-use crate::ring::sim::{Faults, SimRing};
+use crate::ring::sim::{Faults, SimRing, get};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -102,5 +104,22 @@ proptest! {
         let left = core.ring().contents().unwrap();
         is_whole(&left);
         history.replace(History::new(&[])).killed().check(&made.disk(&left));
+    }
+}
+
+/// What was written over a base and discarded reads zero, in whole units, and never as the base again.
+#[test]
+fn a_discard_does_not_show_the_base_again() {
+    for extended_l2 in [false, true] {
+        let kind = NewImage { size: 1 << 20, cluster_bits: 14, extended_l2, ..NewImage::default() };
+        let made = Made::new(&kind, Some(100), false);
+        let core = Core::new(SimRing::new(1, Faults::default()));
+        core.ring().let_grow(MOST);
+        let channel = Rc::new(made.open().attach(&core, false));
+        let memory = mapping(64 << 10);
+        assert_eq!(once(&core, &channel, transfer(Op::Write, 0, memory)), Ok(()));
+        assert_eq!(once(&core, &channel, request(Op::Discard, 0, 64)), Ok(()));
+        assert_eq!(once(&core, &channel, transfer(Op::Read, 0, memory)), Ok(()));
+        assert!(get(memory, 0, 64 * 512).iter().all(|byte| *byte == 0), "{extended_l2}");
     }
 }
