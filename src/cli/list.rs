@@ -145,7 +145,10 @@ fn limits(status: &Status) -> String {
 
 /// What a volume's requests are at.
 fn state(volume: &VolumeStatus) -> String {
-    let VolumeStatus { name, paused, waiting, unavailable, size_bytes, .. } = volume;
+    let VolumeStatus { name, paused, waiting, unavailable, size_bytes, idle, .. } = volume;
+    if *idle {
+        return "no exports".into();
+    }
     match (unavailable, size_bytes) {
         (Some(_), 0) => return "not there yet".into(),
         (Some(_), _) if !paused && *waiting == 0 => return "ok, but for an export that did not start".into(),

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod export;
 mod fault;
 mod features;
 mod image;
@@ -16,7 +17,9 @@ mod serve;
 mod stats;
 mod stop;
 mod top;
+mod volume;
 
+use crate::service::status::Changed;
 use std::error::Error;
 use std::fmt;
 use std::path::PathBuf;
@@ -48,6 +51,10 @@ enum Command {
     List(list::Args),
     Stats(stats::Args),
     Top(top::Args),
+    #[command(subcommand)]
+    Volume(volume::Command),
+    #[command(subcommand)]
+    Export(export::Command),
     Resize(resize::Args),
     Refresh(refresh::Args),
     Resume(resume::Args),
@@ -71,6 +78,8 @@ impl Cli {
             Command::List(args) => list::run(&args),
             Command::Stats(args) => stats::run(&args),
             Command::Top(args) => top::run(&args),
+            Command::Volume(command) => volume::run(&command),
+            Command::Export(command) => export::run(&command),
             Command::Resize(args) => resize::run(&args),
             Command::Refresh(args) => refresh::run(&args),
             Command::Resume(args) => resume::run(&args),
@@ -91,6 +100,15 @@ impl Cli {
             2 => "warn,ringblk=debug",
             _ => "info,ringblk=trace",
         }
+    }
+}
+
+/// Tells what became of something that was to be added or removed.
+fn tell_change(change: &Changed, json: bool, done: &str, already: &str) -> Result<(), Failure> {
+    let became = if change.changed { done } else { already };
+    match json {
+        true => output::print_json(change),
+        false => output::print(&format!("{}: {became}\n", change.name)),
     }
 }
 

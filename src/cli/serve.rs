@@ -102,6 +102,13 @@ pub(super) struct Args {
     /// refused are only logged by the kernel [default: on]
     #[arg(long, value_name = "on|off|log")]
     sandbox: Option<SandboxMode>,
+    /// A directory in which images and sockets may be that are added while the service runs (`ringblk volume add`, `ringblk
+    /// export add`): the sandbox leaves it open
+    #[arg(long = "allow-path", value_name = "DIRECTORY")]
+    allow_paths: Vec<PathBuf>,
+    /// Disks may be added while the service runs (`ringblk export add --ublk`): the sandbox leaves what they take
+    #[arg(long)]
+    allow_ublk: bool,
     /// Check the configuration, print what would be served, and look whether images, directories, users and addresses are
     /// there; create nothing
     #[arg(long)]
@@ -148,6 +155,10 @@ fn load(args: &Args) -> Result<Config, ConfigError> {
     }
     if let Some(mode) = args.sandbox {
         loader.set_sandbox(mode);
+    }
+    args.allow_paths.iter().for_each(|path| loader.add_allowed_path(path.clone()));
+    if args.allow_ublk {
+        loader.allow_ublk();
     }
     if let Some(path) = &args.control {
         loader.set_control(path.clone());

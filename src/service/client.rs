@@ -22,7 +22,8 @@ use super::config::DEFAULT_CONTROL;
 use super::socket::is_served;
 use super::stats::Stats;
 use super::status::{
-    ApiError, Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, Stopping,
+    AddExport, AddVolume, ApiError, Changed, Fault, Faulted, LimitsStatus, Refresh, RemoveExport, Resize,
+    Resized, Resume, Resumed, Status, Stop, Stopping,
 };
 
 /// For one question and its answer. Longer than a server takes for any answer, and a full one to turn silent clients
@@ -150,6 +151,38 @@ impl Client {
     /// See [`ClientError`].
     pub fn resume(&self, volume: &str, give_up: bool) -> Result<Resumed, ClientError> {
         self.post(&path_of(volume, "resume")?, &Resume { give_up })
+    }
+
+    /// Has a volume be known, as `serve --volume` takes it, for exports to come.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn add_volume(&self, volume: &str) -> Result<Changed, ClientError> {
+        self.post("/v1/volumes", &AddVolume { volume: volume.into() })
+    }
+
+    /// Forgets a volume that has no exports.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn remove_volume(&self, volume: &str) -> Result<Changed, ClientError> {
+        self.ask(Method::POST, &path_of(volume, "remove")?, Bytes::new())
+    }
+
+    /// Starts an export.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn add_export(&self, wanted: &AddExport) -> Result<Changed, ClientError> {
+        self.post("/v1/exports", wanted)
+    }
+
+    /// Ends an export.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn remove_export(&self, wanted: &RemoveExport) -> Result<Changed, ClientError> {
+        self.post("/v1/exports/remove", wanted)
     }
 
     /// Has a volume's fault layers make faults, or none.

@@ -85,6 +85,9 @@ pub struct VolumeStatus {
     /// sizes are 0 as long as it is not open.
     #[serde(default)]
     pub unavailable: Option<String>,
+    /// It has no exports, and is opened with its first. Its sizes are 0 until then.
+    #[serde(default)]
+    pub idle: bool,
     /// Its limits of operations and bytes in a second, by their names; none: no limits.
     #[serde(default)]
     pub limits: BTreeMap<String, u64>,
@@ -251,6 +254,50 @@ pub struct Resumed {
     pub requests: usize,
 }
 
+/// The body of `POST /v1/volumes`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddVolume {
+    /// As `serve --volume` takes it: `NAME=DRIVER:TARGET[,key=value...]`.
+    pub volume: String,
+}
+
+/// The body of `POST /v1/exports`: one of these.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddExport {
+    /// As `serve --vhost-user` takes it: `VOLUME=SOCKET[,key=value...]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<String>,
+    /// As `serve --ublk` takes it: `VOLUME[,key=value...]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ublk: Option<String>,
+}
+
+/// The body of `POST /v1/exports/remove`: one of these.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveExport {
+    /// The socket, as it was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_user: Option<PathBuf>,
+    /// The disk's volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ublk: Option<String>,
+    /// Whoever uses it.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The answer to what adds or removes something.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changed {
+    /// Of the volume or the export.
+    pub name: String,
+    /// False where it was so already.
+    pub changed: bool,
+}
+
 /// The body of `POST /v1/volumes/NAME/fault`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -324,6 +371,7 @@ pub(crate) fn sample() -> Status {
             paused: true,
             waiting: 3,
             unavailable: None,
+            idle: false,
             limits: BTreeMap::new(),
             group: None,
             throttled_ms: 0,

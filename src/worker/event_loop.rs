@@ -357,7 +357,7 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> OnWorker for EventLoop<F, 
     }
 
     fn channel(&mut self, volume: &Arc<Volume>, read_only: bool) -> Rc<VolumeChannel<Uring>> {
-        self.channels.retain(|(of, _)| of.strong_count() > 0);
+        self.let_go();
         let same = self.channels.iter().find(|(of, channel)| {
             of.as_ptr() == Arc::as_ptr(volume)
                 && channel.geometry().read_only == (read_only || volume.geometry().read_only)
@@ -377,6 +377,10 @@ impl<F: Future<Output = ()>, M: Fn(SlotContext) -> F> OnWorker for EventLoop<F, 
             .filter(|(volume, _)| wanted(volume))
             .map(|(_, channel)| channel.clone())
             .collect()
+    }
+
+    fn let_go(&mut self) {
+        self.channels.retain(|(of, _)| of.strong_count() > 0);
     }
 
     fn add(

@@ -151,6 +151,19 @@ impl WorkerHandle {
         self.begin(|worker, reply| reply(worker.in_flight()))
     }
 
+    /// Has it let go of volumes that nobody else has any more: what it returns hears when their files are closed.
+    pub fn let_go(&self) -> Receiver<()> {
+        self.begin(|worker, reply| {
+            worker.let_go();
+            reply(());
+        })
+    }
+
+    /// From now on it serves several volumes, or one: whether it may wait for a store itself.
+    pub fn set_shared(&self, shared: bool) {
+        self.post(move |worker| worker.core().set_shared(shared));
+    }
+
     /// Limits have changed, or were [lifted](crate::frontend::LimitWait::Lifted): what waits for them there asks again.
     pub fn limits_changed(&self) {
         self.post(|worker| worker.limits_changed());

@@ -25,6 +25,9 @@ pub(super) trait OnWorker {
     /// What is open here: of one volume, or of all.
     fn channels(&self, of: Option<&Volume>) -> Vec<Rc<VolumeChannel<Uring>>>;
 
+    /// Lets go of volumes that nobody else has any more.
+    fn let_go(&mut self);
+
     /// Serves a queue from now on. `ended` hears when all its slots have ended.
     fn add(
         &mut self,

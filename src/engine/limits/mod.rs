@@ -50,6 +50,11 @@ impl Limits {
         limits.collect()
     }
 
+    /// The same set, for one more volume.
+    pub fn beside(&self) -> Arc<Limits> {
+        Arc::new(Limits { group: self.group.clone(), member: Arc::default() })
+    }
+
     /// As they are now.
     pub fn config(&self) -> LimitsConfig {
         self.group.config()

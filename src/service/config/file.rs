@@ -40,6 +40,8 @@ pub(super) struct Found {
     pub control: Option<Item<PathBuf>>,
     pub metrics: Option<Item<String>>,
     pub sandbox: Option<Item<SandboxMode>>,
+    pub allow_paths: Option<Item<Vec<PathBuf>>>,
+    pub allow_ublk: Option<Item<bool>>,
     pub volumes: Vec<(String, Volume)>,
     pub ublk: Vec<Item<UblkConfig>>,
     pub vhost_user: Vec<Item<VhostUserConfig>>,
@@ -77,12 +79,14 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Found, ConfigError> {
             "control" => found.control = Some(document.scalar(at, value)?),
             "metrics" => found.metrics = Some(document.scalar(at, value)?),
             "sandbox" => found.sandbox = Some(document.scalar(at, value)?),
+            "allow-paths" => found.allow_paths = Some(document.scalar(at, value)?),
+            "allow-ublk" => found.allow_ublk = Some(document.scalar(at, value)?),
             "volume" => found.volumes = document.volumes(at, value)?,
             "ublk" => found.ublk = document.exports("ublk", at, value)?,
             "vhost-user" => found.vhost_user = document.exports("vhost-user", at, value)?,
             other => {
                 let reason = format!(
-                    "unknown key \"{other}\", there are: workers, poll-us, slow-after, control, metrics, sandbox, [volume.NAME], [[ublk]], [[vhost-user]]"
+                    "unknown key \"{other}\", there are: workers, poll-us, slow-after, control, metrics, sandbox, allow-paths, allow-ublk, [volume.NAME], [[ublk]], [[vhost-user]]"
                 );
                 return Err(document.error_at(at, reason));
             }

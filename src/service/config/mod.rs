@@ -9,6 +9,7 @@
 mod check;
 mod file;
 mod flag;
+mod grow;
 mod metrics;
 mod origin;
 mod sandbox_mode;
@@ -48,6 +49,10 @@ pub struct Config {
     pub slow_after: u64,
     /// What the service gives up once it runs.
     pub sandbox: SandboxMode,
+    /// Directories in which volumes and sockets may be that are added while the service runs.
+    pub allow_paths: Vec<PathBuf>,
+    /// ublk disks may be added while the service runs.
+    pub allow_ublk: bool,
     /// Volumes by name.
     pub volumes: BTreeMap<String, VolumeConfig>,
     /// What becomes of the requests that each volume's store fails.
@@ -63,6 +68,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// Whether volumes and exports may be added while the service runs.
+    pub fn may_grow(&self) -> bool {
+        !self.allow_paths.is_empty() || self.allow_ublk
+    }
+
     /// Looking longer than this would only burn the CPU.
     pub const MAX_POLL_US: u32 = 10_000;
     /// A cross-CPU wake-up and its answer, with room: what looking is there to save.
@@ -80,7 +90,11 @@ impl Config {
     pub fn roots(&self) -> impl Iterator<Item = (&String, &VolumeConfig)> {
         let bases: BTreeSet<&str> =
             self.volumes.values().filter_map(|volume| volume.summary().base).collect();
-        self.volumes.iter().filter(move |(name, _)| !bases.contains(name.as_str()) || self.is_exported(name))
+        // What may be exported later is opened then.
+        let idle = self.may_grow();
+        self.volumes
+            .iter()
+            .filter(move |(name, _)| self.is_exported(name) || !idle && !bases.contains(name.as_str()))
     }
 
     fn is_exported(&self, name: &str) -> bool {
@@ -139,6 +153,8 @@ pub struct Loader {
     control: Option<Item<PathBuf>>,
     metrics: Option<Item<MetricsAddress>>,
     sandbox: Option<Item<SandboxMode>>,
+    allow_paths: Vec<Item<PathBuf>>,
+    allow_ublk: Option<Item<bool>>,
     volumes: BTreeMap<String, Item<VolumeConfig>>,
     policies: BTreeMap<String, PolicyConfig>,
     topologies: BTreeMap<String, TopologyConfig>,
@@ -176,6 +192,10 @@ impl Loader {
             self.metrics = Some(Item::new(value, origin));
         }
         self.sandbox = self.sandbox.take().or(found.sandbox);
+        if let Some(Item { value, origin }) = found.allow_paths {
+            self.allow_paths.extend(value.into_iter().map(|path| Item::new(path, origin.clone())));
+        }
+        self.allow_ublk = self.allow_ublk.take().or(found.allow_ublk);
         for (name, volume) in found.volumes {
             self.add_volume(name, volume)?;
         }
@@ -251,6 +271,41 @@ impl Loader {
         self.sandbox = Some(Item::new(mode, origin));
     }
 
+    /// Adds a directory in which volumes and sockets may be that are added later.
+    pub fn add_allowed_path(&mut self, path: PathBuf) {
+        let origin = Origin::flag("--allow-path", &path.display().to_string());
+        self.allow_paths.push(Item::new(path, origin));
+    }
+
+    /// Has ublk disks be added later.
+    pub fn allow_ublk(&mut self) {
+        self.allow_ublk = Some(Item::new(true, Origin::flag("--allow-ublk", "")));
+    }
+
+    /// What a running service has, for something to be added to it.
+    pub fn of(config: &Config) -> Loader {
+        fn item<T>(value: T) -> Item<T> {
+            Item::new(value, Origin::Flag("the running service".into()))
+        }
+        let volumes = config.volumes.iter();
+        Loader {
+            workers: config.workers.map(item),
+            poll_us: Some(item(config.poll_us)),
+            slow_after: Some(item(config.slow_after)),
+            control: Some(item(config.control.clone())),
+            metrics: config.metrics.clone().map(item),
+            sandbox: Some(item(config.sandbox)),
+            allow_paths: config.allow_paths.iter().cloned().map(item).collect(),
+            allow_ublk: Some(item(config.allow_ublk)),
+            volumes: volumes.map(|(name, volume)| (name.clone(), item(volume.clone()))).collect(),
+            policies: config.policies.clone(),
+            topologies: config.topologies.clone(),
+            limits: config.limits.clone(),
+            ublk: config.ublk.iter().cloned().map(item).collect(),
+            vhost_user: config.vhost_user.iter().cloned().map(item).collect(),
+        }
+    }
+
     /// Sets the control socket, over what a file said.
     pub fn set_control(&mut self, path: PathBuf) {
         let origin = Origin::flag("--control", &path.display().to_string());
@@ -267,6 +322,8 @@ impl Loader {
             workers: self.workers.map(|item| item.value),
             poll_us: self.poll_us.map_or(Config::DEFAULT_POLL_US, |item| item.value),
             sandbox: self.sandbox.map_or_else(SandboxMode::default, |item| item.value),
+            allow_paths: self.allow_paths.into_iter().map(|item| item.value).collect(),
+            allow_ublk: self.allow_ublk.is_some_and(|item| item.value),
             control: self.control.map_or_else(|| DEFAULT_CONTROL.into(), |item| item.value),
             metrics: self.metrics.map(|item| item.value),
             slow_after: self.slow_after.map_or(Config::DEFAULT_SLOW_AFTER, |item| item.value),
@@ -310,6 +367,12 @@ impl fmt::Display for Config {
             writeln!(f, "metrics: {metrics}")?;
         }
         writeln!(f, "sandbox: {}", self.sandbox)?;
+        for path in &self.allow_paths {
+            writeln!(f, "allowed later: {}", path.display())?;
+        }
+        if self.allow_ublk {
+            writeln!(f, "allowed later: ublk disks")?;
+        }
         for (name, volume) in &self.volumes {
             let (topology, policy, limits) = (self.topologies[name], self.policies[name], &self.limits[name]);
             writeln!(f, "volume {name}: {volume}{topology}{policy}{limits}")?;

@@ -26,7 +26,10 @@ use tokio::time::{sleep, timeout};
 
 use super::socket::SocketFile;
 use super::stats::Stats;
-use super::status::{Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop};
+use super::status::{
+    AddExport, AddVolume, Changed, Fault, Faulted, LimitsStatus, Refresh, RemoveExport, Resize, Resized,
+    Resume, Resumed, Status, Stop,
+};
 use crate::engine::limits::LimitsChange;
 use crate::log_limit::LogLimit;
 
@@ -82,6 +85,26 @@ pub trait ControlHandler: Send + Sync {
     /// # Errors
     /// When there is no such volume.
     fn limits(&self, volume: &str) -> Result<LimitsStatus, ControlError>;
+    /// Has a volume be known, for exports to come.
+    ///
+    /// # Errors
+    /// When it cannot be, there is another of that name, or the service takes no additions.
+    fn add_volume(&self, wanted: &AddVolume) -> Result<Changed, ControlError>;
+    /// Forgets a volume.
+    ///
+    /// # Errors
+    /// When it has exports, or others stand on it.
+    fn remove_volume(&self, volume: &str) -> Result<Changed, ControlError>;
+    /// Starts an export.
+    ///
+    /// # Errors
+    /// When it cannot be.
+    fn add_export(&self, wanted: &AddExport) -> Result<Changed, ControlError>;
+    /// Ends an export.
+    ///
+    /// # Errors
+    /// When somebody uses it and it is not forced, or its requests do not end.
+    fn remove_export(&self, wanted: &RemoveExport) -> Result<Changed, ControlError>;
     /// Changes those that are named. What waits for them goes on by the new ones.
     ///
     /// # Errors
@@ -250,6 +273,26 @@ mod tests {
             Ok(Faulted { volume: volume.into(), enabled: wanted.enabled })
         }
 
+        fn add_volume(&self, wanted: &AddVolume) -> Result<Changed, ControlError> {
+            self.asked.lock().unwrap().push(format!("{wanted:?}"));
+            Ok(Changed { name: "new".into(), changed: true })
+        }
+
+        fn remove_volume(&self, volume: &str) -> Result<Changed, ControlError> {
+            self.asked.lock().unwrap().push(format!("remove {volume}"));
+            Ok(Changed { name: volume.into(), changed: false })
+        }
+
+        fn add_export(&self, wanted: &AddExport) -> Result<Changed, ControlError> {
+            self.asked.lock().unwrap().push(format!("{wanted:?}"));
+            Ok(Changed { name: "new".into(), changed: true })
+        }
+
+        fn remove_export(&self, wanted: &RemoveExport) -> Result<Changed, ControlError> {
+            self.asked.lock().unwrap().push(format!("{wanted:?}"));
+            Err(ControlError::Impossible("it is connected".into()))
+        }
+
         fn limits(&self, volume: &str) -> Result<LimitsStatus, ControlError> {
             self.limit(volume, &LimitsChange::default())
         }
@@ -355,7 +398,7 @@ mod tests {
             ("GET /v1/stop HTTP/1.1\r\nhost: x\r\n\r\n", "405"),
             ("BREW /v1/stop HTTP/1.1\r\nhost: x\r\n\r\n", "405"),
             ("GET /v1/status HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}", "400"),
-            ("POST /v1/volumes HTTP/1.1\r\nhost: x\r\n\r\n", "404"),
+            ("GET /v1/volumes HTTP/1.1\r\nhost: x\r\n\r\n", "405"),
             ("POST /v1/volumes/a/b/resize HTTP/1.1\r\nhost: x\r\n\r\n", "404"),
             ("GET /v1/volumes/root/resize HTTP/1.1\r\nhost: x\r\n\r\n", "405"),
         ] {
@@ -396,6 +439,26 @@ mod tests {
         }
         let asked = ["root Resize { size: 4096, force: false }", "root Resize { size: 7, force: true }"];
         assert_eq!(server.fake.asked.lock().unwrap()[..2], asked);
+    }
+
+    #[test]
+    fn volumes_and_exports_come_and_go() {
+        let server = Server::start();
+        let client = Client::new(&server.path);
+        assert!(client.add_volume("a=memory:1M").unwrap().changed);
+        assert!(!client.remove_volume("a").unwrap().changed);
+        let export = AddExport { ublk: Some("a".into()), ..AddExport::default() };
+        assert!(client.add_export(&export).unwrap().changed);
+        let export = RemoveExport { vhost_user: Some("/run/a".into()), ..RemoveExport::default() };
+        let error = client.remove_export(&export).unwrap_err().to_string();
+        assert!(error.contains("it is connected (409"), "{error}");
+        let asked = server.fake.asked.lock().unwrap();
+        assert!(asked[0].contains("a=memory:1M") && asked[1] == "remove a", "{asked:?}");
+        assert!(asked[3].contains("/run/a") && asked[3].contains("force: false"), "{asked:?}");
+        drop(asked);
+        for body in ["", "{}", "[\"a\"]", r#"{"volume": 3}"#, r#"{"volume": "a", "x": 1}"#] {
+            assert_eq!(post(&server, "/v1/volumes", body).0, "400", "{body}");
+        }
     }
 
     #[test]

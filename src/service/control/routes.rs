@@ -46,6 +46,10 @@ const ROUTES: &[Route] = &[
     Route { path: "/v1/stats", method: Method::GET, answer: stats },
     Route { path: "/metrics", method: Method::GET, answer: metrics },
     Route { path: "/v1/stop", method: Method::POST, answer: stop },
+    Route { path: "/v1/volumes", method: Method::POST, answer: add_volume },
+    Route { path: "/v1/volumes/NAME/remove", method: Method::POST, answer: remove_volume },
+    Route { path: "/v1/exports", method: Method::POST, answer: add_export },
+    Route { path: "/v1/exports/remove", method: Method::POST, answer: remove_export },
     Route { path: "/v1/volumes/NAME/resize", method: Method::POST, answer: resize },
     Route { path: "/v1/volumes/NAME/refresh", method: Method::POST, answer: refresh },
     Route { path: "/v1/volumes/NAME/resume", method: Method::POST, answer: resume },
@@ -76,6 +80,23 @@ fn metrics(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlE
 fn stop(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
     managed.request_stop(&call.optional_body()?)?;
     Ok(json(StatusCode::ACCEPTED, &Stopping { stopping: true }))
+}
+
+fn add_volume(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
+    Ok(json(StatusCode::OK, &managed.add_volume(&call.body()?)?))
+}
+
+fn remove_volume(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
+    call.without_body()?;
+    Ok(json(StatusCode::OK, &managed.remove_volume(&call.name)?))
+}
+
+fn add_export(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
+    Ok(json(StatusCode::OK, &managed.add_export(&call.body()?)?))
+}
+
+fn remove_export(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {
+    Ok(json(StatusCode::OK, &managed.remove_export(&call.body()?)?))
 }
 
 fn resize(managed: &dyn ControlHandler, call: &Call) -> Result<Answer, ControlError> {

@@ -109,6 +109,25 @@ impl Export {
         }
     }
 
+    /// Ends as a [`ShutdownMode::Stop`] would, if nobody uses it. Else it is served as before: who uses it.
+    ///
+    /// # Errors
+    /// When its requests are not complete by `deadline`.
+    pub fn stop_if_unused(&mut self, deadline: Instant) -> Result<Option<String>, Abandoned> {
+        match self {
+            Export::Ublk(export) => {
+                Ok(export.stop_if_unused(deadline)?.map(|users| match users.is_empty() {
+                    true => "open in another process".into(),
+                    false => users.join(", "),
+                }))
+            }
+            Export::VhostUser(export) => match export.status().connected {
+                true => Ok(Some("connected to a VMM".into())),
+                false => export.stop(deadline).map(|()| None),
+            },
+        }
+    }
+
     /// Takes no more requests, waits for those that it has, and takes leave of the frontend.
     ///
     /// # Errors

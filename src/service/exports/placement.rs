@@ -1,4 +1,4 @@
-//! Which worker serves which queue: decided once, before anything runs.
+//! Which worker serves which queue: decided before it runs.
 //!
 //! An export has workers of its own (`workers=`), which serve no other one, or it shares the others. What is fixed is
 //! also who may be held up by whom: a worker that will never serve a second volume may wait for its store.
@@ -16,6 +16,8 @@ pub struct Placement {
     pub vhost_user: Vec<(u16, Vec<usize>)>,
     /// For each ublk export the worker of each queue.
     pub ublk: Vec<Vec<usize>>,
+    /// The first so many workers are shared.
+    shared: usize,
     /// For each worker the volumes whose queues it may be given.
     volumes: Vec<BTreeSet<String>>,
 }
@@ -67,7 +69,11 @@ impl Placement {
         let owners: Vec<Option<usize>> = (0..exports.len()).map(owner).collect();
         let queues = exports.iter().zip(&owners).filter(|(_, owner)| owner.is_none());
         let queues: usize = queues.map(|(export, _)| export.queues.map_or(cpus, usize::from)).sum();
-        let count = if queues == 0 { 0 } else { config.workers.unwrap_or(cpus.min(queues)).max(1) };
+        let count = match (queues, config.may_grow()) {
+            (0, false) => 0,
+            (_, false) => config.workers.unwrap_or(cpus.min(queues)).max(1),
+            (_, true) => config.workers.unwrap_or(cpus).max(1),
+        };
 
         let mut shared = Workers { first: 0, count, next: 0 };
         let mut total = count;
@@ -82,8 +88,8 @@ impl Placement {
             }
         }
 
-        let mut placement =
-            Placement { vhost_user: Vec::new(), ublk: Vec::new(), volumes: vec![BTreeSet::new(); total] };
+        let volumes = vec![BTreeSet::new(); total];
+        let mut placement = Placement { vhost_user: Vec::new(), ublk: Vec::new(), shared: count, volumes };
         for (at, export) in exports.iter().enumerate() {
             let workers = owners[at].and_then(|owner| own[owner].as_mut()).unwrap_or(&mut shared);
             let mut only;
@@ -112,6 +118,35 @@ impl Placement {
             });
         }
         placement
+    }
+
+    /// Places an export that comes while others are served: at most `queues` queues, each on a worker of its own as far as there
+    /// are any, beginning with the one that has the fewest volumes. Where the volume is `single_worker`, all go to the one that
+    /// has it, or to that. Empty where no worker is shared.
+    pub fn add(&mut self, volume: &str, queues: Option<u16>, single_worker: bool) -> Vec<usize> {
+        let least = (0..self.shared).min_by_key(|worker| self.volumes[*worker].len());
+        let has = self.serving(volume).next();
+        let (first, count) = match (single_worker, has, least) {
+            (_, _, None) => return Vec::new(),
+            (true, Some(has), _) => (has, 1),
+            (true, None, Some(least)) => (least, 1),
+            (false, _, Some(least)) => (least, self.shared.min(queues.map_or(usize::MAX, usize::from))),
+        };
+        let on: Vec<usize> = match count {
+            1 => vec![first],
+            _ => (0..count).map(|queue| (first + queue) % self.shared).collect(),
+        };
+        on.iter().for_each(|worker| {
+            self.volumes[*worker].insert(volume.to_owned());
+        });
+        on
+    }
+
+    /// No export of this volume is served any more.
+    pub fn remove(&mut self, volume: &str) {
+        self.volumes.iter_mut().for_each(|of| {
+            of.remove(volume);
+        });
     }
 
     /// Workers there are to be.

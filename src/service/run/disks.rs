@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 /// A disk to be started: its volume, and the workers of its queues.
-pub(super) type Disk<'a> = (&'a UblkConfig, &'a Arc<Volume>, Vec<WorkerHandle>);
+pub(super) type Disk<'a> = (&'a UblkConfig, Arc<Volume>, Vec<WorkerHandle>);
 
 /// The most that are taken over at the same time, each by a thread.
 const AT_ONCE: usize = 64;

@@ -10,7 +10,6 @@ use crate::engine::config::{PolicyConfig, VolumeConfig};
 use crate::engine::{Opener, Volume};
 use crate::frontend::ublk;
 use crate::frontend::ublk::config::UblkConfig;
-use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::frontend::vhost_user::config::VhostUserConfig;
 use crate::service::exports::Export;
 use crate::service::exports::ublk::{Others, UblkExport, found};
@@ -44,7 +43,6 @@ pub(super) enum WaitingExport {
         queues: u16,
         endpoint: Endpoint,
         on: Vec<usize>,
-        memory: Arc<MemoryBudget>,
     },
     Ublk {
         config: UblkConfig,
@@ -188,10 +186,12 @@ impl Shared {
     fn bring_up(&self, name: &str, volume: Option<Volume>) -> Result<(), String> {
         // A stop waits for this, and nothing comes up after it.
         let Some(_arrival) = self.arrivals.begin() else { return Ok(()) };
-        if let (Some(volume), Some(slot)) = (volume, self.volumes.get(name)) {
-            let status = lock(&self.waiting).get(name).map(Waiting::volume_status);
-            let served = status.map(|status| slot.get_or_init(|| Served::new(volume, status)));
-            let Some(served) = served else { return Ok(()) };
+        if let Some(volume) = volume {
+            let Some(status) = lock(&self.waiting).get(name).map(Waiting::volume_status) else {
+                return Ok(());
+            };
+            let served = Arc::new(Served::new(volume, status));
+            lock(&self.volumes).insert(name.into(), served.clone());
             if let Some(tell) = &*lock(&self.growth) {
                 served.volume.tell_growth(tell.clone());
             }
@@ -240,13 +240,13 @@ impl Shared {
         volume: &Arc<Volume>,
     ) -> Result<(String, Export), (String, Box<WaitingExport>)> {
         match export {
-            WaitingExport::VhostUser { config, queues, endpoint, on, memory } => {
+            WaitingExport::VhostUser { config, queues, endpoint, on } => {
                 let socket = config.socket.display().to_string();
-                match self.start_vhost_user(&config, queues, endpoint, &on, volume, &memory) {
+                match self.start_vhost_user(&config, queues, endpoint, &on, volume) {
                     Ok(export) => Ok((format!("on {socket}"), Export::VhostUser(export))),
                     Err((endpoint, source)) => {
                         let cause = Causes(&Error::VhostUser { socket, source }).to_string();
-                        let again = WaitingExport::VhostUser { config, queues, endpoint, on, memory };
+                        let again = WaitingExport::VhostUser { config, queues, endpoint, on };
                         Err((cause, Box::new(again)))
                     }
                 }
@@ -284,6 +284,7 @@ pub(super) fn configured(name: &str, config: &VolumeConfig, policy: &PolicyConfi
         paused: false,
         waiting: 0,
         unavailable: None,
+        idle: false,
         limits: BTreeMap::new(),
         group: None,
         throttled_ms: 0,

@@ -7,7 +7,6 @@ use super::open::Opened;
 use super::signals::Signals;
 use super::{Error, Service, Shared, lock};
 use crate::engine::nbd;
-use crate::frontend::vhost_user::budget::MemoryBudget;
 use crate::service::config::Config;
 use crate::service::control;
 use crate::service::exports::ShutdownMode;
@@ -75,14 +74,13 @@ pub(super) fn begin(
     shared: &Arc<Shared>,
     config: Arc<Config>,
     endpoints: Vec<Endpoint>,
-    memory: Arc<MemoryBudget>,
     attempts: Vec<Attempts>,
 ) -> Result<oneshot::Receiver<Result<(), Error>>, Error> {
     let (tell, begun) = oneshot::channel();
     let (shared, arrival) = (shared.clone(), shared.arrivals.begin());
     let begin = move || {
         let result = shared
-            .add_exports(&config, endpoints, &memory)
+            .add_exports(&config, endpoints)
             .and_then(|()| attempts.into_iter().try_for_each(|each| each.start(&shared)))
             .map(|()| shared.follow_growth());
         // Ahead of the answer: who takes everything down after it does not wait for us.
@@ -142,9 +140,11 @@ impl Service {
             .map_err(Error::Control)?;
         let pending_reason = async {
             loop {
-                shared.all_served().filter_map(|served| served.volume.pending_reason()).for_each(|why| {
-                    log::warn!("stopping: {why}");
-                });
+                shared.all_served().iter().filter_map(|served| served.volume.pending_reason()).for_each(
+                    |why| {
+                        log::warn!("stopping: {why}");
+                    },
+                );
                 tokio::time::sleep(HELD_UP_EVERY).await;
             }
         };

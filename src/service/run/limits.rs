@@ -41,6 +41,6 @@ impl Shared {
             Some(group) => log::info!("volume {name}: the limits of group {group}: {now}"),
             None => log::info!("volume {name}: its limits: {now}"),
         }
-        Ok(shown(volume))
+        Ok(shown(&volume))
     }
 }

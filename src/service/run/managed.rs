@@ -1,17 +1,19 @@
 //! What the control API may ask of a running service.
 
 use super::late::Waiting;
-use super::{Served, Shared, limits, lock};
+use super::{Served, Shared, late, limits, lock};
 use crate::engine::limits::LimitsChange;
 use crate::engine::{PolicyState, Volume, fault};
 use crate::service::control::{ControlError, ControlHandler};
 use crate::service::exports::{Export, ShutdownMode};
 use crate::service::stats::{ExportStats, Stats, VolumeStats, WorkerTime};
 use crate::service::status::{
-    Fault, Faulted, LimitsStatus, Refresh, Resize, Resized, Resume, Resumed, Status, Stop, VolumeStatus,
+    AddExport, AddVolume, Changed, Fault, Faulted, LimitsStatus, Refresh, RemoveExport, Resize, Resized,
+    Resume, Resumed, Status, Stop, VolumeStatus,
 };
 use crate::stats::Clock;
 use crate::worker::ExportVolume;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -20,10 +22,10 @@ impl ControlHandler for Shared {
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
-            workers: self.placement.workers(),
+            workers: self.handles.len(),
             stopping: self.stopping.load(Ordering::Relaxed),
             sandbox: self.sandbox.clone(),
-            volumes: self.volumes.keys().filter_map(|name| self.volume_status(name)).collect(),
+            volumes: self.volumes_status(),
             exports: {
                 let waiting = lock(&self.waiting);
                 let waiting = waiting.values().flat_map(Waiting::export_status).collect::<Vec<_>>();
@@ -38,7 +40,7 @@ impl ControlHandler for Shared {
         Stats {
             uptime_ns: Clock::get().now(),
             exports: exports.collect(),
-            volumes: self.all_served().map(Served::stats).collect(),
+            volumes: self.all_served().iter().map(|served| served.stats()).collect(),
             workers: self.worker_stats.iter().map(|stats| WorkerTime::from(&**stats)).collect(),
         }
     }
@@ -94,7 +96,7 @@ impl ControlHandler for Shared {
 
     fn fault(&self, name: &str, wanted: &Fault) -> Result<Faulted, ControlError> {
         let Fault { enabled } = *wanted;
-        if fault::switch(self.volume(name)?, enabled) == 0 {
+        if fault::switch(&*self.volume(name)?, enabled) == 0 {
             let reason =
                 format!("volume {name} has no faults to switch: it stands on no volume of the driver fault");
             return Err(ControlError::Impossible(reason));
@@ -103,8 +105,24 @@ impl ControlHandler for Shared {
         Ok(Faulted { volume: name.into(), enabled })
     }
 
+    fn add_volume(&self, wanted: &AddVolume) -> Result<Changed, ControlError> {
+        Shared::add_volume(self, wanted)
+    }
+
+    fn remove_volume(&self, name: &str) -> Result<Changed, ControlError> {
+        Shared::remove_volume(self, name)
+    }
+
+    fn add_export(&self, wanted: &AddExport) -> Result<Changed, ControlError> {
+        Shared::add_export(self, wanted)
+    }
+
+    fn remove_export(&self, wanted: &RemoveExport) -> Result<Changed, ControlError> {
+        Shared::remove_export(self, wanted)
+    }
+
     fn limits(&self, name: &str) -> Result<LimitsStatus, ControlError> {
-        Ok(limits::shown(self.volume(name)?))
+        Ok(limits::shown(&*self.volume(name)?))
     }
 
     fn limit(&self, name: &str, wanted: &LimitsChange) -> Result<LimitsStatus, ControlError> {
@@ -113,11 +131,28 @@ impl ControlHandler for Shared {
 }
 
 impl Shared {
+    /// All volumes by name: those that are there, or are waited for, and those without exports that no other stands on.
+    fn volumes_status(&self) -> Vec<VolumeStatus> {
+        let desired = lock(&self.desired).clone();
+        let mut names: BTreeSet<String> = lock(&self.waiting).keys().cloned().collect();
+        names.extend(lock(&self.volumes).keys().cloned());
+        let stood_on: BTreeSet<&str> =
+            desired.volumes.values().filter_map(|volume| volume.summary().base).collect();
+        let idle = |name: &&String| !stood_on.contains(name.as_str());
+        names.extend(desired.volumes.keys().filter(idle).cloned());
+        let idle = |name: &str| {
+            let (volume, policy) = (desired.volumes.get(name)?, desired.policies.get(name)?);
+            Some(VolumeStatus { idle: true, ..late::configured(name, volume, policy) })
+        };
+        names.iter().filter_map(|name| self.volume_status(name).or_else(|| idle(name))).collect()
+    }
+
     /// A volume's status as it is now.
     fn volume_status(&self, name: &str) -> Option<VolumeStatus> {
         // In this order: it is served before it does not wait any more.
         let waiting = lock(&self.waiting).get(name).map(Waiting::volume_status);
-        let Some(Served { volume, status, .. }) = self.served(name) else { return waiting };
+        let Some(served) = self.served(name) else { return waiting };
+        let Served { volume, status, .. } = &*served;
         // What it is served without, if there is such an export.
         let unavailable = waiting.and_then(|status| status.unavailable);
         let PolicyState { paused, waiting, .. } = volume.policy_state();
@@ -131,19 +166,25 @@ impl Shared {
     ///
     /// # Errors
     /// When there is none, or it is not there yet.
-    pub(super) fn volume(&self, name: &str) -> Result<&Arc<Volume>, ControlError> {
+    pub(super) fn volume(&self, name: &str) -> Result<Arc<Volume>, ControlError> {
         if let Some(served) = self.served(name) {
-            return Ok(&served.volume);
+            return Ok(served.volume.clone());
         }
         let cause = lock(&self.waiting).get(name).map(Waiting::cause);
         Err(match cause {
             Some(cause) => ControlError::Impossible(format!("it is not there yet: {cause}")),
-            None => match self.bases.get(name) {
-                Some(root) => ControlError::Impossible(format!(
-                    "volume {name} is not served by itself: ask for {root}, which stands on it"
-                )),
-                None => ControlError::Unknown(name.into()),
-            },
+            None => {
+                let desired = lock(&self.desired).clone();
+                match desired.bases().find(|(base, _)| *base == name) {
+                    Some((_, root)) => ControlError::Impossible(format!(
+                        "volume {name} is not served by itself: ask for {root}, which stands on it"
+                    )),
+                    None if desired.volumes.contains_key(name) => ControlError::Impossible(format!(
+                        "volume {name} is not served: it has no export (ringblk export add)"
+                    )),
+                    None => ControlError::Unknown(name.into()),
+                }
+            }
         })
     }
 }

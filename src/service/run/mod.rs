@@ -3,6 +3,7 @@
 
 mod arrivals;
 mod disks;
+mod grow;
 mod late;
 mod life;
 mod shut_down;
@@ -40,7 +41,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
@@ -120,7 +121,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     // Signals first: from here on one asks for a clean end, whatever is being made.
     let mut signals = runtime.block_on(async { Signals::new() }).map_err(Error::Control)?;
     let config = Arc::new(config);
-    if !config.ublk.is_empty() {
+    if !config.ublk.is_empty() || config.allow_ublk {
         namespace::leave_mounts();
         // Before anything large is mapped.
         if let Err(error) = ring::lock_process() {
@@ -168,12 +169,14 @@ struct Shared {
     leaving: Mutex<Vec<String>>,
     /// Volumes whose disks somebody is known to use: they stay.
     keep: Mutex<BTreeSet<String>>,
-    /// Every volume; empty places are of those that [wait](Self::waiting).
-    volumes: BTreeMap<String, OnceLock<Served>>,
+    /// What there is to be.
+    desired: Mutex<Arc<Config>>,
+    /// Held by whoever changes that, until it is so.
+    changing: Mutex<()>,
+    /// Volumes that are there.
+    volumes: Mutex<BTreeMap<String, Arc<Served>>>,
     /// Volumes that are not there yet, or not with all their exports.
     waiting: Mutex<BTreeMap<String, Waiting>>,
-    /// Volumes that are there for others alone, each with one that is served and stands on it.
-    bases: BTreeMap<String, String>,
     /// What comes up just now, and whether anything may.
     arrivals: Arc<Arrivals>,
     /// Hears the names of volumes that grow by themselves.
@@ -184,13 +187,17 @@ struct Shared {
     worker_stats: Vec<Arc<WorkerStats>>,
     /// The last flushes are under way.
     flushing: AtomicBool,
-    placement: Placement,
+    placement: Mutex<Placement>,
+    memory: Arc<MemoryBudget>,
     sandbox: SandboxStatus,
     stopping: AtomicBool,
     /// The stop that was asked for first, if one was.
     farewell: Mutex<Option<ShutdownMode>>,
     stop: Notify,
 }
+
+/// Exports on sockets that may be added to a service and have memory for their VMMs set aside.
+const MOST_ADDED: usize = 256;
 
 /// A volume that is there.
 struct Served {
@@ -211,7 +218,7 @@ impl Service {
     /// Takes every socket, then starts the workers, and begins to start the exports. An error on the way takes away what
     /// was made.
     fn start(config: Arc<Config>, opened: Opened) -> Result<Service, Error> {
-        let Opened { mut volumes, waiting, attempts } = opened;
+        let Opened { volumes, waiting, attempts } = opened;
         let mut passed = passed_sockets();
         let control = SocketFile::bind(&config.control, Access::PRIVATE).map_err(|error| match error {
             SocketError::System { .. }
@@ -245,10 +252,12 @@ impl Service {
             slow_after: Duration::from_secs(config.slow_after),
             shared: placement.is_shared(number),
         };
-        if !config.ublk.is_empty() {
+        if !config.ublk.is_empty() || config.allow_ublk {
             prepare_directories();
         }
-        let memory = MemoryBudget::of_process(config.vhost_user.len());
+        let exports = config.vhost_user.len();
+        let memory =
+            MemoryBudget::of_process(if config.may_grow() { exports.max(MOST_ADDED) } else { exports });
         // From here on we are no longer alone: what is given up, is given up by all.
         let unread = attempts.iter().flat_map(|each| each.unread());
         let plan = sandbox::Plan::of(&config).waiting_for(&config, waiting.keys()).reading(unread);
@@ -263,30 +272,33 @@ impl Service {
             exports: Mutex::default(),
             leaving: Mutex::default(),
             keep: Mutex::default(),
-            volumes: config
-                .roots()
-                .map(|(name, of)| {
-                    let status = late::configured(name, of, &config.policies[name]);
-                    let served = volumes.remove(name).map(|volume| Served::new(volume, status));
-                    (name.clone(), served.map_or_else(OnceLock::new, OnceLock::from))
-                })
-                .collect(),
+            desired: Mutex::new(config.clone()),
+            changing: Mutex::default(),
+            volumes: Mutex::new(
+                volumes
+                    .into_iter()
+                    .map(|(name, volume)| {
+                        let status = late::configured(&name, &config.volumes[&name], &config.policies[&name]);
+                        (name, Arc::new(Served::new(volume, status)))
+                    })
+                    .collect(),
+            ),
             waiting: Mutex::new(waiting),
-            bases: config.bases().map(|(base, root)| (base.to_owned(), root.to_owned())).collect(),
             arrivals: Arc::default(),
             growth: Mutex::default(),
             handles: workers.iter().map(|worker| worker.handle().clone()).collect(),
             worker_stats: workers.iter().map(|worker| worker.stats().clone()).collect(),
             flushing: AtomicBool::new(false),
             workers: Mutex::new(workers),
-            placement,
+            placement: Mutex::new(placement),
+            memory,
             sandbox,
             stopping: AtomicBool::new(false),
             farewell: Mutex::default(),
             stop: Notify::new(),
         };
         let shared = Arc::new(shared);
-        let begun = life::begin(&shared, config, endpoints, memory, attempts)?;
+        let begun = life::begin(&shared, config, endpoints, attempts)?;
         Ok(Service { control, monitor, shared, begun })
     }
 }
@@ -294,34 +306,31 @@ impl Service {
 impl Shared {
     /// Starts every export, in the order of the configuration: sockets, then disks, whose start makes the
     /// kernel read them.
-    fn add_exports(
-        &self,
-        config: &Config,
-        endpoints: Vec<Endpoint>,
-        memory: &Arc<MemoryBudget>,
-    ) -> Result<(), Error> {
-        for ((export, endpoint), (queues, on)) in
-            config.vhost_user.iter().zip(endpoints).zip(&self.placement.vhost_user)
-        {
-            let Some(Served { volume, .. }) = self.served(&export.volume) else {
-                let (config, queues, on, memory) = (export.clone(), *queues, on.clone(), memory.clone());
-                self.waits(&export.volume, WaitingExport::VhostUser { config, queues, endpoint, on, memory });
+    fn add_exports(&self, config: &Config, endpoints: Vec<Endpoint>) -> Result<(), Error> {
+        let (vhost_user, ublk) = {
+            let placement = lock(&self.placement);
+            (placement.vhost_user.clone(), placement.ublk.clone())
+        };
+        for ((export, endpoint), (queues, on)) in config.vhost_user.iter().zip(endpoints).zip(vhost_user) {
+            let Some(served) = self.served(&export.volume) else {
+                let config = export.clone();
+                self.waits(&export.volume, WaitingExport::VhostUser { config, queues, endpoint, on });
                 continue;
             };
-            let started = self.start_vhost_user(export, *queues, endpoint, on, volume, memory);
+            let started = self.start_vhost_user(export, queues, endpoint, &on, &served.volume);
             let socket = || export.socket.display().to_string();
             let started = started.map_err(|(_, source)| Error::VhostUser { socket: socket(), source })?;
             lock(&self.exports).push(Export::VhostUser(started));
             log::info!("volume {} is served on {}", export.volume, export.socket.display());
         }
         let mut disks = Vec::new();
-        for (export, on) in config.ublk.iter().zip(&self.placement.ublk) {
+        for (export, on) in config.ublk.iter().zip(ublk) {
             match self.served(&export.volume) {
-                Some(served) => disks.push((export, &served.volume, self.handles(on))),
+                Some(served) => disks.push((export, served.volume.clone(), self.handles(&on))),
                 None => {
                     let beside = config.ublk.iter().map(|export| export.volume.clone()).collect();
                     let target = config.store_of(&export.volume);
-                    let (config, on) = (export.clone(), on.clone());
+                    let config = export.clone();
                     self.waits(&export.volume, WaitingExport::Ublk { config, on, beside, target });
                 }
             }
@@ -337,16 +346,15 @@ impl Shared {
         endpoint: Endpoint,
         on: &[usize],
         volume: &Arc<Volume>,
-        memory: &Arc<MemoryBudget>,
     ) -> Result<VhostUserExport, (Endpoint, io::Error)> {
-        VhostUserExport::start(config, queues, endpoint, volume, self.handles(on), memory.share())
+        VhostUserExport::start(config, queues, endpoint, volume, self.handles(on), self.memory.share())
     }
 
     /// From now on volumes whose stores grow by themselves grow with them.
     fn follow_growth(self: &Arc<Self>) {
         let (tell, told) = channel();
-        self.all_served().for_each(|served| served.volume.tell_growth(tell.clone()));
-        if !lock(&self.waiting).is_empty() {
+        self.all_served().iter().for_each(|served| served.volume.tell_growth(tell.clone()));
+        if !lock(&self.waiting).is_empty() || lock(&self.desired).may_grow() {
             *lock(&self.growth) = Some(tell);
         }
         let shared = Arc::downgrade(self);
@@ -357,13 +365,13 @@ impl Shared {
     }
 
     /// The volume of this name, where it is there.
-    fn served(&self, name: &str) -> Option<&Served> {
-        self.volumes.get(name)?.get()
+    fn served(&self, name: &str) -> Option<Arc<Served>> {
+        lock(&self.volumes).get(name).cloned()
     }
 
     /// Every volume that is there.
-    fn all_served(&self) -> impl Iterator<Item = &Served> {
-        self.volumes.values().filter_map(OnceLock::get)
+    fn all_served(&self) -> Vec<Arc<Served>> {
+        lock(&self.volumes).values().cloned().collect()
     }
 
     /// An export is to be started with its volume.
@@ -380,8 +388,8 @@ impl Shared {
 
     /// Ways to the workers that may have requests to a volume, and to no others: those may be held up by theirs.
     fn handles_of(&self, volume: &Volume) -> Vec<WorkerHandle> {
-        let serving = self.placement.serving(volume.name());
-        serving.filter_map(|number| self.handles.get(number)).cloned().collect()
+        let serving = lock(&self.placement).serving(volume.name()).collect::<Vec<_>>();
+        self.handles(&serving)
     }
 
     /// Ends every export, flushes every volume, ends the workers.
@@ -399,15 +407,15 @@ impl Shared {
         let mut result = Ok(());
         let deadline = deadline.max(Instant::now() + FLUSH_LEAST);
         let written = |of: &Volume| !of.geometry().read_only && of.geometry().volatile_cache;
-        let flushes = self
-            .all_served()
-            .map(|served| &served.export)
-            .filter(|export| written(&export.volume))
-            .filter_map(|export| {
-                // Where a single connection has the writes, it alone can vouch for them.
-                let handle = self.handles_of(&export.volume).into_iter().next()?;
-                Some((export.volume.name(), handle.flush(export.clone(), STORE_LIMIT)))
-            });
+        let all = self.all_served();
+        let flushes =
+            all.iter().map(|served| &served.export).filter(|export| written(&export.volume)).filter_map(
+                |export| {
+                    // Where a single connection has the writes, it alone can vouch for them.
+                    let handle = self.handles_of(&export.volume).into_iter().next()?;
+                    Some((export.volume.name(), handle.flush(export.clone(), STORE_LIMIT)))
+                },
+            );
         self.flushing.store(true, Ordering::Relaxed);
         // All at once: one that hangs takes no time from the others.
         for (name, answer) in flushes.collect::<Vec<_>>() {
@@ -419,7 +427,7 @@ impl Shared {
             }
         }
         if result.is_ok() && left.abandoned.is_empty() {
-            self.all_served().for_each(|served| served.export.volume.close());
+            all.iter().for_each(|served| served.export.volume.close());
         }
         self.flushing.store(false, Ordering::Relaxed);
         if !left.abandoned.is_empty() {

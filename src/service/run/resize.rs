@@ -28,8 +28,8 @@ impl Shared {
         if self.stopping.load(Ordering::Relaxed) {
             return Err(ControlError::Impossible("the service is stopping".into()));
         }
-        let exports = Exports { shared: self, volume };
-        let resized = how(volume, &exports)
+        let exports = Exports { shared: self, volume: &volume };
+        let resized = how(&volume, &exports)
             .map_err(|error| ControlError::Impossible(format!("volume {name}: {error}")))?;
         if resized.from != resized.to
             && let Some(served) = self.served(name)

@@ -46,6 +46,10 @@ fn rules(plan: &Plan) -> Result<RulesetCreated, RulesetError> {
     allow(&paths(&plan.write), write | AccessFs::ReadFile)?;
     allow(&paths(&plan.expect_in), write | read)?;
     allow(&paths(&plan.remove_in), AccessFs::RemoveFile.into())?;
+    // A socket is made under a lock and in a directory of its own, where others could exchange it.
+    let make = AccessFs::MakeSock | AccessFs::MakeReg | AccessFs::MakeDir | AccessFs::Refer;
+    let remove = AccessFs::RemoveFile | AccessFs::RemoveDir;
+    allow(&paths(&plan.grow_in), write | read | make | remove)?;
     allow(&[Path::new("/proc/self")], read)?;
     if plan.names {
         allow(&RESOLVER.map(Path::new), read)?;

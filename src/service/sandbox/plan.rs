@@ -30,6 +30,8 @@ pub struct Plan {
     pub ublk: bool,
     /// Directories in which files are still to be opened that are not there now.
     pub expect_in: Vec<PathBuf>,
+    /// Directories in which images may be opened and sockets made, later.
+    pub grow_in: Vec<PathBuf>,
     /// Whose what is still to be opened will be is not known.
     pub foreign: bool,
 }
@@ -42,8 +44,11 @@ impl Plan {
     pub fn of(config: &Config) -> Plan {
         let mut plan = Plan {
             mode: config.sandbox,
-            vhost_user: !config.vhost_user.is_empty(),
-            ublk: !config.ublk.is_empty(),
+            vhost_user: !config.vhost_user.is_empty() || !config.allow_paths.is_empty(),
+            ublk: !config.ublk.is_empty() || config.allow_ublk,
+            files: config.may_grow(),
+            foreign: config.may_grow(),
+            grow_in: config.allow_paths.clone(),
             ..Plan::default()
         };
         for need in config.volumes.values().filter_map(|volume| volume.summary().needs) {

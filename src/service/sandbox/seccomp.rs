@@ -223,6 +223,18 @@ const LINKING: &[c_long] = &[
     nr::SYS_mkdir,
 ];
 
+/// Of a service that may be given more sockets: each is made in a place of its own, with its mode and owner.
+const MAKING: &[c_long] = &[
+    nr::SYS_mkdirat,
+    nr::SYS_fchmod,
+    nr::SYS_fchmodat,
+    nr::SYS_fchownat,
+    nr::SYS_renameat,
+    nr::SYS_renameat2,
+    #[cfg(target_arch = "x86_64")]
+    nr::SYS_mkdir,
+];
+
 /// What `ioctl` may do: ask about a terminal (the log's colours) and about a block device, make a descriptor
 /// non-blocking or close-on-exec. Not, say, type into a terminal.
 #[allow(clippy::unnecessary_cast, reason = "another C library has other types")]
@@ -266,6 +278,9 @@ fn allowed(plan: &Plan) -> Result<Rules, Error> {
     }
     if plan.ublk {
         rules.extend(LINKING.iter().map(|number| (*number, Vec::new())));
+    }
+    if !plan.grow_in.is_empty() {
+        rules.extend(MAKING.iter().map(|number| (*number, Vec::new())));
     }
     rules.insert(nr::SYS_ioctl, one_of(1, SeccompCmpArgLen::Dword, &IOCTLS)?);
     rules.insert(nr::SYS_prctl, one_of(0, SeccompCmpArgLen::Dword, &PRCTLS)?);

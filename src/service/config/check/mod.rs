@@ -58,6 +58,11 @@ fn check_values(loader: &Loader) -> Result<(), ConfigError> {
     if let Some(Item { value: MetricsAddress::Unix(socket), origin }) = &loader.metrics {
         socket.check().map_err(|reason| origin.key_error("metrics", reason))?;
     }
+    for Item { value, origin } in &loader.allow_paths {
+        if !value.is_absolute() {
+            return Err(origin.key_error("allow-paths", format!("{} is not absolute", value.display())));
+        }
+    }
     for (name, Item { value, origin }) in &loader.volumes {
         check_name(name).map_err(|reason| origin.error(reason))?;
         let topology = loader.topologies.get(name).copied().unwrap_or_default();
@@ -107,18 +112,23 @@ fn check_references(loader: &Loader) -> Result<(), ConfigError> {
     }
     let bases = check_bases(loader, &exported)?;
     for (name, item) in &loader.volumes {
-        if !exported.contains(&name) && !bases.contains(name.as_str()) {
+        if !exported.contains(&name) && !bases.contains(name.as_str()) && !grows(loader) {
             // Not an error: an export that is commented out for a day should not need its volume gone too.
             log::warn!("{}: volume \"{name}\" is not exported", item.origin.place(""));
         }
     }
-    if exported.is_empty() {
+    if exported.is_empty() && !grows(loader) {
         return Err(ConfigError::new(
             "configuration",
             "nothing to serve: give a volume and a ublk or vhost-user export of it (`ringblk serve --help` has examples)",
         ));
     }
     Ok(())
+}
+
+/// Whether something may be added while the service runs.
+fn grows(loader: &Loader) -> bool {
+    !loader.allow_paths.is_empty() || loader.allow_ublk.as_ref().is_some_and(|item| item.value)
 }
 
 /// Which volume stands on which: each on one that is there, none on itself, and what has several users is only read, since

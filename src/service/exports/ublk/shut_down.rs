@@ -89,28 +89,41 @@ impl UblkExport {
         if !matches!(self.phase, Phase::Live) {
             return self.stop(deadline);
         }
+        self.lift_limits();
+        match self.stop_if_unused(deadline)? {
+            None => Ok(()),
+            Some(users) => self.keep(&users, deadline),
+        }
+    }
+
+    /// Takes the disk away as [`stop`](Self::stop) does, if nobody uses it. Else it is served as before: who uses it, as far as
+    /// we see (nobody whom we see: it is open).
+    ///
+    /// # Errors
+    /// Those of [`stop`](Self::stop).
+    pub fn stop_if_unused(&mut self, deadline: Instant) -> Result<Option<Vec<String>>, Abandoned> {
         let users = self.device.users();
         if !users.is_empty() {
-            return self.keep(&users, deadline);
+            return Ok(Some(users));
         }
         if !self.device.tells_whether_open() {
             return self.stop_claimed(deadline);
         }
         let patience = Instant::now() + OPEN_LIMIT;
-        self.lift_limits();
         loop {
             match self.device.try_stop().wait(deadline) {
                 Err(ublk::Error::Refused { errno, .. }) if errno.raw() == libc::EBUSY => {
                     if Instant::now() > patience {
-                        return self.keep(&[], deadline);
+                        return Ok(Some(Vec::new()));
                     }
                     thread::sleep(TRY_EVERY);
                 }
                 answer => {
                     done(answer).map_err(|error| self.abandoned(&error))?;
                     self.name.remove();
+                    self.lift_limits();
                     self.phase = Phase::Draining;
-                    return self.stop(deadline);
+                    return self.stop(deadline).map(|()| None);
                 }
             }
         }
@@ -118,9 +131,9 @@ impl UblkExport {
 
     /// Takes the disk away if nobody has claimed it, and lets nobody do so meanwhile. For kernels that do not tell whether
     /// it is open: somebody who merely opens it since we have looked is not seen.
-    fn stop_claimed(&mut self, deadline: Instant) -> Result<(), Abandoned> {
+    fn stop_claimed(&mut self, deadline: Instant) -> Result<Option<Vec<String>>, Abandoned> {
         let claim = match self.device.claim(OPEN_LIMIT, TRY_EVERY) {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return self.keep(&[], deadline),
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => return Ok(Some(Vec::new())),
             Err(error) => {
                 let device = self.status.device.display();
                 log::info!(
@@ -134,13 +147,13 @@ impl UblkExport {
         let users = self.device.users();
         if !users.is_empty() {
             drop(claim);
-            return self.keep(&users, deadline);
+            return Ok(Some(users));
         }
         self.name.remove();
         self.lift_limits();
         self.phase = Phase::Stopping(self.device.stop());
         self.claim = claim;
-        self.stop(deadline)
+        self.stop(deadline).map(|()| None)
     }
 
     /// Leaves a disk to the next server that `users` have, or (none) somebody whom we need not see, where that can be, and

@@ -1,0 +1,71 @@
+//! `ringblk volume`.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use super::{Failure, tell_change};
+use crate::service::client::Client;
+use crate::service::config::DEFAULT_CONTROL;
+
+/// Add and remove volumes of a running service.
+///
+/// It has to be one that was started for that: `serve --allow-path DIRECTORY`. `ringblk list` lists all.
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    Add(AddArgs),
+    Remove(RemoveArgs),
+}
+
+/// Have a volume be known, for exports to come. It is opened with the first (`ringblk export add`).
+///
+/// The same again is no error; another of the same name is.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  ringblk volume add vm1=qcow2:/srv/vm1.qcow2,base=golden
+  ringblk volume add scratch=memory:1G
+
+`ringblk serve --help` has the drivers and their options.")]
+pub(super) struct AddArgs {
+    /// As `serve --volume` takes it
+    #[arg(value_name = "NAME=DRIVER:TARGET[,key=value...]")]
+    volume: String,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Forget a volume that has no exports, and that no other stands on. Its image stays.
+///
+/// One that is not known is no error.
+#[derive(Debug, clap::Args)]
+pub(super) struct RemoveArgs {
+    /// The volume
+    #[arg(value_name = "NAME")]
+    volume: String,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// The control socket of the service
+    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL, value_parser = super::control_socket)]
+    control: PathBuf,
+}
+
+pub(super) fn run(command: &Command) -> Result<(), Failure> {
+    match command {
+        Command::Add(AddArgs { volume, common }) => {
+            let added = Client::new(&common.control).add_volume(volume).map_err(Failure::failed)?;
+            tell_change(&added, common.json, "added", "is there already")
+        }
+        Command::Remove(RemoveArgs { volume, common }) => {
+            let removed = Client::new(&common.control).remove_volume(volume).map_err(Failure::failed)?;
+            tell_change(&removed, common.json, "removed", "is not there")
+        }
+    }
+}
