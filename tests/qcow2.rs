@@ -40,7 +40,7 @@ const KINDS: [&str; 14] = [
 ];
 
 fn main() -> ExitCode {
-    let trials: [(&str, fn()); 8] = [
+    let trials: [(&str, fn()); 9] = [
         ("qemu_finds_whole_what_we_wrote", every_kind),
         ("and_so_over_a_base_of_either_format", over_a_base),
         ("we_read_what_qemu_compressed", compressed),
@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         ("guests_share_a_base", shared),
         ("what_we_do_not_write_is_refused_by_its_name", refused),
         ("an_image_of_ours_is_one_of_qemus", made_by_us),
+        ("a_disk_grows_while_it_is_served", grown),
     ];
     let needed = installed("qemu-img").and(installed("qemu-io"));
     run_trials(trials.map(|(name, run)| trial(name, needed.clone(), move |()| run())).into())
@@ -375,4 +376,49 @@ fn made_by_us() {
         serve(&image, None, &vec![0; SIZE as usize], "ours");
         fs::remove_file(&image).unwrap();
     }
+}
+
+fn grown() {
+    let dir = place();
+    let [image, raw] = ["image", "raw"].map(|name| dir.path().join(name));
+    let bytes = random_file(&raw, BASE);
+    for (kind, based, direct) in [
+        ("cluster_size=64k", true, ""),
+        ("cluster_size=4k", false, ""),
+        ("extended_l2=on", true, ",direct=on"),
+    ] {
+        let base: &[&str] = if based { &["-F", "raw", "-b", path(&raw)] } else { &[] };
+        qemu_img(&[&["create", "-q", "-f", "qcow2", "-o", kind][..], base, &[path(&image), "4M"]].concat());
+        let setup = match based {
+            true => Setup::new().volume("base", &format!("file:{},read-only=on,format=raw", raw.display())),
+            false => Setup::new(),
+        };
+        let on = if based { ",base=base" } else { "" };
+        let setup = setup.volume("v", &format!("qcow2:{}{on}{direct}", image.display()));
+        let service = setup.vhost_user("v", "a", "queues=2").start();
+        let control = ringblk::service::client::Client::new(service.control());
+        let mut old = if based { bytes.clone() } else { Vec::new() };
+        old.resize(4 * MIB as usize, 0);
+        exercise(&service, &old, 3, 60);
+        assert_eq!(control.resize("v", 7 * MIB, false).unwrap().size_bytes, 7 * MIB);
+        let mut queue = Client::connect(&service.path("a"), true).queues(1, 64, 16).remove(0);
+        // What is new reads zero, whatever was there, and is as good as the rest.
+        let mut model = Model::new(5, 4 * MIB / 512, 3 * MIB / 512);
+        model.verify(&mut queue);
+        model.exercise(&mut queue, 200);
+        let error = control.resize("v", 3 * MIB, true).unwrap_err().to_string();
+        assert!(error.contains("smaller"), "{error}");
+        let error = control.resize("v", 1 << 50, true).unwrap_err().to_string();
+        assert!(error.contains("qemu-img resize"), "{error}");
+        drop(queue);
+        service.stop();
+        is_whole(&image, kind);
+        assert!(qemu_img(&["info", "-f", "qcow2", path(&image)]).contains("virtual size: 7 MiB"));
+        model.verify_image(&read_by_qemu(&image));
+    }
+    // A base that is larger than what stands on it would show its end.
+    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", path(&raw), path(&image), "1M"]);
+    let service = service(&image, Some(("file", &raw)));
+    let control = ringblk::service::client::Client::new(service.control());
+    assert!(control.resize("v", 2 * MIB, false).unwrap_err().to_string().contains("come to light"));
 }

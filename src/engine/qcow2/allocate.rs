@@ -237,6 +237,7 @@ impl<R: Ring> ImageOps<R> {
             return Err(errno);
         }
         let old_table = owner.table_offset..owner.table_offset + old * 8;
+        self.image.moved(&old_table);
         owner.given_up.push((self.image.pins.epoch(), old_table));
         (owner.table, owner.table_offset) = (table, offset);
         Ok(())

@@ -27,7 +27,7 @@ pub struct Image {
     pub file: FileStore,
     pub header: Header,
     pub layout: Layout,
-    /// Entries of first level, as in the image.
+    /// Entries of first level, as in the image; and as many behind them as its clusters have room for, which are 0.
     l1: Box<[AtomicU64]>,
     /// Bytes of the file: it only grows.
     file_end: AtomicU64,
@@ -38,8 +38,8 @@ pub struct Image {
     /// Held by one request at a time, across its waits for the store; see [`Refcounts`].
     pub owner: Mutex<Option<Box<Refcounts>>>,
     pub pins: Pins,
-    /// Clusters that hold tables, when it was opened: in order.
-    tables: Box<[u64]>,
+    /// Clusters that have held tables since it was opened: in order.
+    tables: Mutex<Vec<u64>>,
     /// Writes are refused: it cannot be trusted with them.
     broken: AtomicBool,
     /// Its path, for the log.
@@ -102,6 +102,8 @@ impl Image {
         }
         let l1 = words(&file, header.l1_offset, u64::from(header.l1_entries) * 8, file_end, "first table")?;
         let layout = Layout::of(&header);
+        // Its clusters may have room for more.
+        let room = (u64::from(header.l1_entries) * 8).next_multiple_of(layout.cluster()) / 8;
         let mut refcounts = None;
         let mut tables: Vec<u64> = l1.iter().map(|entry| entry & TABLE).filter(|table| *table != 0).collect();
         if !config.read_only {
@@ -122,14 +124,14 @@ impl Image {
         }
         Ok(Image {
             layout,
-            l1: l1.into_iter().map(AtomicU64::new).collect(),
+            l1: l1.into_iter().chain(std::iter::repeat(0)).take(room as usize).map(AtomicU64::new).collect(),
             file_end: AtomicU64::new(file_end),
             cache: Cache::new(SLICE.min(layout.cluster()), cache),
             state: Mutex::default(),
             unsaved: AtomicBool::new(false),
             owner: Mutex::new(refcounts),
             pins: Pins::default(),
-            tables: tables.into(),
+            tables: Mutex::new(tables),
             broken: AtomicBool::new(false),
             name: config.path.display().to_string(),
             read_only: config.read_only,
@@ -206,6 +208,11 @@ impl Image {
         let table = entry & TABLE;
         let sound = entry & !(TABLE | COPIED) == 0 && table & (self.layout.cluster() - 1) == 0;
         sound.then_some(table)
+    }
+
+    /// Entries that the table of first level has room for.
+    pub fn l1_room(&self) -> u64 {
+        self.l1.len() as u64
     }
 
     /// The bytes of the entries of first level from `first` on, as they are to be in the image.
@@ -306,8 +313,15 @@ impl Image {
     }
 
     fn holds_table(&self, range: Range<u64>) -> bool {
-        let first = self.tables.partition_point(|table| *table < range.start);
-        self.tables.get(first).is_some_and(|table| *table < range.end)
+        let tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = tables.partition_point(|table| *table < range.start);
+        tables.get(first).is_some_and(|table| *table < range.end)
+    }
+
+    /// A table has moved from there: its clusters may hold data one day.
+    pub fn moved(&self, from: &Range<u64>) {
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        tables.retain(|table| !from.contains(table));
     }
 
     /// Changes an entry, of which the slice is there. False: it is not.

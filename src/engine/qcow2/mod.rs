@@ -30,6 +30,7 @@ mod image;
 mod owner;
 mod read_packed;
 mod refcounts;
+mod resize;
 mod store;
 mod store_io;
 #[cfg(test)]

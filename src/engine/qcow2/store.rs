@@ -64,16 +64,13 @@ impl Store for Qcow2Store {
     fn tell_growth(&self, _: Sender<String>, _: &str) {}
 
     fn takes(&self, bytes: u64) -> Result<(), ResizeError> {
-        match bytes == self.geometry.bytes() {
-            true => Ok(()),
-            false => Err(ResizeError::Fixed(
-                "a qcow2 image keeps its size while it is served: stop it, and use qemu-img resize",
-            )),
-        }
+        let below = self.base.as_ref().map(|base| base.geometry.bytes());
+        self.image.takes(self.geometry.bytes(), bytes, below)
     }
 
     fn set_size(&self, _: u64, bytes: u64) -> Result<(), ResizeError> {
-        self.takes(bytes)
+        let what = "its header cannot be written";
+        self.image.set_size(bytes).map_err(|source| ResizeError::Store { what, source })
     }
 
     fn shows(&self, bytes: u64) {

@@ -1,0 +1,114 @@
+//! A larger disk, while it is served.
+
+#![forbid(unsafe_code)]
+
+use super::header::MAX_L1_BYTES;
+use super::image::Image;
+use super::refcounts::Refcounts;
+use crate::engine::error::ResizeError;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::PoisonError;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long whoever counts clusters just now is waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What direct I/O may want of addresses, offsets and lengths.
+const PIECE: usize = 4096;
+
+/// The counts of an image, kept from others meanwhile: whoever counts clusters may write the header, too.
+struct Taken<'a> {
+    image: &'a Image,
+    refcounts: Option<Box<Refcounts>>,
+}
+
+impl<'a> Taken<'a> {
+    /// Waits for them, on a thread that may.
+    fn of(image: &'a Image) -> io::Result<Taken<'a>> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let refcounts = image.owner.lock().unwrap_or_else(PoisonError::into_inner).take();
+            match refcounts {
+                Some(_) => return Ok(Taken { image, refcounts }),
+                None if Instant::now() > deadline => return Err(io::ErrorKind::ResourceBusy.into()),
+                None => thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        *self.image.owner.lock().unwrap_or_else(PoisonError::into_inner) = self.refcounts.take();
+    }
+}
+
+impl Image {
+    /// Whether the disk can have `bytes`, of `from` now, over a base of `below`.
+    pub fn takes(&self, from: u64, bytes: u64, below: Option<u64>) -> Result<(), ResizeError> {
+        if bytes < from {
+            return Err(ResizeError::Fixed("a qcow2 image is not made smaller while it is served"));
+        }
+        if below.is_some_and(|below| below > from && bytes > from) {
+            return Err(ResizeError::Fixed(
+                "what it stands on is larger: what is there would come to light at its end",
+            ));
+        }
+        if self.header.l1_entries_for(bytes) > self.l1_room().min(MAX_L1_BYTES / 8) {
+            return Err(ResizeError::Fixed(
+                "its first table has no room for more: stop it, and use qemu-img resize",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Makes the image's disk `bytes` large, durably, which it [`takes`](Self::takes). Waits for the store.
+    pub fn set_size(&self, bytes: u64) -> io::Result<()> {
+        let entries = self.header.l1_entries_for(bytes).max(self.header.l1_entries.into());
+        let _owner = Taken::of(self)?;
+        let offset = self.header.l1_offset;
+        let old = offset + u64::from(self.header.l1_entries) * 8;
+        // What is behind the table's end was nobody's.
+        let new = self.l1_bytes(self.header.l1_entries as usize..entries as usize);
+        self.write_piecewise(old..old + new.len() as u64, &new)?;
+        self.file.file().sync_data()?;
+        // Both are in the first sector, so there are both or none.
+        let mut fields = bytes.to_be_bytes().to_vec();
+        fields.extend(0u32.to_be_bytes());
+        fields.extend((entries as u32).to_be_bytes());
+        self.write_piecewise(24..40, &fields)?;
+        self.file.file().sync_data()
+    }
+
+    /// Writes bytes in whole pieces, with what is around them.
+    fn write_piecewise(&self, range: Range<u64>, bytes: &[u8]) -> io::Result<()> {
+        let (piece, file) = (PIECE as u64, self.file.file());
+        let mut memory = vec![0; 2 * PIECE];
+        let skip = memory.as_ptr().align_offset(PIECE).min(PIECE);
+        let whole = &mut memory[skip..skip + PIECE];
+        let mut at = range.start;
+        while at < range.end {
+            let first = at / piece * piece;
+            let end = range.end.min(first + piece);
+            let mut there = 0;
+            while there < PIECE {
+                match file.read_at(&mut whole[there..], first + there as u64)? {
+                    0 => break,
+                    count => there += count,
+                }
+            }
+            whole[there..].fill(0);
+            let (from, to) = ((at - first) as usize, (end - first) as usize);
+            let taken = (at - range.start) as usize;
+            whole[from..to].copy_from_slice(&bytes[taken..taken + (to - from)]);
+            // Not past the file's end, but for what has come.
+            let len = if self.file.is_direct() { PIECE } else { there.max(to) };
+            file.write_all_at(&whole[..len], first)?;
+            at = end;
+        }
+        Ok(())
+    }
+}
