@@ -97,9 +97,6 @@ impl Image {
             // Each unit, and what is packed, is read by itself.
             return Err(Error::Direct);
         }
-        if file.is_direct() && !file_end.is_multiple_of(geometry.logical_block.into()) {
-            return Err(Error::DirectEnd { end: file_end, block: geometry.logical_block });
-        }
         let l1 = words(&file, header.l1_offset, u64::from(header.l1_entries) * 8, file_end, "first table")?;
         let layout = Layout::of(&header);
         // Its clusters may have room for more.
@@ -121,6 +118,16 @@ impl Image {
             && !config.read_only
         {
             return Err(Error::Overlap(twice[0]));
+        }
+        let mut file_end = file_end;
+        let whole = file_end.next_multiple_of(layout.cluster());
+        if !config.read_only && file.is_regular() && file_end < whole {
+            // qemu-img ends a new image within its last table, and direct I/O reads whole blocks.
+            file.set_size(whole).map_err(Error::Read)?;
+            file_end = whole;
+        }
+        if file.is_direct() && !file_end.is_multiple_of(geometry.logical_block.into()) {
+            return Err(Error::DirectEnd { end: file_end, block: geometry.logical_block });
         }
         Ok(Image {
             layout,
