@@ -186,6 +186,47 @@ many() {
     rm /tmp/many*.img
 }
 
+# Disks come and go in a running service, on an image of our own, and are found again by what adds them again.
+live() {
+    local sum
+    rm -f /tmp/live.qcow2
+    ringblk image create --format qcow2 /tmp/live.qcow2 64M
+    serve --allow-path /tmp --allow-ublk --workers 2
+    add() {
+        ringblk volume add --control "$SERVICE.control" l=qcow2:/tmp/live.qcow2
+        ringblk export add --control "$SERVICE.control" --ublk l,queues=1
+        up l
+        mount /dev/ringblk/l /tmp/fs
+        equal "checksum" "$(sha256sum </tmp/fs/data)" "$sum"
+        umount /tmp/fs
+    }
+    remove() { ringblk export remove --control "$SERVICE.control" --ublk "$1"; }
+    ringblk volume add --control "$SERVICE.control" l=qcow2:/tmp/live.qcow2
+    ringblk export add --control "$SERVICE.control" --ublk l,queues=1
+    up l
+    mkfs.ext4 -q /dev/ringblk/l
+    mkdir -p /tmp/fs
+    mount /dev/ringblk/l /tmp/fs
+    head -c $((4 * MiB)) /dev/urandom >/tmp/fs/data
+    sum=$(sha256sum </tmp/fs/data)
+    fails remove l 2>/tmp/said
+    grep -q 'mounted on /tmp/fs.*--force' /tmp/said || { cat /tmp/said; fail "it does not say who uses it"; }
+    touch /tmp/fs/still-there
+    umount /tmp/fs
+    remove l
+    absent /dev/ringblk/l
+    ringblk image check /tmp/live.qcow2
+    add
+    # Whoever adds it again after a crash finds the disk that waits.
+    crash
+    serve
+    add
+    said "recovered"
+    remove l
+    ringblk volume remove --control "$SERVICE.control" l
+    service_stop /dev/ringblk/l
+}
+
 # A server that is killed with its whole mount namespace, in which its disk is mounted, as a container's is.
 last_in_namespace() {
     local inner device server
@@ -237,4 +278,5 @@ in_use() {
     check "$1/used/and-unused" used_and_unused
     check "$1/many-at-once" many
     check "$1/last-in-namespace" last_in_namespace
+    check "$1/live" live
 }

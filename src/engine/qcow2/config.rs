@@ -93,7 +93,7 @@ impl Driver for Qcow2Config {
 
     fn examine(&self) -> Result<(), String> {
         // Read alone, and not locked: nobody notices. What a writer would mind is looked at all the same.
-        let looked = Qcow2Config { read_only: true, lock: false, ..self.clone() };
+        let looked = Qcow2Config { read_only: true, lock: false, direct: false, ..self.clone() };
         let writable = |image: Image| if self.read_only { Ok(()) } else { image.is_writable() };
         let found = looked.open_image().and_then(writable);
         found.map_err(|error| format!("{}: {}", self.path.display(), Causes(&error)))

@@ -17,7 +17,7 @@ use std::sync::mpsc::Sender;
 
 /// An opened image, and what it stands on.
 pub struct Qcow2Store {
-    image: Arc<Image>,
+    pub(super) image: Arc<Image>,
     unpacked: Arc<Unpacked>,
     geometry: Geometry,
     base: Option<Box<Opened>>,

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::block::Op;
+use crate::engine::driver::AnyStore;
 use crate::engine::tests::crash::{History, slots, work_until_cut};
 use crate::engine::tests::model::{Run, SHARE, faults, once, plan};
 use crate::engine::tests::{mapping, request, transfer};
@@ -122,4 +123,31 @@ fn a_discard_does_not_show_the_base_again() {
         assert_eq!(once(&core, &channel, transfer(Op::Read, 0, memory)), Ok(()));
         assert!(get(memory, 0, 64 * 512).iter().all(|byte| *byte == 0), "{extended_l2}");
     }
+}
+
+/// A request that began before a cluster was given up may read it: it is nobody else's until that is over.
+#[test]
+fn a_cluster_is_not_reused_under_whoever_may_read_it() {
+    let kind = NewImage { size: 1 << 20, cluster_bits: 12, ..NewImage::default() };
+    let made = Made::new(&kind, None, false);
+    let volume = made.open();
+    let AnyStore::Qcow2(store) = &volume.store else { unreachable!() };
+    let image = store.image.clone();
+    let core = Core::new(SimRing::new(1, Faults::default()));
+    core.ring().let_grow(MOST);
+    let channel = Rc::new(volume.attach(&core, false));
+    let memory = mapping(4096);
+    let write = |cluster: u64| {
+        assert_eq!(once(&core, &channel, transfer(Op::Write, cluster * 8, memory)), Ok(()));
+        assert_eq!(once(&core, &channel, request(Op::Flush, 0, 0)), Ok(()));
+    };
+    let given_up = || image.owner.lock().unwrap().as_ref().unwrap().given_up.len();
+    write(0);
+    let reader = image.pins.enter(7);
+    assert_eq!(once(&core, &channel, request(Op::Discard, 0, 8)), Ok(()));
+    (1..9).for_each(write);
+    assert_eq!(given_up(), 1, "somebody may read it");
+    drop(reader);
+    (9..13).for_each(write);
+    assert_eq!(given_up(), 0);
 }
