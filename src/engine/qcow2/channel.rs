@@ -14,6 +14,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// Units that one look goes over at most: some microseconds.
+const MOST_LOOKED: u64 = 1024;
+
 /// One worker's use of the volume.
 pub struct Qcow2Channel<R: Ring> {
     pub(super) ops: ImageOps<R>,
@@ -115,6 +118,7 @@ impl<R: Ring> Qcow2Channel<R> {
     /// Where the byte at `offset` is, and how many of the `len` from there on follow it. A look, without a lock and without
     /// a wait, unless the slice of the table has to be read first.
     pub(super) async fn look(&self, io: &Io<R>, offset: u64, len: u64) -> Result<(Place, u64), Errno> {
+        let len = len.min(MOST_LOOKED << self.image().layout.unit_bits());
         loop {
             match self.image().lookup(offset, len) {
                 Lookup::Found(place, len) => return Ok((place, len)),

@@ -9,6 +9,9 @@ use crate::block::{Data, Errno};
 use crate::engine::node::Leaf;
 use crate::ring::{Io, Ring, zeroes};
 
+/// What a look and a change of an entry take of a worker's time, in copies of bytes.
+const STEP_WORK: u32 = 16 << 10;
+
 impl<R: Ring> Qcow2Channel<R> {
     /// Makes the range read zero. With `unmap` its clusters go back to the image.
     pub(super) async fn zero(&self, io: &Io<R>, offset: u64, len: u64, unmap: bool) -> Result<(), Errno> {
@@ -21,6 +24,8 @@ impl<R: Ring> Qcow2Channel<R> {
         let end = offset + len;
         let mut at = offset;
         while at < end {
+            // A range may have very many clusters.
+            io.turn(STEP_WORK).await;
             let (place, step) = self.look(io, at, end - at).await?;
             let whole = at.is_multiple_of(unit) && step >= unit;
             match place {
@@ -56,6 +61,8 @@ impl<R: Ring> Qcow2Channel<R> {
         let end = (offset + len) & !(unit - 1);
         let mut at = offset.next_multiple_of(unit);
         while at < end {
+            // A range may have very many clusters.
+            io.turn(STEP_WORK).await;
             let (place, step) = self.look(io, at, end - at).await?;
             let step = step.min(layout.cluster() - (at & (layout.cluster() - 1)));
             match place {

@@ -5,9 +5,11 @@ use crate::block::Op;
 use crate::engine::driver::AnyStore;
 use crate::engine::tests::crash::{History, slots, work_until_cut};
 use crate::engine::tests::model::{Run, SHARE, faults, once, plan};
+use crate::engine::tests::settle;
 use crate::engine::tests::{mapping, request, transfer};
-use crate::ring::Core;
+use crate::engine::{Flusher, submit};
 use crate::ring::sim::{Faults, SimRing, get};
+use crate::ring::{Core, Tasks};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -150,4 +152,27 @@ fn a_cluster_is_not_reused_under_whoever_may_read_it() {
     drop(reader);
     (9..13).for_each(write);
     assert_eq!(given_up(), 0);
+}
+
+/// A range of very many clusters takes long, and others do not wait for it.
+#[test]
+fn a_large_range_lets_others_pass() {
+    let kind = NewImage { size: 64 << 20, cluster_bits: 9, ..NewImage::default() };
+    let made = Made::new(&kind, None, false);
+    let core = Core::new(SimRing::new(1, Faults::default()));
+    core.ring().let_grow(MOST);
+    let channel = Rc::new(made.open().attach(&core, false));
+    let order: Rc<RefCell<Vec<Op>>> = Rc::default();
+    let mut tasks = Tasks::new(core.clone());
+    let memory = mapping(4096);
+    let large = |op| request(op, 0, (64 << 20) / 512);
+    for request in [large(Op::Discard), large(Op::WriteZeroes), transfer(Op::Read, 0, memory)] {
+        let (channel, order) = (channel.clone(), order.clone());
+        tasks.add(|io| async move {
+            submit(&channel, &io, &Flusher::default(), &request).await.unwrap();
+            order.borrow_mut().push(request.op);
+        });
+    }
+    settle(&core, &mut tasks);
+    assert_eq!(order.borrow()[0], Op::Read);
 }
