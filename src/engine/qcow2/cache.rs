@@ -1,4 +1,4 @@
-//! Slices of tables of second level in memory: looked at without a lock, changed under one.
+//! Slices of L2 tables in memory: looked at without a lock, changed under one.
 //!
 //! A slice is 4 KiB of a table (or all of a smaller one), known by its place in the image. The cache is set-associative, with
 //! eight slices to a set, and bounded: [`BYTES_PER_SLICE`] for each. Who looks reads a sequence number before and after

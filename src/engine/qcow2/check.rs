@@ -187,7 +187,7 @@ impl Check<'_> {
         Some(offset)
     }
 
-    /// The header, and all that the table of first level leads to.
+    /// The header, and all that the L1 table leads to.
     fn tables(&mut self) -> Result<(), CheckError> {
         let cluster = self.layout.cluster();
         let header = self.header;
@@ -196,7 +196,7 @@ impl Check<'_> {
         self.uses(header.l1_offset..header.l1_offset + l1_bytes);
         let l1 = self.words(header.l1_offset, header.l1_entries.into())?;
         for (index, entry) in l1.into_iter().enumerate() {
-            let Some(table) = self.table(entry, COPIED, &format!("entry {index} of the first table")) else {
+            let Some(table) = self.table(entry, COPIED, &format!("entry {index} of the L1 table")) else {
                 continue;
             };
             self.uses(table..table + cluster);
@@ -211,7 +211,7 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// A table of second level.
+    /// A L2 table.
     fn second(&mut self, index: u64, table: u64) -> Result<(), CheckError> {
         let layout = self.layout;
         let words = self.words(table, layout.cluster() / 8)?;

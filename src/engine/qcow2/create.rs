@@ -1,4 +1,4 @@
-//! New images: a header, the counts of its own clusters, and an empty table of first level.
+//! New images: a header, the counts of its own clusters, and an empty L1 table.
 
 #![forbid(unsafe_code)]
 
@@ -44,7 +44,7 @@ pub enum CreateError {
     /// Sectors are whole.
     #[error("a size of {0} bytes is no multiple of 512")]
     Size(u64),
-    /// The first table has its limit.
+    /// The L1 table has its limit.
     #[error("a size of {size} bytes takes larger clusters than {cluster} bytes")]
     TooLarge {
         /// Of the disk.
@@ -117,7 +117,7 @@ impl NewImage {
     }
 }
 
-/// Where its tables are, in clusters: the header, the refcount table, the blocks, the table of first level.
+/// Where its tables are, in clusters: the header, the refcount table, the blocks, the L1 table.
 struct Place {
     first_block: u64,
     blocks: u64,

@@ -1,4 +1,4 @@
-//! What an entry of second level says: where the bytes of a cluster, or of a 32nd of one, are (QEMU's
+//! What an L2 entry says: where the bytes of a cluster, or of a 32nd of one, are (QEMU's
 //! `docs/interop/qcow2.rst`, "Cluster mapping" and "Extended L2 Entries").
 
 #![forbid(unsafe_code)]
@@ -12,7 +12,7 @@ const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// An entry of second level. `bitmap` is 0 where entries are not extended.
+/// An L2 entry. `bitmap` is 0 where entries are not extended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Entry {
     /// Where, and how.
@@ -21,7 +21,7 @@ pub struct Entry {
     pub bitmap: u64,
 }
 
-/// Where a unit's bytes are: those of a cluster, or of a 32nd of one.
+/// Where a unit's bytes are: those of a cluster, or of a part of one, a 32nd (a subcluster).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// Here not: what lies below, or zeroes.

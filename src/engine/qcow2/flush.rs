@@ -2,8 +2,8 @@
 //!
 //! 1. What the new entries point at becomes durable: data, copies, tables that are still empty. (That it is counted is
 //!    durable since it was taken: see [`allocate`](super::allocate).)
-//! 2. The changed slices of tables of second level are written, and the changed entries of first level. In whichever order these
-//!    become durable, what they lead to is: a table of second level that is new reads zero where its slices have not come, and
+//! 2. The changed slices of L2 tables are written, and the changed L1 entries. In whichever order these
+//!    become durable, what they lead to is: a L2 table that is new reads zero where its slices have not come, and
 //!    that is what there was before. Now the image is *saved*. It has all that was acknowledged, should this process be killed,
 //!    and is whole, should the power go.
 //! 3. They become durable, too. Only now nothing in the image points at what was given up in memory before 1.
@@ -36,7 +36,7 @@ pub const MOST_DIRTY: usize = 128;
 #[derive(Default)]
 struct Changes {
     slices: Vec<(u64, Spot, Vec<u8>)>,
-    /// Pieces of the table of first level, and which of its entries they are written for.
+    /// Pieces of the L1 table, and which of its entries they are written for.
     l1: Vec<(u64, Vec<u8>)>,
     l1_entries: BTreeSet<usize>,
     unmapped: Vec<Range<u64>>,
@@ -115,7 +115,7 @@ impl<R: Ring> ImageOps<R> {
         Changes { slices, l1, l1_entries, unmapped: std::mem::take(&mut state.unmapped) }
     }
 
-    /// Whole pieces of the table of first level with these entries: as they are now, and not as they will be when they are
+    /// Whole pieces of the L1 table with these entries: as they are now, and not as they will be when they are
     /// written, since what later ones point at is not durable by then.
     fn l1_pieces(&self, entries: &BTreeSet<usize>) -> Vec<(u64, Vec<u8>)> {
         let piece = self.image.layout.cluster().min(4096) as usize / 8;

@@ -17,7 +17,7 @@ pub const MAGIC: [u8; 4] = [b'Q', b'F', b'I', 0xfb];
 /// far as we look at them, and no more than the smallest image has. Rounded up to a cluster by whoever reads.
 const LOOK: usize = 64 << 10;
 
-/// The largest table of first level in bytes, as QEMU has it (`QCOW_MAX_L1_SIZE`).
+/// The largest L1 table in bytes, as QEMU has it (`QCOW_MAX_L1_SIZE`).
 pub const MAX_L1_BYTES: u64 = 32 << 20;
 
 /// The largest table of refcount blocks in bytes, likewise (`QCOW_MAX_REFTABLE_SIZE`).
@@ -67,7 +67,7 @@ pub struct Header {
     pub cluster_bits: u32,
     /// Bytes of the disk.
     pub size: u64,
-    /// Where the table of first level is; 0 where there is none.
+    /// Where the L1 table is; 0 where there is none.
     pub l1_offset: u64,
     /// Its entries.
     pub l1_entries: u32,
@@ -77,7 +77,7 @@ pub struct Header {
     pub reftable_clusters: u32,
     /// A refcount has `1 << refcount_order` bits: 0 to 6.
     pub refcount_order: u32,
-    /// Entries of second level have a bitmap of 32 parts of their cluster.
+    /// L2 entries have a bitmap of 32 parts (subclusters) of their cluster.
     pub extended_l2: bool,
     /// Of clusters that are compressed.
     pub compression: Compression,
@@ -255,11 +255,11 @@ impl Header {
         // What an i64 of bytes takes, as every disk.
         in_range("its size", self.size, 0, i64::MAX as u64, "more than a disk can have")?;
         let l1_bytes = u64::from(self.l1_entries) * 8;
-        in_range("its first table in bytes", l1_bytes, 0, MAX_L1_BYTES, "more than 32 MiB")?;
+        in_range("its L1 table in bytes", l1_bytes, 0, MAX_L1_BYTES, "more than 32 MiB")?;
         let entries = self.l1_entries_for(self.size);
         let right = "fewer entries than its size takes";
-        in_range("its first table", self.l1_entries.into(), entries, u64::MAX, right)?;
-        self.place("its first table", self.l1_offset, l1_bytes)?;
+        in_range("its L1 table", self.l1_entries.into(), entries, u64::MAX, right)?;
+        self.place("its L1 table", self.l1_offset, l1_bytes)?;
         let reftable = self.reftable_bytes();
         in_range("its refcount table in bytes", reftable, 0, MAX_REFTABLE_BYTES, "more than 8 MiB")?;
         self.place("its refcount table", self.reftable_offset, reftable)
@@ -284,17 +284,17 @@ impl Header {
         u64::from(self.reftable_clusters) << self.cluster_bits
     }
 
-    /// Bytes of an entry of second level.
+    /// Bytes of an L2 entry.
     pub fn l2_entry(&self) -> u64 {
         if self.extended_l2 { 16 } else { 8 }
     }
 
-    /// Entries in a table of second level, each of one cluster.
+    /// Entries in a L2 table, each of one cluster.
     pub fn l2_entries(&self) -> u64 {
         self.cluster() / self.l2_entry()
     }
 
-    /// Entries of first level that a disk of `size` bytes takes.
+    /// L1 entries that a disk of `size` bytes takes.
     pub fn l1_entries_for(&self, size: u64) -> u64 {
         size.div_ceil(self.cluster() * self.l2_entries())
     }
@@ -550,7 +550,7 @@ mod tests {
     #[test]
     fn a_first_table_that_does_not_cover_the_disk_is_refused() {
         let short = Header { l1_entries: 1, ..small() };
-        assert!(Header::parse(&image(&short)).unwrap_err().to_string().contains("first table is 1"));
+        assert!(Header::parse(&image(&short)).unwrap_err().to_string().contains("L1 table is 1"));
         let odd = Header { l1_offset: 5, ..small() };
         assert!(Header::parse(&image(&odd)).unwrap_err().to_string().contains("where it cannot be"));
     }

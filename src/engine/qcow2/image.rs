@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Where a table of second level is, in an entry of first level.
+/// Where a L2 table is, in an L1 entry.
 const TABLE: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// The most bytes of one discard or write-zeroes: each cluster of it takes a change of the tables.
@@ -27,7 +27,7 @@ pub struct Image {
     pub file: FileStore,
     pub header: Header,
     pub layout: Layout,
-    /// Entries of first level, as in the image; and as many behind them as its clusters have room for, which are 0.
+    /// L1 entries, as in the image; and as many behind them as its clusters have room for, which are 0.
     l1: Box<[AtomicU64]>,
     /// Bytes of the file: it only grows.
     file_end: AtomicU64,
@@ -56,7 +56,7 @@ pub struct State {
     pub reserve: Vec<Range<u64>>,
     /// Slices with changes that nobody writes yet.
     pub dirty: Vec<Spot>,
-    /// Entries of first level with changes, likewise.
+    /// L1 entries with changes, likewise.
     pub dirty_l1: BTreeSet<usize>,
     /// Offsets of clusters that nothing points at in memory any more, and something may in the image.
     pub unmapped: Vec<Range<u64>>,
@@ -77,7 +77,7 @@ pub enum Lookup {
     Damaged,
 }
 
-/// An entry of second level, in its slice.
+/// An L2 entry, in its slice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slot {
     /// Of the slice.
@@ -87,7 +87,7 @@ pub struct Slot {
 }
 
 impl Image {
-    /// Opens an image and reads its header and its table of first level. `cache`: bytes of memory for tables.
+    /// Opens an image and reads its header and its L1 table. `cache`: bytes of memory for tables.
     pub fn open(config: &FileConfig, cache: u64) -> Result<Image, Error> {
         let config = FileConfig { format: Some(ImageFormat::Raw), ..config.clone() };
         let (file, geometry) = FileStore::open(&config).map_err(Error::File)?;
@@ -97,7 +97,7 @@ impl Image {
             // Each unit, and what is packed, is read by itself.
             return Err(Error::Direct);
         }
-        let l1 = words(&file, header.l1_offset, u64::from(header.l1_entries) * 8, file_end, "first table")?;
+        let l1 = words(&file, header.l1_offset, u64::from(header.l1_entries) * 8, file_end, "L1 table")?;
         let layout = Layout::of(&header);
         // Its clusters may have room for more.
         let room = (u64::from(header.l1_entries) * 8).next_multiple_of(layout.cluster()) / 8;
@@ -203,13 +203,13 @@ impl Image {
         }
     }
 
-    /// The table of first level's entry for a byte of the disk, and which entry of its table of second level is meant.
+    /// the L1 table's entry for a byte of the disk, and which entry of its L2 table is meant.
     pub fn index(&self, offset: u64) -> (usize, u64) {
         let cluster = offset >> self.layout.cluster_bits;
         ((cluster / self.layout.entries()) as usize, cluster % self.layout.entries())
     }
 
-    /// Where the table for this entry of first level is; 0: there is none. `None`: where none can be.
+    /// Where the table for this L1 entry is; 0: there is none. `None`: where none can be.
     pub fn table(&self, index: usize) -> Option<u64> {
         let entry = self.l1.get(index)?.load(Ordering::Acquire);
         let table = entry & TABLE;
@@ -217,12 +217,12 @@ impl Image {
         sound.then_some(table)
     }
 
-    /// Entries that the table of first level has room for.
+    /// Entries that the L1 table has room for.
     pub fn l1_room(&self) -> u64 {
         self.l1.len() as u64
     }
 
-    /// The bytes of the entries of first level from `first` on, as they are to be in the image.
+    /// The bytes of the L1 entries from `first` on, as they are to be in the image.
     pub fn l1_bytes(&self, entries: Range<usize>) -> Vec<u8> {
         let end = entries.end.min(self.l1.len());
         self.l1[entries.start.min(end)..end]
@@ -231,7 +231,7 @@ impl Image {
             .collect()
     }
 
-    /// A table of second level is at `table` from now on. Under the lock of `state`.
+    /// A L2 table is at `table` from now on. Under the lock of `state`.
     pub fn set_table(&self, state: &mut State, index: usize, table: u64) {
         if let Some(entry) = self.l1.get(index) {
             self.unsaved.store(true, Ordering::Release);

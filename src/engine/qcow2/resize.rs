@@ -59,7 +59,7 @@ impl Image {
         }
         if self.header.l1_entries_for(bytes) > self.l1_room().min(MAX_L1_BYTES / 8) {
             return Err(ResizeError::Fixed(
-                "its first table has no room for more: stop it, and use qemu-img resize",
+                "its L1 table has no room for more: stop it, and use qemu-img resize",
             ));
         }
         Ok(())
