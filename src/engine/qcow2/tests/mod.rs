@@ -1,6 +1,7 @@
 //! Images against a byte array: over the simulated ring, whose faults and power cuts they must survive, and beside QEMU's tools.
 
 mod decode;
+mod hostile;
 mod power;
 
 use super::check::{Report, check};
@@ -9,7 +10,7 @@ use super::refcounts::Refcounts;
 use super::{Header, Qcow2Config};
 use crate::block::Size;
 use crate::engine::config::{FileConfig, ImageFormat, PolicyConfig, TopologyConfig, VolumeConfig};
-use crate::engine::{Opener, Volume};
+use crate::engine::{OpenError, Opener, Volume};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -100,6 +101,11 @@ fn crowd(image: &mut Vec<u8>) {
 
 /// An image's volume, over a raw file that is only read.
 pub fn volume(image: &Path, base: Option<&Path>) -> Volume {
+    try_volume(image, base, false).unwrap()
+}
+
+/// The same, where it may be none.
+pub fn try_volume(image: &Path, base: Option<&Path>, read_only: bool) -> Result<Volume, OpenError> {
     let raw = |path: &Path| {
         VolumeConfig::File(FileConfig {
             path: path.into(),
@@ -114,7 +120,7 @@ pub fn volume(image: &Path, base: Option<&Path>) -> Volume {
         path: image.into(),
         base: base.map(|_| "base".to_owned()),
         direct: false,
-        read_only: false,
+        read_only,
         lock: true,
         // The least that there is: one set.
         cache: Some(Size(1)),
@@ -122,7 +128,7 @@ pub fn volume(image: &Path, base: Option<&Path>) -> Volume {
     let mut volumes = BTreeMap::from([("top".to_owned(), VolumeConfig::Qcow2(top))]);
     volumes.extend(base.map(|base| ("base".to_owned(), raw(base))));
     let opener = Opener::new("top", &volumes, PolicyConfig::default(), TopologyConfig::default());
-    opener.unwrap().open(Duration::MAX).unwrap()
+    opener.unwrap().open(Duration::MAX)
 }
 
 /// Looks through an image with these bytes.
