@@ -231,6 +231,21 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_later_goes_where_the_least_is() {
+        let mut placement = place(Some(2), &["a,queues=1", "a,workers=1"], &[], 4);
+        assert_eq!(placement.add("b", Some(1), false), [1]);
+        assert_eq!(placement.add("c", None, false), [0, 1], "never on a worker of another's own");
+        assert!(placement.is_shared(0) && placement.is_shared(1));
+        let one = placement.add("one", None, true);
+        assert_eq!(placement.add("one", Some(4), true), one, "all of it on one");
+        placement.remove("c");
+        placement.remove("one");
+        assert!(!placement.is_shared(1) && placement.serving("c").next().is_none());
+        let mut placement = place(None, &["a,workers=1"], &[], 4);
+        assert_eq!(placement.add("b", None, false), [0usize; 0], "none is shared");
+    }
+
+    #[test]
     fn workers_of_its_own_serve_nothing_else() {
         let placement = place(Some(2), &["a,workers=2", "b", "c"], &["b,workers=1", "a,queues=3"], 8);
         let (vhost_user, ublk) = on(&placement);
