@@ -4,9 +4,8 @@
 
 use std::path::PathBuf;
 
-use super::{Failure, tell_change};
+use super::{Failure, Service, tell_change};
 use crate::service::client::Client;
-use crate::service::config::DEFAULT_CONTROL;
 use crate::service::status::{AddExport, RemoveExport};
 
 /// Add and remove exports of a running service: disks of the host, and sockets for virtual machines.
@@ -33,7 +32,7 @@ pub(super) struct AddArgs {
     #[command(flatten)]
     export: NewExport,
     #[command(flatten)]
-    common: Common,
+    service: Service,
 }
 
 /// One of these.
@@ -64,7 +63,7 @@ pub(super) struct RemoveArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
-    common: Common,
+    service: Service,
 }
 
 /// One of these.
@@ -79,27 +78,17 @@ struct OldExport {
     vhost_user: Option<PathBuf>,
 }
 
-#[derive(Debug, clap::Args)]
-struct Common {
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-    /// The control socket of the service
-    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL, value_parser = super::control_socket)]
-    control: PathBuf,
-}
-
 pub(super) fn run(command: &Command) -> Result<(), Failure> {
     match command {
-        Command::Add(AddArgs { export: NewExport { ublk, vhost_user }, common }) => {
+        Command::Add(AddArgs { export: NewExport { ublk, vhost_user }, service }) => {
             let wanted = AddExport { vhost_user: vhost_user.clone(), ublk: ublk.clone() };
-            let added = Client::new(&common.control).add_export(&wanted).map_err(Failure::failed)?;
-            tell_change(&added, common.json, "added", "is there already")
+            let added = Client::new(&service.control).add_export(&wanted).map_err(Failure::failed)?;
+            tell_change(&added, service.json, "added", "is there already")
         }
-        Command::Remove(RemoveArgs { export: OldExport { ublk, vhost_user }, force, common }) => {
+        Command::Remove(RemoveArgs { export: OldExport { ublk, vhost_user }, force, service }) => {
             let wanted = RemoveExport { vhost_user: vhost_user.clone(), ublk: ublk.clone(), force: *force };
-            let removed = Client::new(&common.control).remove_export(&wanted).map_err(Failure::failed)?;
-            tell_change(&removed, common.json, "removed", "is not there")
+            let removed = Client::new(&service.control).remove_export(&wanted).map_err(Failure::failed)?;
+            tell_change(&removed, service.json, "removed", "is not there")
         }
     }
 }

@@ -19,6 +19,7 @@ mod stop;
 mod top;
 mod volume;
 
+use crate::service::config::DEFAULT_CONTROL;
 use crate::service::status::Changed;
 use std::error::Error;
 use std::fmt;
@@ -101,6 +102,17 @@ impl Cli {
             _ => "info,ringblk=trace",
         }
     }
+}
+
+/// Which service is asked, and how its answer is told.
+#[derive(Debug, clap::Args)]
+struct Service {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// The control socket of the service
+    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL, value_parser = control_socket)]
+    control: PathBuf,
 }
 
 /// Tells what became of something that was to be added or removed.

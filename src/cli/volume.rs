@@ -2,11 +2,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
-
-use super::{Failure, tell_change};
+use super::{Failure, Service, tell_change};
 use crate::service::client::Client;
-use crate::service::config::DEFAULT_CONTROL;
 
 /// Add and remove volumes of a running service.
 ///
@@ -32,7 +29,7 @@ pub(super) struct AddArgs {
     #[arg(value_name = "NAME=DRIVER:TARGET[,key=value...]")]
     volume: String,
     #[command(flatten)]
-    common: Common,
+    service: Service,
 }
 
 /// Forget a volume that has no exports, and that no other stands on. Its image stays.
@@ -44,28 +41,18 @@ pub(super) struct RemoveArgs {
     #[arg(value_name = "NAME")]
     volume: String,
     #[command(flatten)]
-    common: Common,
-}
-
-#[derive(Debug, clap::Args)]
-struct Common {
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-    /// The control socket of the service
-    #[arg(long, value_name = "SOCKET", default_value = DEFAULT_CONTROL, value_parser = super::control_socket)]
-    control: PathBuf,
+    service: Service,
 }
 
 pub(super) fn run(command: &Command) -> Result<(), Failure> {
     match command {
-        Command::Add(AddArgs { volume, common }) => {
-            let added = Client::new(&common.control).add_volume(volume).map_err(Failure::failed)?;
-            tell_change(&added, common.json, "added", "is there already")
+        Command::Add(AddArgs { volume, service }) => {
+            let added = Client::new(&service.control).add_volume(volume).map_err(Failure::failed)?;
+            tell_change(&added, service.json, "added", "is there already")
         }
-        Command::Remove(RemoveArgs { volume, common }) => {
-            let removed = Client::new(&common.control).remove_volume(volume).map_err(Failure::failed)?;
-            tell_change(&removed, common.json, "removed", "is not there")
+        Command::Remove(RemoveArgs { volume, service }) => {
+            let removed = Client::new(&service.control).remove_volume(volume).map_err(Failure::failed)?;
+            tell_change(&removed, service.json, "removed", "is not there")
         }
     }
 }

@@ -19,23 +19,11 @@
 
 #![forbid(unsafe_code)]
 
+use super::until::until;
 use crate::block::Errno;
 use crate::ring::{Io, Ring};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-
-/// The first wait for syncs that overlap; each is twice as long as the one before it.
-const FIRST_LOOK: Duration = Duration::from_micros(20);
-
-/// The longest wait between two looks.
-const LONGEST_LOOK: Duration = Duration::from_millis(1);
-
-/// The wait between two looks of one that is interrupted.
-const LAST_LOOKS: Duration = Duration::from_millis(10);
-
-/// How long one that is interrupted waits all the same: what a store takes that is busy and not gone.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// One volume's losses, shared by all workers.
 #[derive(Debug, Default)]
@@ -103,23 +91,12 @@ impl Losses {
     /// caller's own must be over.
     ///
     /// # Errors
-    /// `ERESTART` when the slot is interrupted, and [`PATIENCE`] is over: another sync may be with a server that does not
+    /// `ERESTART` when the slot is interrupted, and the patience of [`until`] is over: another sync may be with a server that does not
     /// answer.
     pub async fn settle<R: Ring>(&self, io: &Io<R>) -> Result<u64, Errno> {
         let limit = self.syncs().next;
-        let (mut look, mut interrupted) = (FIRST_LOOK, Duration::ZERO);
-        while self.syncs().running.iter().any(|ticket| *ticket < limit) {
-            if !io.is_interrupted() {
-                io.rest_for(look).await;
-                look = (look * 2).min(LONGEST_LOOK);
-            } else if interrupted < PATIENCE {
-                // Its own part is done: where the others' come from a store that works, it is not to fail for that.
-                io.sleep(LAST_LOOKS).await;
-                interrupted += LAST_LOOKS;
-            } else {
-                return Err(Errno::ERESTART);
-            }
-        }
+        // Where it is interrupted, its own part is done: where the others' come from a store that works, it is not to fail.
+        until(io, || (!self.syncs().running.iter().any(|ticket| *ticket < limit)).then_some(())).await?;
         Ok(self.epoch())
     }
 

@@ -33,6 +33,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 mod transfer;
+mod until;
 mod volume;
 
 pub use channel::VolumeChannel;

@@ -11,8 +11,8 @@ mod store;
 pub(super) use config::check_path;
 pub use config::{FileConfig, ImageFormat};
 pub use lock::{Access, try_take};
-pub(super) use open::plainly;
 pub use open::{Opening, format};
+pub(super) use open::{plainly, read_up_to};
 pub(super) use ops::FileOps;
 
 use super::identity::Identity;

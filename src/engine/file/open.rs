@@ -184,9 +184,13 @@ pub fn format(file: &File) -> Option<Format> {
     let look = || {
         let mut head = [0; Format::LOOK];
         let mut tail = [0; Format::LOOK];
-        let read = read_up_to(file, &mut head, 0)?;
+        let some = |buffer: &mut [u8], offset| {
+            let read = read_up_to(file, buffer, offset);
+            read.inspect_err(|error| log::debug!("its format cannot be looked at: {error}")).ok()
+        };
+        let read = some(&mut head, 0)?;
         let footer = super::probe::size(file).ok().and_then(|bytes| bytes.checked_sub(Format::LOOK as u64));
-        let end = footer.and_then(|from| read_up_to(file, &mut tail, from)).unwrap_or(0);
+        let end = footer.and_then(|from| some(&mut tail, from)).unwrap_or(0);
         Format::detect(&head[..read], &tail[..end])
     };
     let found = look();
@@ -208,21 +212,21 @@ pub(in crate::engine) fn plainly<T>(file: &File, act: impl FnOnce(&File) -> io::
     done
 }
 
-/// Fills as much of `buffer` as there is. `None` when it cannot be read.
-fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> Option<usize> {
+/// Fills as much of `buffer` as there is: how much.
+///
+/// # Errors
+/// The kernel's.
+pub(in crate::engine) fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {
         match file.read_at(&mut buffer[done..], offset + done as u64) {
             Ok(0) => break,
             Ok(count) => done += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => {
-                log::debug!("its format cannot be looked at: {error}");
-                return None;
-            }
+            Err(error) => return Err(error),
         }
     }
-    Some(done)
+    Ok(done)
 }
 
 /// Makes it what requests are served from.

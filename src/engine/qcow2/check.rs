@@ -4,19 +4,17 @@
 
 #![forbid(unsafe_code)]
 
-use super::entry::{COPIED, Entry, Layout};
+use super::entry::{COPIED, Entry, Layout, OFFSET};
 use super::header::{Header, HeaderError};
 use super::refcounts::Refcounts;
 use crate::block::Size;
+use crate::engine::file::read_up_to;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-
-/// Offsets in tables of both kinds.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// Clusters whose counts are kept in one piece.
 const PIECE: u64 = 4096;
@@ -149,9 +147,8 @@ impl Check<'_> {
 
     /// Bytes `len` from `offset` on; what the file has not is zero.
     fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, CheckError> {
-        let mut bytes = Vec::new();
-        read_up_to(self.file, &mut bytes, len, offset)?;
-        bytes.resize(len, 0);
+        let mut bytes = vec![0; len];
+        read_up_to(self.file, &mut bytes, offset).map_err(CheckError::Read)?;
         Ok(bytes)
     }
 
@@ -303,20 +300,4 @@ impl Check<'_> {
         }
         Ok(())
     }
-}
-
-/// Reads at most `len` bytes: as many as there are.
-fn read_up_to(file: &File, into: &mut Vec<u8>, len: usize, offset: u64) -> Result<(), CheckError> {
-    into.resize(len, 0);
-    let mut done = 0;
-    while done < len {
-        match file.read_at(&mut into[done..], offset + done as u64) {
-            Ok(0) => break,
-            Ok(count) => done += count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(CheckError::Read(error)),
-        }
-    }
-    into.truncate(done);
-    Ok(())
 }

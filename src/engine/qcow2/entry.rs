@@ -10,7 +10,8 @@ use std::ops::Range;
 pub const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// Where something is, in entries of both levels and of the refcount table.
+pub const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// An L2 entry. `bitmap` is 0 where entries are not extended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]

@@ -5,10 +5,10 @@
 
 #![forbid(unsafe_code)]
 
+use crate::engine::file::read_up_to;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 /// `QFI\xfb`.
 pub const MAGIC: [u8; 4] = [b'Q', b'F', b'I', 0xfb];
@@ -155,15 +155,7 @@ impl Header {
     /// The kernel's (outer), and what is wrong with the image (inner).
     pub fn read(file: &File) -> io::Result<Result<Header, HeaderError>> {
         let mut head = vec![0; LOOK];
-        let mut there = 0;
-        while there < LOOK {
-            match file.read_at(&mut head[there..], there as u64) {
-                Ok(0) => break,
-                Ok(count) => there += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+        let there = read_up_to(file, &mut head, 0)?;
         Ok(Header::parse(&head[..there]))
     }
 

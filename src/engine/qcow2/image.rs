@@ -4,7 +4,7 @@
 
 use super::cache::{Cache, SLICE, Spot, State as SliceState};
 use super::claims::{Claims, Pins};
-use super::entry::{COPIED, Entry, Layout, Place};
+use super::entry::{COPIED, Entry, Layout, OFFSET, Place};
 use super::error::Error;
 use super::header::Header;
 use super::refcounts::Refcounts;
@@ -15,9 +15,6 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// Where a L2 table is, in an L1 entry.
-const TABLE: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// The most bytes of one discard or write-zeroes: each cluster of it takes a change of the tables.
 const MOST_AT_ONCE: u32 = 1 << 30;
@@ -102,12 +99,13 @@ impl Image {
         // Its clusters may have room for more.
         let room = (u64::from(header.l1_entries) * 8).next_multiple_of(layout.cluster()) / 8;
         let mut refcounts = None;
-        let mut tables: Vec<u64> = l1.iter().map(|entry| entry & TABLE).filter(|table| *table != 0).collect();
+        let mut tables: Vec<u64> =
+            l1.iter().map(|entry| entry & OFFSET).filter(|table| *table != 0).collect();
         if !config.read_only {
             is_writable(&header)?;
             let table =
                 words(&file, header.reftable_offset, header.reftable_bytes(), file_end, "refcount table")?;
-            tables.extend(table.iter().map(|block| block & TABLE).filter(|block| *block != 0));
+            tables.extend(table.iter().map(|block| block & OFFSET).filter(|block| *block != 0));
             tables.extend(clusters(layout, header.l1_offset, u64::from(header.l1_entries) * 8));
             tables.extend(clusters(layout, header.reftable_offset, header.reftable_bytes()));
             let fixed = (!file.is_regular()).then_some(file_end);
@@ -212,8 +210,8 @@ impl Image {
     /// Where the table for this L1 entry is; 0: there is none. `None`: where none can be.
     pub fn table(&self, index: usize) -> Option<u64> {
         let entry = self.l1.get(index)?.load(Ordering::Acquire);
-        let table = entry & TABLE;
-        let sound = entry & !(TABLE | COPIED) == 0 && table & (self.layout.cluster() - 1) == 0;
+        let table = entry & OFFSET;
+        let sound = entry & !(OFFSET | COPIED) == 0 && table & (self.layout.cluster() - 1) == 0;
         sound.then_some(table)
     }
 

@@ -2,13 +2,16 @@
 
 #![forbid(unsafe_code)]
 
-use super::claims::until;
 use super::image::Image;
 use super::refcounts::Refcounts;
 use crate::block::Errno;
+use crate::engine::until::until;
 use crate::ring::{Io, Ring};
+use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::PoisonError;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// The counts, as long as one request has them.
 pub struct Owner<'a> {
@@ -25,6 +28,22 @@ impl<'a> Owner<'a> {
         let take = || image.owner.lock().unwrap_or_else(PoisonError::into_inner).take();
         let refcounts = Some(until(io, take).await?);
         Ok(Owner { image, refcounts })
+    }
+
+    /// Waits for them, on a thread that may.
+    ///
+    /// # Errors
+    /// When somebody else has them for longer than `patience`.
+    pub fn wait(image: &'a Image, patience: Duration) -> io::Result<Owner<'a>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let refcounts = image.owner.lock().unwrap_or_else(PoisonError::into_inner).take();
+            match refcounts {
+                Some(_) => return Ok(Owner { image, refcounts }),
+                None if Instant::now() > deadline => return Err(io::ErrorKind::ResourceBusy.into()),
+                None => thread::sleep(Duration::from_millis(1)),
+            }
+        }
     }
 }
 

@@ -4,47 +4,19 @@
 
 use super::header::MAX_L1_BYTES;
 use super::image::Image;
-use super::refcounts::Refcounts;
+use super::owner::Owner;
 use crate::engine::error::ResizeError;
+use crate::engine::file::read_up_to;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::sync::PoisonError;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long whoever counts clusters just now is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What direct I/O may want of addresses, offsets and lengths.
 const PIECE: usize = 4096;
-
-/// The counts of an image, kept from others meanwhile: whoever counts clusters may write the header, too.
-struct Taken<'a> {
-    image: &'a Image,
-    refcounts: Option<Box<Refcounts>>,
-}
-
-impl<'a> Taken<'a> {
-    /// Waits for them, on a thread that may.
-    fn of(image: &'a Image) -> io::Result<Taken<'a>> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let refcounts = image.owner.lock().unwrap_or_else(PoisonError::into_inner).take();
-            match refcounts {
-                Some(_) => return Ok(Taken { image, refcounts }),
-                None if Instant::now() > deadline => return Err(io::ErrorKind::ResourceBusy.into()),
-                None => thread::sleep(Duration::from_millis(1)),
-            }
-        }
-    }
-}
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        *self.image.owner.lock().unwrap_or_else(PoisonError::into_inner) = self.refcounts.take();
-    }
-}
 
 impl Image {
     /// Whether the disk can have `bytes`, of `from` now, over a base of `below`.
@@ -68,11 +40,13 @@ impl Image {
     /// Makes the image's disk `bytes` large, durably, which it [`takes`](Self::takes). Waits for the store.
     pub fn set_size(&self, bytes: u64) -> io::Result<()> {
         let entries = self.header.l1_entries_for(bytes).max(self.header.l1_entries.into());
-        let _owner = Taken::of(self)?;
+        // Whoever counts clusters may write the header, too.
+        let _owner = Owner::wait(self, PATIENCE)?;
         let offset = self.header.l1_offset;
         let old = offset + u64::from(self.header.l1_entries) * 8;
-        // What is behind the table's end was nobody's.
+        // What is behind the table's end was nobody's; and what came to be there since is durable before it is pointed at.
         let new = self.l1_bytes(self.header.l1_entries as usize..entries as usize);
+        self.file.file().sync_data()?;
         self.write_piecewise(old..old + new.len() as u64, &new)?;
         self.file.file().sync_data()?;
         // Both are in the first sector, so there are both or none.
@@ -93,13 +67,7 @@ impl Image {
         while at < range.end {
             let first = at / piece * piece;
             let end = range.end.min(first + piece);
-            let mut there = 0;
-            while there < PIECE {
-                match file.read_at(&mut whole[there..], first + there as u64)? {
-                    0 => break,
-                    count => there += count,
-                }
-            }
+            let there = read_up_to(file, whole, first)?;
             whole[there..].fill(0);
             let (from, to) = ((at - first) as usize, (end - first) as usize);
             let taken = (at - range.start) as usize;

@@ -3,11 +3,11 @@
 #![forbid(unsafe_code)]
 
 use super::cache::State;
-use super::claims::until;
 use super::image::Image;
 use crate::block::{Data, Errno, Iovec};
 use crate::engine::file::FileOps;
 use crate::engine::node::Leaf;
+use crate::engine::until::until;
 use crate::ring::{Core, Io, Pool, Ring, zeroes};
 use std::rc::Rc;
 use std::sync::Arc;

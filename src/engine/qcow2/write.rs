@@ -7,12 +7,12 @@
 #![forbid(unsafe_code)]
 
 use super::channel::Qcow2Channel;
-use super::claims::until;
 use super::entry::{Entry, Place};
 use super::flush::MOST_DIRTY;
 use super::image::{Image, Slot};
 use crate::block::{Data, Errno};
 use crate::engine::node::Leaf;
+use crate::engine::until::until;
 use crate::ring::{Io, Pool, Ring};
 use std::ops::Range;
 
